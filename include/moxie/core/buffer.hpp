@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <moxie/core/matrix.hpp>
+#include <new>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+namespace moxie {
+
+/// Alignment of every block of numbers, in bytes: a cache line, and the widest vector register.
+inline constexpr std::size_t alignment = 64;
+
+/// Aligned memory for `size()` trivially copyable elements. `resize` keeps the capacity, and does not keep or clear the
+/// contents: buffers that a step fills anew are allocated by the first step alone.
+template <class T>
+class Buffer {
+  static_assert(std::is_trivially_copyable_v<T>);
+
+ public:
+  Buffer() = default;
+  explicit Buffer(Index size) { resize(size); }
+  Buffer(const Buffer& other) : Buffer(other.size_) { std::copy_n(other.data_, size_, data_); }
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Buffer() { release(); }
+
+  void swap(Buffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+  }
+
+  void resize(Index size) {
+    reserve(size);
+    size_ = size;
+  }
+
+  void reserve(Index capacity) {
+    if (capacity > capacity_) {
+      T* grown = static_cast<T*>(::operator new (static_cast<std::size_t>(capacity) * sizeof(T), std::align_val_t{alignment}));
+      release();
+      data_ = grown;
+      capacity_ = capacity;
+      size_ = 0;
+    }
+  }
+
+  void assign(Index size, T value) {
+    resize(size);
+    std::fill_n(data_, size, value);
+  }
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  Index size() const { return size_; }
+  T& operator[](Index i) { return data_[i]; }
+  const T& operator[](Index i) const { return data_[i]; }
+  T* begin() { return data_; }
+  T* end() { return data_ + size_; }
+  const T* begin() const { return data_; }
+  const T* end() const { return data_ + size_; }
+  std::span<const T> span() const { return {data_, static_cast<std::size_t>(size_)}; }
+
+  /// Resizes to rows·cols and returns them as a matrix.
+  RowView<T> matrix(Index rows, Index cols) {
+    resize(rows * cols);
+    return {data_, rows, cols};
+  }
+  /// The contents, as `matrix` made them.
+  RowView<const T> view(Index rows, Index cols) const {
+    MOXIE_ASSERT(rows * cols == size_);
+    return {data_, rows, cols};
+  }
+
+ private:
+  void release() {
+    ::operator delete (data_, std::align_val_t{alignment});
+    data_ = nullptr;
+    capacity_ = 0;
+  }
+
+  T* data_ = nullptr;
+  Index size_ = 0;
+  Index capacity_ = 0;
+};
+
+}  // namespace moxie

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <moxie/config.hpp>
+#include <moxie/core/error.hpp>
+#include <type_traits>
+
+namespace moxie {
+
+/// The matrix of the interface: row-major, one row a token (or one row an output unit, for weights).
+template <class Scalar>
+using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+namespace detail {
+
+// Eigen expressions that a view can point into: plain memory, rows contiguous, the same scalar.
+template <class Derived>
+inline constexpr bool row_contiguous = [] {
+  using Traits = Eigen::internal::traits<Derived>;
+  if constexpr ((Traits::Flags & Eigen::DirectAccessBit) == 0) {
+    return false;
+  } else {
+    return bool(Derived::IsRowMajor) && int(Derived::InnerStrideAtCompileTime) == 1;
+  }
+}();
+
+template <class T, class M>
+concept Viewable = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<M>>, std::remove_cvref_t<M>> &&
+    row_contiguous<std::remove_cvref_t<M>> && std::is_convertible_v<decltype(std::declval<M&>().data()), T*>;
+
+}  // namespace detail
+
+/// A view of rows: pointer, size and distance between rows, never a copy. `RowView<const float>` only reads.
+///
+/// It converts from a row-major `Eigen::Matrix`, `Map` or block of whole or part rows. Anything else (a column-major matrix,
+/// another scalar, an expression) does not convert, so that nothing is ever copied silently, as `Eigen::Ref<const ...>` would.
+template <class T>
+class RowView {
+ public:
+  using Scalar = std::remove_const_t<T>;
+  using Plain = Matrix<Scalar>;
+  using Map = Eigen::Map<std::conditional_t<std::is_const_v<T>, const Plain, Plain>, Eigen::Unaligned,
+                         Eigen::OuterStride<Eigen::Dynamic>>;
+
+  RowView() = default;
+  RowView(T* data, Index rows, Index cols, Index stride) : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
+  RowView(T* data, Index rows, Index cols) : RowView(data, rows, cols, cols) {}
+
+  template <class M>
+  requires detail::Viewable<T, M> RowView(
+      M&& m)  // NOLINT(bugprone-forwarding-reference-overload): constrained; an implicit view is the point
+      : RowView(m.data(), m.rows(), m.cols(), m.outerStride()) {}
+
+  RowView(const RowView<Scalar>& other) requires std::is_const_v<T>
+      : RowView(other.data(), other.rows(), other.cols(), other.stride()) {}
+
+  T* data() const { return data_; }
+  Index rows() const { return rows_; }
+  Index cols() const { return cols_; }
+  Index size() const { return rows_ * cols_; }
+  /// Distance between the starts of consecutive rows, in elements.
+  Index stride() const { return stride_; }
+  T* row(Index i) const { return data_ + i * stride_; }
+  T& operator()(Index i, Index j) const { return data_[i * stride_ + j]; }
+  RowView middle_rows(Index first, Index count) const { return {row(first), count, cols_, stride_}; }
+  /// The same memory as an Eigen matrix.
+  Map eigen() const { return Map(data_, rows_, cols_, Eigen::OuterStride<Eigen::Dynamic>(stride_)); }
+
+ private:
+  T* data_ = nullptr;
+  Index rows_ = 0;
+  Index cols_ = 0;
+  Index stride_ = 0;
+};
+
+namespace detail {
+
+/// Whether two views share an element's address range.
+template <class A, class B>
+bool overlaps(const RowView<A>& a, const RowView<B>& b) {
+  if (a.size() == 0 || b.size() == 0) {
+    return false;
+  }
+  const auto begin = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.data()); };
+  const auto end = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.row(v.rows() - 1) + v.cols()); };
+  return begin(a) < end(b) && begin(b) < end(a);
+}
+
+}  // namespace detail
+}  // namespace moxie

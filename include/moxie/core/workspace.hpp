@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstddef>
+#include <moxie/core/buffer.hpp>
+#include <vector>
+
+namespace moxie {
+
+/// Scratch that anyone may throw away: a stack of aligned blocks.
+///
+/// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates; when the stack is next
+/// empty, its pieces become one block of the size that was needed, so later steps allocate nothing.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) {}  // scratch is nobody's value: a copy starts empty
+  Workspace& operator=(const Workspace&) { return *this; }
+  Workspace(Workspace&&) = default;
+  Workspace& operator=(Workspace&&) = default;
+  ~Workspace() = default;
+
+  class Frame {
+   public:
+    explicit Frame(Workspace& workspace) : workspace_(workspace), used_(workspace.used_) {}
+    Frame(const Frame&) = delete;
+    Frame& operator=(const Frame&) = delete;
+    ~Frame() { workspace_.used_ = used_; }
+
+   private:
+    Workspace& workspace_;
+    Index used_;
+  };
+
+  /// `rows` x `cols` uninitialised elements, valid until the enclosing frame closes.
+  template <class Scalar>
+  RowView<Scalar> matrix(Index rows, Index cols) {
+    return {reinterpret_cast<Scalar*>(take(rows * cols * Index{sizeof(Scalar)})), rows, cols};
+  }
+
+ private:
+  std::byte* take(Index bytes) {
+    if (used_ == 0 && blocks_.size() > 1) {
+      blocks_.clear();
+      blocks_.emplace_back(peak_);
+    }
+    const Index start = used_;
+    used_ += (bytes + Index{alignment} - 1) / Index{alignment} * Index{alignment};
+    peak_ = std::max(peak_, used_);
+    if (blocks_.size() == 1 && used_ <= blocks_.front().size()) {
+      return blocks_.front().data() + start;
+    }
+    if (blocks_.empty()) {
+      blocks_.emplace_back(used_);
+      return blocks_.front().data() + start;
+    }
+    blocks_.emplace_back(std::max(bytes, Index{1}));  // an overflow piece; merged when the stack is next empty
+    return blocks_.back().data();
+  }
+
+  std::vector<Buffer<std::byte>> blocks_;
+  Index used_ = 0;
+  Index peak_ = 0;
+};
+
+}  // namespace moxie
