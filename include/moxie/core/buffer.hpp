@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <cstdlib>
 #include <moxie/core/matrix.hpp>
 #include <new>
 #include <span>
@@ -32,6 +34,7 @@ class Buffer {
   ~Buffer() { release(); }
 
   void swap(Buffer& other) noexcept {
+    std::swap(block_, other.block_);
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
     std::swap(capacity_, other.capacity_);
@@ -86,6 +89,7 @@ class Buffer {
     capacity_ = 0;
   }
 
+  void* block_ = nullptr;
   T* data_ = nullptr;
   Index size_ = 0;
   Index capacity_ = 0;

@@ -25,8 +25,12 @@ inline constexpr bool row_contiguous = [] {
   }
 }();
 
-template <class T, class M>
-concept Viewable = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<M>>, std::remove_cvref_t<M>> &&
+// U is what T is a const of: RowView<float> converts to RowView<const float>, not back.
+template <class U, class T>
+concept ConstOf = std::is_same_v<const U, T>;
+
+template <class M, class T>
+concept ViewableAs = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<M>>, std::remove_cvref_t<M>> &&
     row_contiguous<std::remove_cvref_t<M>> && std::is_convertible_v<decltype(std::declval<M&>().data()), T*>;
 
 }  // namespace detail
@@ -47,13 +51,12 @@ class RowView {
   RowView(T* data, Index rows, Index cols, Index stride) : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
   RowView(T* data, Index rows, Index cols) : RowView(data, rows, cols, cols) {}
 
-  template <class M>
-  requires detail::Viewable<T, M> RowView(
-      M&& m)  // NOLINT(bugprone-forwarding-reference-overload): constrained; an implicit view is the point
+  template <detail::ViewableAs<T> M>
+  RowView(M&& m)  // NOLINT(bugprone-forwarding-reference-overload): constrained; an implicit view is the point
       : RowView(m.data(), m.rows(), m.cols(), m.outerStride()) {}
 
-  RowView(const RowView<Scalar>& other) requires std::is_const_v<T>
-      : RowView(other.data(), other.rows(), other.cols(), other.stride()) {}
+  template <detail::ConstOf<T> U>
+  RowView(const RowView<U>& other) : RowView(other.data(), other.rows(), other.cols(), other.stride()) {}
 
   T* data() const { return data_; }
   Index rows() const { return rows_; }

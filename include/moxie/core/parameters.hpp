@@ -44,7 +44,7 @@ class Layout {
   }
 
   /// Appends all tensors of `part`, names prefixed, and returns the offset of its block: `view.block(offset, part)`.
-  Index add(std::string_view prefix, const Layout& part) {
+  Index add_part(std::string_view prefix, const Layout& part) {
     const Index start = size_;
     tensors_.reserve(tensors_.size() + part.tensors_.size());
     for (const TensorInfo& t : part.tensors_) {
@@ -89,8 +89,8 @@ class ParameterView {
 
   ParameterView() = default;
   ParameterView(const Layout& layout, T* data) : layout_(&layout), data_(data) {}
-  ParameterView(const ParameterView<Scalar>& other) requires std::is_const_v<T> : layout_(&other.layout()),
-                                                                                  data_(other.data()) {}
+  template <detail::ConstOf<T> U>
+  ParameterView(const ParameterView<U>& other) : ParameterView(other.layout(), other.data()) {}
 
   const Layout& layout() const { return *layout_; }
   T* data() const { return data_; }
@@ -108,7 +108,7 @@ class ParameterView {
     }
     return (*this)[i];
   }
-  /// The block of a part: `offset` as `Layout::add(prefix, part)` returned it.
+  /// The block of a part: `offset` as `Layout::add_part(prefix, part)` returned it.
   ParameterView block(Index offset, const Layout& part) const { return {part, data_ + offset}; }
   /// All elements in a row, gaps included (they are zero).
   Eigen::Map<std::conditional_t<std::is_const_v<T>, const Eigen::Array<Scalar, Eigen::Dynamic, 1>,
@@ -132,9 +132,7 @@ class Parameters {
   Parameters() : Parameters(Layout{}) {}
   /// All zeros.
   explicit Parameters(Layout layout) : Parameters(std::make_shared<const Layout>(std::move(layout))) {}
-  explicit Parameters(std::shared_ptr<const Layout> layout) : layout_(std::move(layout)) {
-    data_.assign(layout_->size(), Scalar(0));
-  }
+  explicit Parameters(std::shared_ptr<const Layout> layout) : layout_(std::move(layout)), data_(layout_->size()) {}
 
   /// Zeros of the same layout: what gradients and moments start from.
   Parameters zeros_like() const { return Parameters(layout_); }

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/core/exec.hpp>
+#include <moxie/kernel/gemm.hpp>
+#include <moxie/routing/plan.hpp>
+
+namespace moxie {
+
+/// y += C h: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices; one task owns a token, so no atomics.
+template <class Scalar>
+void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
+             RowView<std::type_identity_t<Scalar>> y, const Exec& exec) {
+  exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      for (const Index r : plan.rows_of_token(t)) {
+        y.middle_rows(t, 1).eigen() += plan.weight(r) * h.middle_rows(r, 1).eigen();
+      }
+    }
+  });
+}
+
+/// Y_b += C_b Ỹ_b.
+template <class Scalar>
+void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
+             RowView<std::type_identity_t<Scalar>> y, const Exec& exec) {
+  const Index length = plan.sequence_length();
+  kernel::grouped_gemm<Scalar>(
+      plan.sequences(),
+      [&](Index b) -> kernel::Product<Scalar> {
+        return {length,
+                h.cols(),
+                plan.slots(),
+                kernel::plain<Scalar>(plan.combine().middle_rows(b * length, length)),
+                kernel::plain<Scalar>(h, plan.slot_rows(b)),
+                kernel::add_to<Scalar>(y.middle_rows(b * length, length))};
+      },
+      exec);  // (L,N)(N,D) -> (L,D)
+}
+
+/// The adjoint of combine, dh_r = weight_r dy_t, overwritten, and ∂/∂weight_r = ⟨h_r, dy_t⟩.
+template <class Scalar>
+void combine_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
+                      RowView<const std::type_identity_t<Scalar>> dy, RowView<std::type_identity_t<Scalar>> dh,
+                      typename SparsePlan<Scalar>::Gradient& dplan, const Exec& exec) {
+  dplan.weight.resize(plan.rows());
+  exec.parallel_ranges(plan.rows(), 64, [&](Index begin, Index end) {
+    for (Index r = begin; r < end; ++r) {
+      const Index t = plan.token(r);
+      dh.middle_rows(r, 1).eigen() = plan.weight(r) * dy.middle_rows(t, 1).eigen();
+      dplan.weight[r] = kernel::dot(h.cols(), h.row(r), dy.row(t));
+    }
+  });
+}
+
+/// dỸ_b = C_bᵀ dY_b, overwritten, and dC_b = dY_b Ỹ_bᵀ into `dplan`.
+template <class Scalar>
+void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
+                      RowView<const std::type_identity_t<Scalar>> dy, RowView<std::type_identity_t<Scalar>> dh,
+                      typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
+  const Index length = plan.sequence_length();
+  const RowView<Scalar> dc = dplan.combine.matrix(plan.tokens(), plan.slots());
+  kernel::grouped_gemm<Scalar>(
+      2 * plan.sequences(),
+      [&](Index i) -> kernel::Product<Scalar> {
+        const Index b = i / 2;
+        const Index first = b * length;
+        if (i % 2 == 0) {  // (N,L)(L,D) -> (N,D)
+          return {plan.slots(),
+                  h.cols(),
+                  length,
+                  kernel::transposed<Scalar>(plan.combine().middle_rows(first, length)),
+                  kernel::plain<Scalar>(dy.middle_rows(first, length)),
+                  kernel::replace<Scalar>(dh, plan.slot_rows(b))};
+        }
+        return {length,  // (L,D)(D,N) -> (L,N)
+                plan.slots(),
+                h.cols(),
+                kernel::plain<Scalar>(dy.middle_rows(first, length)),
+                kernel::transposed<Scalar>(h, plan.slot_rows(b)),
+                kernel::replace<Scalar>(dc.middle_rows(first, length))};
+      },
+      exec);
+}
+
+}  // namespace moxie

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/core/exec.hpp>
+#include <moxie/exchange/grouped_rows.hpp>
+#include <moxie/kernel/gemm.hpp>
+#include <moxie/routing/plan.hpp>
+
+namespace moxie {
+
+/// The rows of the experts, (A x): sparse plans gather tokens by an index, nothing is copied and `storage` stays empty.
+template <class Scalar>
+GroupedRows<Scalar> dispatch(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
+                             Buffer<Scalar>& /*storage*/, const Exec& /*exec*/) {
+  return {plan.expert_starts(), x, plan.token().data()};
+}
+
+/// The slots X̃_b = D_bᵀ X_b of all sequences, computed into `storage` (R,D).
+template <class Scalar>
+GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
+                             Buffer<Scalar>& storage, const Exec& exec) {
+  const RowView<Scalar> slots = storage.matrix(plan.rows(), x.cols());
+  const Index length = plan.sequence_length();
+  kernel::grouped_gemm<Scalar>(
+      plan.sequences(),
+      [&](Index b) -> kernel::Product<Scalar> {
+        return {plan.slots(),
+                x.cols(),
+                length,
+                kernel::transposed<Scalar>(plan.dispatch().middle_rows(b * length, length)),
+                kernel::plain<Scalar>(x.middle_rows(b * length, length)),
+                kernel::replace<Scalar>(slots, plan.slot_rows(b))};
+      },
+      exec);  // (N,L)(L,D) -> (N,D)
+  return {plan.expert_starts(), slots, nullptr};
+}
+
+/// The adjoint of dispatch: dx += Aᵀ drows. Every token sums its rows in the order of its choices. A sparse plan's dispatch has
+/// no gradient of its own.
+template <class Scalar>
+void dispatch_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> /*x*/,
+                       RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
+                       typename SparsePlan<Scalar>::Gradient& /*dplan*/, const Exec& exec) {
+  exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      for (const Index r : plan.rows_of_token(t)) {
+        dx.middle_rows(t, 1).eigen() += drows.middle_rows(r, 1).eigen();
+      }
+    }
+  });
+}
+
+/// dX_b += D_b dX̃_b, and dD_b = X_b dX̃_bᵀ into `dplan`.
+template <class Scalar>
+void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
+                       RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
+                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
+  const Index length = plan.sequence_length();
+  const RowView<Scalar> dd = dplan.dispatch.matrix(plan.tokens(), plan.slots());
+  kernel::grouped_gemm<Scalar>(
+      2 * plan.sequences(),
+      [&](Index i) -> kernel::Product<Scalar> {
+        const Index b = i / 2;
+        const Index first = b * length;
+        if (i % 2 == 0) {  // (L,N)(N,D) -> (L,D)
+          return {length,
+                  x.cols(),
+                  plan.slots(),
+                  kernel::plain<Scalar>(plan.dispatch().middle_rows(first, length)),
+                  kernel::plain<Scalar>(drows, plan.slot_rows(b)),
+                  kernel::add_to<Scalar>(dx.middle_rows(first, length))};
+        }
+        return {length,  // (L,D)(D,N) -> (L,N)
+                plan.slots(),
+                x.cols(),
+                kernel::plain<Scalar>(x.middle_rows(first, length)),
+                kernel::transposed<Scalar>(drows, plan.slot_rows(b)),
+                kernel::replace<Scalar>(dd.middle_rows(first, length))};
+      },
+      exec);
+}
+
+}  // namespace moxie

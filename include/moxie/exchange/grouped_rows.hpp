@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/core/matrix.hpp>
+#include <span>
+
+namespace moxie {
+
+/// What a bank of experts is given: rows, grouped by expert. Expert e owns rows [starts[e], starts[e+1]); row r is
+/// `rows.row(r)`, or `rows.row(index[r])` where an index gathers (a sparse plan: the tokens). Banks know nothing of plans.
+template <class Scalar>
+struct GroupedRows {
+  std::span<const Index> starts;  ///< E + 1 offsets
+  RowView<const Scalar> rows;
+  const Index* index = nullptr;
+
+  Index experts() const { return Index(starts.size()) - 1; }
+  /// R.
+  Index count() const { return starts.back(); }
+  Index count(Index expert) const { return begin(expert + 1) - begin(expert); }
+  Index begin(Index expert) const { return starts[std::size_t(expert)]; }
+  const Scalar* row(Index r) const { return rows.row(index != nullptr ? index[r] : r); }
+};
+
+}  // namespace moxie

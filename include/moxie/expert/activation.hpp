@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/kernel/simd.hpp>
+
+/// Element-wise functions with their derivatives, written once for vectors of any width. An activation is a struct with two
+/// static functions: `value(x)` and `derivative(x)`.
+namespace moxie {
+
+/// x σ(x). Elfwing et al. 2018; the gate of SwiGLU (Shazeer 2020).
+struct Silu {
+  template <class V>
+  static V value(V x) {
+    return x / (kernel::constant<V>(1) + kernel::exp(-x));
+  }
+  /// σ(x) (1 + x (1 - σ(x))).
+  template <class V>
+  static V derivative(V x) {
+    const V one = kernel::constant<V>(1);
+    const V sigmoid = one / (one + kernel::exp(-x));
+    return sigmoid * (one + x * (one - sigmoid));
+  }
+};
+
+/// x Φ(x) with the normal distribution function Φ. Hendrycks and Gimpel 2016, equation 1.
+struct GeluErf {
+  template <class V>
+  static V value(V x) {
+    return x * distribution(x);
+  }
+  /// Φ(x) + x φ(x).
+  template <class V>
+  static V derivative(V x) {
+    const V inverse_root_two_pi = kernel::constant<V>(0.39894228040143267794);
+    return distribution(x) + x * inverse_root_two_pi * kernel::exp(kernel::constant<V>(-0.5) * x * x);
+  }
+
+ private:
+  template <class V>
+  static V distribution(V x) {
+    const V inverse_root_two = kernel::constant<V>(0.70710678118654752440);
+    return kernel::constant<V>(0.5) * (kernel::constant<V>(1) + kernel::erf(x * inverse_root_two));
+  }
+};
+
+/// 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))): the approximation of the same paper, which DiT and flax use.
+struct GeluTanh {
+  template <class V>
+  static V value(V x) {
+    return kernel::constant<V>(0.5) * x * (kernel::constant<V>(1) + kernel::tanh(inner(x)));
+  }
+  /// With u = √(2/π) (x + 0.044715 x³): 0.5 (1 + tanh u) + 0.5 x (1 - tanh² u) u'.
+  template <class V>
+  static V derivative(V x) {
+    const V one = kernel::constant<V>(1);
+    const V half = kernel::constant<V>(0.5);
+    const V th = kernel::tanh(inner(x));
+    const V slope = root_two_over_pi<V>() * (one + kernel::constant<V>(3 * cubic) * x * x);
+    return half * (one + th) + half * x * (one - th * th) * slope;
+  }
+
+ private:
+  static constexpr double cubic = 0.044715;
+
+  template <class V>
+  static V root_two_over_pi() {
+    return kernel::constant<V>(0.79788456080286535588);
+  }
+  template <class V>
+  static V inner(V x) {
+    return root_two_over_pi<V>() * (x + kernel::constant<V>(cubic) * x * x * x);
+  }
+};
+
+}  // namespace moxie

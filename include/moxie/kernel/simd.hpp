@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <array>
+#include <moxie/core/matrix.hpp>
+#include <xsimd/xsimd.hpp>
+
+/// The room of vector instructions: nothing outside names xsimd. `Arch` is a template parameter of everything here, so that
+/// translation units built for different instruction sets never share one inline body.
+namespace moxie::kernel {
+
+using DefaultArch = xsimd::default_arch;
+
+template <class Scalar, class Arch = DefaultArch>
+using Batch = xsimd::batch<Scalar, Arch>;
+
+using xsimd::erf;
+using xsimd::exp;
+using xsimd::fma;
+using xsimd::tanh;
+
+/// A constant in the precision of the batch's elements.
+template <class V>
+V constant(double value) {
+  return V(static_cast<typename V::value_type>(value));
+}
+
+/// Element-wise `out[i]... = f(in[i]...)` over rows of n contiguous elements, one vector at a time.
+///
+/// `f(a, b, ...)` takes one batch for every input and returns a batch, or `std::array` of as many batches as there are outputs.
+/// The last, partial vector goes through the same instructions in a padded copy, so an element's bits do not depend on where in
+/// the row it stands. An output may be the same memory as an input.
+template <class Arch = DefaultArch, std::size_t Outputs, class Scalar, class F, class... In>
+void map(Index n, std::array<Scalar*, Outputs> out, F&& f, const In*... in) {
+  using B = Batch<Scalar, Arch>;
+  constexpr Index width = Index{B::size};
+  const auto results = [&](auto... batches) {
+    if constexpr (Outputs == 1) {
+      return std::array<B, 1>{f(batches...)};
+    } else {
+      return f(batches...);
+    }
+  };
+  Index i = 0;
+  for (; i + width <= n; i += width) {
+    const std::array<B, Outputs> r = results(B::load_unaligned(in + i)...);
+    for (std::size_t o = 0; o < Outputs; ++o) {
+      r[o].store_unaligned(out[o] + i);
+    }
+  }
+  if (i < n) {
+    const auto padded = [&](const Scalar* p) {
+      std::array<Scalar, B::size> copy{};
+      std::copy(p + i, p + n, copy.begin());
+      return B::load_unaligned(copy.data());
+    };
+    const std::array<B, Outputs> r = results(padded(in)...);
+    for (std::size_t o = 0; o < Outputs; ++o) {
+      std::array<Scalar, B::size> copy{};
+      r[o].store_unaligned(copy.data());
+      std::copy_n(copy.begin(), n - i, out[o] + i);
+    }
+  }
+}
+
+template <class Arch = DefaultArch, class Scalar, class F, class... In>
+void map(Index n, Scalar* out, F&& f, const In*... in) {
+  map<Arch>(n, std::array<Scalar*, 1>{out}, std::forward<F>(f), in...);
+}
+
+/// Σ a_i b_i of n contiguous elements: one fused multiply-add an element into `width` partial sums, then their sum in order.
+/// The order depends on n alone, not on where the rows lie in memory.
+template <class Arch = DefaultArch, class Scalar>
+Scalar dot(Index n, const Scalar* a, const Scalar* b) {
+  using B = Batch<Scalar, Arch>;
+  constexpr Index width = Index{B::size};
+  B sums(Scalar(0));
+  Index i = 0;
+  for (; i + width <= n; i += width) {
+    sums = fma(B::load_unaligned(a + i), B::load_unaligned(b + i), sums);
+  }
+  std::array<Scalar, B::size> parts{};
+  sums.store_unaligned(parts.data());
+  for (Index j = 0; i + j < n; ++j) {
+    parts[std::size_t(j)] += a[i + j] * b[i + j];
+  }
+  Scalar sum = 0;
+  for (const Scalar part : parts) {
+    sum += part;
+  }
+  return sum;
+}
+
+}  // namespace moxie::kernel

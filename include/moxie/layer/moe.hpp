@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/exchange/combine.hpp>
+#include <moxie/exchange/dispatch.hpp>
+#include <moxie/expert/bank.hpp>
+#include <moxie/routing/router.hpp>
+#include <moxie/routing/statistics.hpp>
+#include <optional>
+#include <string>
+
+namespace moxie {
+
+/// The mixture-of-experts layer: the one algorithm under every named layer.
+///
+///     plan = route(x)                     who computes what, and how much it counts
+///     h    = experts(dispatch(plan, x))   E experts, each on its own rows
+///     y    = combine(plan, h) [+ shared(x)]
+///
+/// `shared` is an optional second bank of one expert that every token passes, not gated (DeepSeekMoE eq. 9, DiT-MoE). Whatever
+/// the router and the bank are, the layer owns one block of parameters (router, experts, shared experts, in this order). The
+/// overloads that take a block use that one instead, so that a whole model can live in one.
+///
+/// `forward` and `backward` are const: threads may share a layer, each with a tape of its own. The same bits for any number of
+/// threads. After the first step of a shape they allocate nothing (the kernels keep a small packing buffer a thread).
+template <class Router_, class Experts_, class Scalar_ = typename Router_::Scalar>
+class Moe {
+  static_assert(Router<Router_>, "Moe: the first argument is not a Router; the requirement that failed is named below");
+  static_assert(Bank<Experts_>,
+                "Moe: the second argument is not a Bank of experts; the requirement that failed is named below");
+  static_assert(std::is_same_v<typename Router_::Scalar, Scalar_> && std::is_same_v<typename Experts_::Scalar, Scalar_>,
+                "Moe: router, experts and layer must have the same scalar");
+
+ public:
+  using Scalar = Scalar_;
+  using Plan = typename Router_::Plan;
+
+  /// What `backward` needs of a `forward`, and the routing to look at. Reused from step to step.
+  class Tape {
+   public:
+    const Plan& plan() const { return plan_; }
+    /// The router's own record: scores and choices of `TopKRouter`, for example.
+    const typename Router_::Tape& router() const { return router_; }
+    /// The balance losses of the last forward, weighted. `backward` adds their gradient with factor 1.
+    double balance_loss() const { return router_.balance_loss(); }
+    RoutingStatistics statistics() const { return routing_statistics(plan_); }
+
+   private:
+    friend class Moe;
+    static constexpr Index nothing = -1;
+
+    Index tokens_ = nothing;
+    Index sequence_length_ = 0;
+    Plan plan_;
+    typename Router_::Tape router_;
+    Buffer<Scalar> slots_;
+    Buffer<Scalar> h_;
+    Buffer<Index> shared_starts_;
+    typename Experts_::Tape experts_;
+    typename Experts_::Tape shared_;
+    // Scratch of backward: anyone may throw it away.
+    mutable typename Plan::Gradient dplan_;
+    mutable Workspace workspace_;
+  };
+
+  /// Throws ValueError if the parts differ in experts or width.
+  Moe(Router_ router, Experts_ experts, std::optional<Experts_> shared = std::nullopt, std::string name = "Moe")
+      : name_(std::move(name)), router_(std::move(router)), experts_(std::move(experts)), shared_(std::move(shared)) {
+    const auto expect_equal = [&](const char* what, Index a, Index b) {
+      if (a != b) {
+        throw ValueError(name_ + ": the router has " + std::to_string(a) + " " + what + ", the bank " + std::to_string(b));
+      }
+    };
+    expect_equal("experts", router_.experts(), experts_.experts());
+    if (router_.model_dim() >= 0) {
+      expect_equal("features", router_.model_dim(), experts_.model_dim());
+    }
+    if (shared_) {
+      detail::expect_value(shared_->experts() == 1 && shared_->model_dim() == experts_.model_dim(), name_,
+                           "shared experts are a bank of one expert of the same width");
+    }
+    Layout layout;
+    router_offset_ = layout.add_part("", router_.layout());
+    experts_offset_ = layout.add_part("", experts_.layout());
+    if (shared_) {
+      shared_offset_ = layout.add_part("", shared_->layout());
+    }
+    parameters_ = Parameters<Scalar>(std::move(layout));
+  }
+
+  const Router_& router() const { return router_; }
+  const Experts_& experts() const { return experts_; }
+  Index model_dim() const { return experts_.model_dim(); }
+
+  const Layout& layout() const { return parameters_.layout(); }
+  /// The layer's own block.
+  Parameters<Scalar>& parameters() { return parameters_; }
+  const Parameters<Scalar>& parameters() const { return parameters_; }
+
+  /// First values for all parameters; router, experts and shared experts draw from streams of their own.
+  void initialize(const Rng& rng) { initialize(parameters_, rng); }
+  void initialize(ParameterView<Scalar> p, const Rng& rng) const {
+    router_.initialize(router_part(p), rng.split(0));
+    experts_.initialize(experts_part(p), rng.split(1));
+    if (shared_) {
+      shared_->initialize(shared_part(p), rng.split(2));
+    }
+  }
+
+  /// A tape. It grows with the batches that come; `max_tokens` makes room for the expected ones.
+  Tape make_tape(Index max_tokens = 0) const {
+    Tape tape;
+    tape.h_.reserve(max_tokens * model_dim());
+    return tape;
+  }
+
+  /// y (T,D) from x (T,D), overwritten. T = 0 is legal.
+  ///
+  /// Throws ShapeError for other shapes, ValueError if x and y overlap or a logit is not finite, both before y is written.
+  void forward(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
+    forward(parameters_.view(), in, y, tape, exec);
+  }
+
+  /// From a forward's input and tape: overwrites dx (T,D), adds to the gradients of all parameters. The gradient is that of
+  /// ⟨y, dy⟩ + balance_loss.
+  ///
+  /// Throws ShapeError for other shapes or a block of another layout, ValueError if the tape holds no forward of this many
+  /// tokens or dx overlaps x or dy, before anything is written.
+  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, RowView<Scalar> dx, ParameterView<Scalar> grads,
+                const Tape& tape, const Exec& exec = {}) const {
+    backward(parameters_.view(), in, dy, dx, grads, tape, exec);
+  }
+
+  /// The same over a block of parameters that lives elsewhere (one block for a whole model).
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
+    const std::string where = name_ + "::forward";
+    detail::expect_tokens(where, in, model_dim());
+    detail::expect_shape(where, "y", y, in.count(), model_dim());
+    detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
+    expect_layout(where, p.layout());
+
+    tape.tokens_ = Tape::nothing;
+    router_.route(router_part(p), in, tape.plan_, tape.router_, tape.workspace_, exec);
+    if (tape.plan_.tokens() != in.count() || tape.plan_.experts() != experts_.experts()) {
+      throw ValueError(where + ": the router planned " + std::to_string(tape.plan_.tokens()) + " tokens and " +
+                       std::to_string(tape.plan_.experts()) + " experts, expected " + std::to_string(in.count()) + " and " +
+                       std::to_string(experts_.experts()));
+    }
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, tape.slots_, exec);
+    const RowView<Scalar> h = tape.h_.matrix(rows.count(), model_dim());
+    experts_.forward(experts_part(p), rows, h, tape.experts_, exec);
+    if (shared_) {
+      shared_->forward(shared_part(p), all_rows(in, tape), y, tape.shared_, exec);
+    } else {
+      y.eigen().setZero();
+    }
+    combine(tape.plan_, h, y, exec);
+    tape.tokens_ = in.count();
+    tape.sequence_length_ = in.sequence_length;
+  }
+
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy, RowView<Scalar> dx,
+                ParameterView<Scalar> grads, const Tape& tape, const Exec& exec) const {
+    const std::string where = name_ + "::backward";
+    detail::expect_tokens(where, in, model_dim());
+    detail::expect_shape(where, "dy", dy, in.count(), model_dim());
+    detail::expect_shape(where, "dx", dx, in.count(), model_dim());
+    detail::expect_value(!detail::overlaps(in.x, dx) && !detail::overlaps(dy, dx), where, "dx overlaps x or dy");
+    detail::expect_value(tape.tokens_ == in.count() && tape.sequence_length_ == in.sequence_length, where,
+                         "the tape holds no forward of this many tokens and sequences");
+    expect_layout(where, p.layout());
+    expect_layout(where, grads.layout());
+
+    Workspace& workspace = tape.workspace_;
+    const Workspace::Frame frame(workspace);
+    const GroupedRows<Scalar> rows = rows_of(tape, in);
+    const RowView<const Scalar> h = tape.h_.view(rows.count(), model_dim());
+    const RowView<Scalar> dh = workspace.matrix<Scalar>(rows.count(), model_dim());
+    const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
+    combine_backward(tape.plan_, h, dy, dh, tape.dplan_, exec);
+    experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), tape.experts_, workspace, exec);
+    if (shared_) {
+      shared_->backward(shared_part(p), all_rows(in, tape), dy, dx, shared_part(grads), tape.shared_, workspace, exec);
+    } else {
+      dx.eigen().setZero();
+    }
+    dispatch_backward(tape.plan_, in.x, drows, dx, tape.dplan_, exec);
+    router_.backward(router_part(p), in, tape.plan_, tape.dplan_, dx, router_part(grads), tape.router_, workspace, exec);
+  }
+
+ private:
+  void expect_layout(const std::string& where, const Layout& layout) const {
+    if (!detail::same_layout(layout, parameters_.layout())) {
+      throw ShapeError(where + ": the parameters or gradients have another layout than the layer");
+    }
+  }
+
+  template <class T>
+  ParameterView<T> router_part(ParameterView<T> p) const {
+    return p.block(router_offset_, router_.layout());
+  }
+  template <class T>
+  ParameterView<T> experts_part(ParameterView<T> p) const {
+    return p.block(experts_offset_, experts_.layout());
+  }
+  template <class T>
+  ParameterView<T> shared_part(ParameterView<T> p) const {
+    return p.block(shared_offset_, shared_->layout());
+  }
+
+  GroupedRows<Scalar> rows_of(const Tape& tape, const Tokens<Scalar>& in) const {
+    if constexpr (requires { tape.plan_.token(); }) {
+      return {tape.plan_.expert_starts(), in.x, tape.plan_.token().data()};
+    } else {
+      return {tape.plan_.expert_starts(), tape.slots_.view(tape.plan_.rows(), model_dim()), nullptr};
+    }
+  }
+  /// All tokens as the rows of one expert.
+  static GroupedRows<Scalar> all_rows(const Tokens<Scalar>& in, Tape& tape) {
+    tape.shared_starts_.resize(2);
+    tape.shared_starts_[0] = 0;
+    tape.shared_starts_[1] = in.count();
+    return all_rows(in, static_cast<const Tape&>(tape));
+  }
+  static GroupedRows<Scalar> all_rows(const Tokens<Scalar>& in, const Tape& tape) {
+    return {tape.shared_starts_.span(), in.x, nullptr};
+  }
+
+  std::string name_;
+  Router_ router_;
+  Experts_ experts_;
+  std::optional<Experts_> shared_;
+  Index router_offset_ = 0;
+  Index experts_offset_ = 0;
+  Index shared_offset_ = 0;
+  Parameters<Scalar> parameters_;
+};
+
+}  // namespace moxie

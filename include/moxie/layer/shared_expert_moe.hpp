@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/layer/top_k_moe.hpp>
+
+namespace moxie {
+
+/// Options of `SharedExpertMoE`: those of `TopKMoE`, and the shared experts.
+template <class ExpertConfig>
+struct SharedExpertMoEConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  Index top_k = 1;
+  ExpertConfig expert = {};
+  /// All shared experts together: n of width H' are one feed-forward of hidden_dim n·H' (DiT-MoE: 2·D).
+  ExpertConfig shared = {};
+  TopKOrder order = TopKOrder::softmax_top_k;
+  bool normalize = false;
+  double scale = 1;
+  Balance balance = {};
+  bool allow_constant_weights = false;
+
+  TopKRouterConfig router() const {
+    return {model_dim, experts, top_k, order, normalize, scale, balance, allow_constant_weights};
+  }
+};
+
+/// DiT-MoE's block: top-k and a feed-forward that every token passes, not gated.
+///
+///     y_t = Σ_{i in top-K} w_ti f_i(x_t) + f_shared(x_t)
+///
+/// DeepSeekMoE (Dai et al. 2024) equation 9; DiT-MoE (Fei et al. 2024). The shared tensors are `shared_experts.*`.
+template <class Scalar, class Experts = SwiGluExperts<Scalar>>
+class SharedExpertMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
+ public:
+  using Config = SharedExpertMoEConfig<typename Experts::Config>;
+
+  explicit SharedExpertMoE(const Config& config)
+      : Moe<TopKRouter<Scalar>, Experts, Scalar>(
+            TopKRouter<Scalar>(config.router()), Experts(config.experts, config.model_dim, config.expert),
+            Experts(1, config.model_dim, config.shared, BankNames{"shared_experts", false}), "SharedExpertMoE") {}
+};
+
+}  // namespace moxie

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/expert/mlp.hpp>
+#include <moxie/layer/moe.hpp>
+#include <moxie/routing/soft.hpp>
+
+namespace moxie {
+
+/// Options of `SoftMoE`; the meaning of each is `SoftRouterConfig`'s.
+template <class ExpertConfig>
+struct SoftMoEConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  Index slots_per_expert = 1;
+  ExpertConfig expert = {};
+  bool normalize = true;
+};
+
+/// Soft MoE: Y = C f(Dᵀ X), fully differentiable, no token is dropped and no expert is idle.
+///
+/// Puigcerver et al. 2023. See `SoftRouter` for D and C. Sequences are mixed within themselves, so tell the layer their length:
+/// `layer.forward({x, sequence_length}, y, tape, exec)`. Not causal.
+template <class Scalar, class Experts = GeluTanhExperts<Scalar>>
+class SoftMoE : public Moe<SoftRouter<Scalar>, Experts, Scalar> {
+ public:
+  using Config = SoftMoEConfig<typename Experts::Config>;
+
+  explicit SoftMoE(const Config& config)
+      : Moe<SoftRouter<Scalar>, Experts, Scalar>(
+            SoftRouter<Scalar>({config.model_dim, config.experts, config.slots_per_expert, config.normalize}),
+            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "SoftMoE") {}
+};
+
+}  // namespace moxie

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+/// The whole library but its optional headers (moxie/io, moxie/testing). Every header also compiles alone.
+#include <moxie/core/parameters.hpp>
+#include <moxie/expert/expert_bank.hpp>
+#include <moxie/expert/glu.hpp>
+#include <moxie/expert/linear.hpp>
+#include <moxie/expert/mlp.hpp>
+#include <moxie/layer/moe.hpp>
+#include <moxie/layer/shared_expert_moe.hpp>
+#include <moxie/layer/soft_moe.hpp>
+#include <moxie/layer/top_k_moe.hpp>
+#include <moxie/loss/balance.hpp>
+#include <moxie/routing/soft.hpp>
+#include <moxie/routing/statistics.hpp>
+#include <moxie/routing/top_k.hpp>
+#include <moxie/version.hpp>

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <moxie/core/exec.hpp>
+#include <moxie/kernel/simd.hpp>
+
+namespace moxie {
+
+/// In place, for each row: s_i = exp(z_i - max z) / Σ_j exp(z_j - max z). Sums in order of i, in `Scalar`.
+template <class Scalar>
+void softmax_rows(RowView<Scalar> z, const Exec& exec) {
+  exec.parallel_ranges(z.rows(), 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      Scalar* row = z.row(t);
+      const Scalar largest = *std::max_element(row, row + z.cols());
+      kernel::map(
+          z.cols(), row, [&](auto v) { return kernel::exp(v - decltype(v)(largest)); }, row);
+      Scalar sum = 0;
+      for (Index i = 0; i < z.cols(); ++i) {
+        sum += row[i];
+      }
+      for (Index i = 0; i < z.cols(); ++i) {
+        row[i] /= sum;
+      }
+    }
+  });
+}
+
+/// The adjoint of the softmax, in place: ds -> dz, dz_i = s_i (ds_i - Σ_j ds_j s_j).
+template <class Scalar>
+void softmax_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
+  exec.parallel_ranges(s.rows(), 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const Scalar* score = s.row(t);
+      Scalar* d = ds.row(t);
+      Scalar dot = 0;
+      for (Index i = 0; i < s.cols(); ++i) {
+        dot += d[i] * score[i];
+      }
+      for (Index i = 0; i < s.cols(); ++i) {
+        d[i] = score[i] * (d[i] - dot);
+      }
+    }
+  });
+}
+
+namespace detail {
+
+/// Throws ValueError that names the first token with a NaN or infinite logit.
+template <class Scalar>
+void expect_finite_logits(std::string_view where, RowView<const Scalar> z) {
+  for (Index t = 0; t < z.rows(); ++t) {
+    Scalar sum = 0;  // 0·x is 0 for finite x and NaN otherwise
+    for (Index i = 0; i < z.cols(); ++i) {
+      sum += Scalar(0) * z(t, i);
+    }
+    if (!(sum == Scalar(0))) {
+      throw ValueError(std::string(where) + ": the logits of token " + std::to_string(t) + " are not finite");
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace moxie
