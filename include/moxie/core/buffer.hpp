@@ -47,9 +47,17 @@ class Buffer {
 
   void reserve(Index capacity) {
     if (capacity > capacity_) {
-      T* grown = static_cast<T*>(::operator new (static_cast<std::size_t>(capacity) * sizeof(T), std::align_val_t{alignment}));
+      // Zeroed memory: for large blocks the system's own fresh pages, which cost nothing until they are touched.
+      const std::size_t bytes = static_cast<std::size_t>(capacity) * sizeof(T);
+      const bool fits = bytes / sizeof(T) == static_cast<std::size_t>(capacity) && bytes + alignment > bytes;
+      void* block = fits ? std::calloc(1, bytes + alignment) : nullptr;
+      if (block == nullptr) {
+        throw std::bad_alloc();
+      }
       release();
-      data_ = grown;
+      block_ = block;
+      const auto address = reinterpret_cast<std::uintptr_t>(block);
+      data_ = reinterpret_cast<T*>((address + alignment - 1) / alignment * alignment);
       capacity_ = capacity;
       size_ = 0;
     }
@@ -84,7 +92,8 @@ class Buffer {
 
  private:
   void release() {
-    ::operator delete (data_, std::align_val_t{alignment});
+    std::free(block_);
+    block_ = nullptr;
     data_ = nullptr;
     capacity_ = 0;
   }

@@ -9,8 +9,8 @@ namespace moxie {
 
 /// Scratch that anyone may throw away: a stack of aligned blocks.
 ///
-/// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates; when the stack is next
-/// empty, its pieces become one block of the size that was needed, so later steps allocate nothing.
+/// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates; when its last frame
+/// closes, the pieces become one block of the size that was needed, so later steps allocate nothing.
 class Workspace {
  public:
   Workspace() = default;
@@ -25,7 +25,7 @@ class Workspace {
     explicit Frame(Workspace& workspace) : workspace_(workspace), used_(workspace.used_) {}
     Frame(const Frame&) = delete;
     Frame& operator=(const Frame&) = delete;
-    ~Frame() { workspace_.used_ = used_; }
+    ~Frame() { workspace_.close(used_); }
 
    private:
     Workspace& workspace_;
@@ -40,10 +40,6 @@ class Workspace {
 
  private:
   std::byte* take(Index bytes) {
-    if (used_ == 0 && blocks_.size() > 1) {
-      blocks_.clear();
-      blocks_.emplace_back(peak_);
-    }
     const Index start = used_;
     used_ += (bytes + Index{alignment} - 1) / Index{alignment} * Index{alignment};
     peak_ = std::max(peak_, used_);
@@ -56,6 +52,17 @@ class Workspace {
     }
     blocks_.emplace_back(std::max(bytes, Index{1}));  // an overflow piece; merged when the stack is next empty
     return blocks_.back().data();
+  }
+
+  void close(Index used) noexcept {
+    used_ = used;
+    if (used_ == 0 && blocks_.size() > 1) {
+      blocks_.clear();
+      try {
+        blocks_.emplace_back(peak_);
+      } catch (const std::bad_alloc&) {  // then the next step allocates
+      }
+    }
   }
 
   std::vector<Buffer<std::byte>> blocks_;

@@ -34,6 +34,11 @@ concept Bank = std::copyable<B> &&
   bank.backward(p, rows, dh, h, dp, done, workspace, exec);
 };
 
+/// Options of the expert families with one hidden layer.
+struct HiddenConfig {
+  Index hidden_dim = 0;  ///< H
+};
+
 /// How the tensors of a bank are called: "experts.3." for E numbered experts, "shared_experts." for one that has no number.
 struct BankNames {
   std::string base = "experts";

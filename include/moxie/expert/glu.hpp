@@ -6,11 +6,6 @@
 
 namespace moxie {
 
-/// Options of the expert families with one hidden layer.
-struct HiddenConfig {
-  Index hidden_dim = 0;  ///< H
-};
-
 /// A bank of gated linear units without biases.
 ///
 ///     f(x) = (act(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ

@@ -587,7 +587,7 @@ class SafetensorsFile {
   const std::filesystem::path& path() const { return path_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
-  /// In the order of their bytes.
+  /// Sorted, byte by byte.
   std::vector<std::string> names() const {
     std::vector<std::string> names;
     names.reserve(tensors_.size());
@@ -764,7 +764,7 @@ class SafetensorsWriter {
   ///
   /// An existing file is replaced when the new one is complete and on the disk, and keeps its permissions; a symbolic link is
   /// followed. Several processes may save to one path: the last one stays. Throws SafetensorsError if anything fails, and
-  /// leaves what was there.
+  /// leaves what was there. A process that is killed meanwhile may leave a ".moxie-*.tmp" beside it.
   void save(const std::filesystem::path& path) const {
     const std::vector<const Entries::value_type*> order = file_order();
     std::string header = header_text(order);

@@ -133,7 +133,7 @@ class Moe {
 
   /// The same over a block of parameters that lives elsewhere (one block for a whole model).
   void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
-    const std::string where = name_ + "::forward";
+    const std::string& where = forward_name_;
     detail::expect_tokens(where, in, model_dim());
     detail::expect_shape(where, "y", y, in.count(), model_dim());
     detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
@@ -161,7 +161,7 @@ class Moe {
 
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy, RowView<Scalar> dx,
                 ParameterView<Scalar> grads, const Tape& tape, const Exec& exec) const {
-    const std::string where = name_ + "::backward";
+    const std::string& where = backward_name_;
     detail::expect_tokens(where, in, model_dim());
     detail::expect_shape(where, "dy", dy, in.count(), model_dim());
     detail::expect_shape(where, "dx", dx, in.count(), model_dim());
@@ -227,6 +227,9 @@ class Moe {
   }
 
   std::string name_;
+  // Made once: a step allocates nothing.
+  std::string forward_name_ = name_ + "::forward";
+  std::string backward_name_ = name_ + "::backward";
   Router_ router_;
   Experts_ experts_;
   std::optional<Experts_> shared_;

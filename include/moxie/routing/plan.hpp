@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <moxie/core/buffer.hpp>
 #include <span>
@@ -28,7 +29,7 @@ class SparsePlan {
   /// Sorts proposed pairs into a plan. `token_of(p)` names the token of pair p; an expert of -1
   /// drops the pair. Throws ValueError for any other expert outside [0, experts) and for a token outside [0, tokens).
   /// Counting sort: O(P + E + T), nothing allocated once the capacity is there.
-  template <class TokenOf>
+  template <std::invocable<Index> TokenOf>
   void build(Index tokens, Index experts, TokenOf&& token_of, std::span<const Index> expert, std::span<const Scalar> weight) {
     const Index pairs = Index(expert.size());
     detail::expect_value(weight.size() == expert.size(), "SparsePlan::build", "as many weights as experts expected");

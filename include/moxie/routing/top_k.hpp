@@ -173,7 +173,7 @@ class TopKRouter {
       balance_loss_backward(tape.sequence_counts_.view(tape.sequences_, experts), k, config_.balance.sequence_level, dz);
     }
     softmax_rows_backward(s, dz, exec);
-    if (select_first) {
+    if (select_first && Scalar(config_.scale) != 0) {  // weights of scale 0 have no gradient
       for_each_row(tokens, exec, [&](Index t) {
         const Scalar* weight = tape.weights_.data() + t * k;  // scale · softmax of the chosen
         Scalar dot = 0;

@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <dit/modules.hpp>
+#include <span>
+#include <vector>
+
+namespace dit {
+
+/// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one expert that every token passes.
+template <class S>
+class DenseFeedForward {
+ public:
+  using Scalar = S;
+  struct Config {
+    Index model_dim = 0;
+    Index hidden_dim = 0;
+  };
+  class Tape {
+   public:
+    double balance_loss() const { return 0; }
+
+   private:
+    friend class DenseFeedForward;
+    std::array<Index, 2> starts_{};
+    typename moxie::GeluTanhExperts<S>::Tape bank_;
+    mutable Workspace workspace_;
+  };
+
+  explicit DenseFeedForward(const Config& config)
+      : bank_(1, config.model_dim, {.hidden_dim = config.hidden_dim}, moxie::BankNames{"mlp", false}) {}
+
+  const Layout& layout() const { return bank_.layout(); }
+  Tape make_tape(Index /*max_tokens*/ = 0) const { return {}; }
+  void initialize(ParameterView<S> p, const Rng& rng) const { bank_.initialize(p, rng); }
+  void forward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<S> y, Tape& tape, const Exec& exec) const {
+    tape.starts_ = {0, in.count()};
+    bank_.forward(p, {tape.starts_, in.x}, y, tape.bank_, exec);
+  }
+  void backward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,
+                const Tape& tape, const Exec& exec) const {
+    bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.bank_, tape.workspace_, exec);
+  }
+
+ private:
+  moxie::GeluTanhExperts<S> bank_;
+};
+
+/// The shape of a diffusion transformer.
+struct ModelConfig {
+  Index image_size = 28;
+  Index channels = 1;
+  Index patch = 4;
+  Index dim = 128;
+  Index depth = 6;
+  Index heads = 4;
+  Index classes = 10;  ///< the label `classes` means "no class"
+
+  Index grid() const { return image_size / patch; }
+  Index tokens() const { return grid() * grid(); }
+  Index patch_dim() const { return channels * patch * patch; }
+  Index image_dim() const { return channels * image_size * image_size; }
+
+  /// Throws ValueError for a shape that no transformer has.
+  void validate() const {
+    const auto expect = [](bool holds, const char* message) { moxie::detail::expect_value(holds, "ModelConfig", message); };
+    expect(patch >= 1 && image_size >= patch && image_size % patch == 0, "image_size must be a multiple of patch");
+    expect(heads >= 1 && dim >= 4 && dim % 4 == 0 && dim % heads == 0, "dim must be a multiple of 4 and of heads");
+    expect(channels >= 1 && depth >= 1 && classes >= 1, "channels, depth and classes must be at least 1");
+  }
+};
+
+/// A diffusion transformer (Peebles and Xie 2023) whose feed-forward is any moxie layer: DiT-MoE with `SharedExpertMoE`.
+///
+///     x  = patches W + b + position;   c = SiLU(timestep embedding + label embedding)
+///     x += gate1 · attention(modulate(norm x));   x += gate2 · moe(modulate(norm x))     for every block, six modulations from
+///     c v  = final(modulate(norm x))
+///
+/// All parameters live in one block, named as in the reference. Modulations and the final layer start at zero, so that every
+/// block starts as the identity.
+template <class FeedForward, class S = typename FeedForward::Scalar>
+class Model {
+ public:
+  struct BlockTape {
+    Buffer<S> modulation;  // (B,6D)
+    Buffer<S> h1, qkv, attended, projected, middle, h2, mixed, out;
+    typename ModulatedNorm<S>::Tape norm1, norm2;
+    typename Attention<S>::Tape attention;
+    typename FeedForward::Tape feed_forward;
+  };
+  struct Tape {
+    Index batch = 0;
+    Buffer<S> patches, frequencies, time_hidden, time_active, condition, active_condition, first, final_modulation, final_h,
+        tokens;
+    std::vector<Index> labels;
+    std::vector<BlockTape> blocks;
+    typename ModulatedNorm<S>::Tape final_norm;
+    mutable Workspace workspace;
+
+    /// Sum of the balance losses of all blocks.
+    double balance_loss() const {
+      double loss = 0;
+      for (const BlockTape& block : blocks) {
+        loss += block.feed_forward.balance_loss();
+      }
+      return loss;
+    }
+  };
+
+  /// `name` is what the tensors of the feed-forward are called in a block: "moe." in DiT-MoE.
+  Model(const ModelConfig& config, const FeedForward& feed_forward, const std::string& name)
+      : config_((config.validate(), config)),
+        feed_forward_(feed_forward),
+        patch_embedding_(layout_, "x_embedder.proj", {config.dim, config.channels, config.patch, config.patch}, config.dim),
+        time1_(layout_, "t_embedder.mlp.0", 256, config.dim),
+        time2_(layout_, "t_embedder.mlp.2", config.dim, config.dim),
+        labels_(layout_.add("y_embedder.embedding_table.weight", {config.classes + 1, config.dim})),
+        blocks_(declare_blocks(name)),
+        final_linear_(layout_, "final_layer.linear", config.dim, config.patch_dim()),
+        final_modulation_(layout_, "final_layer.adaLN_modulation.1", config.dim, 2 * config.dim),
+        position_(position_embedding<S>(config.grid(), config.dim)) {}
+
+  const ModelConfig& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  const FeedForward& feed_forward() const { return feed_forward_; }
+
+  void initialize(ParameterView<S> p, const Rng& rng) const {
+    p.flat().setZero();
+    patch_embedding_.initialize(p, rng);
+    time1_.initialize_normal(p, rng, 0.02);
+    time2_.initialize_normal(p, rng, 0.02);
+    rng.split(std::uint64_t(labels_)).fill_normal(p[labels_], 0.02);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      blocks_[i].qkv.initialize(p, rng);
+      blocks_[i].projection.initialize(p, rng);
+      feed_forward_.initialize(p.block(blocks_[i].feed_forward, feed_forward_.layout()), rng.split(1000 + i));
+    }
+  }
+
+  Tape make_tape() const {
+    Tape tape;
+    tape.blocks.resize(blocks_.size());
+    return tape;
+  }
+
+  /// v (B, C·H·W) from noisy images x (B, C·H·W), times t (B) and labels (B); the label `classes` is "no class".
+  void forward(ParameterView<const S> p, RowView<const S> x, const std::vector<S>& t, const std::vector<Index>& labels,
+               RowView<S> v, Tape& tape, const Exec& exec) const {
+    const Index batch = x.rows();
+    const Index length = config_.tokens();
+    const Index rows = batch * length;
+    const Index dim = config_.dim;
+    moxie::detail::expect_shape("Model::forward", "x", x, -1, config_.image_dim(), "B");
+    moxie::detail::expect_shape("Model::forward", "v", v, batch, config_.image_dim());
+    moxie::detail::expect_value(Index(t.size()) == batch && Index(labels.size()) == batch, "Model::forward",
+                                "one time and one label an image expected");
+    for (const Index label : labels) {
+      moxie::detail::expect_value(label >= 0 && label <= config_.classes, "Model::forward", "a label is not a class");
+    }
+    tape.batch = batch;
+    tape.labels = labels;
+
+    const RowView<S> frequencies = tape.frequencies.matrix(batch, 256);
+    timestep_frequencies(t, frequencies);
+    const RowView<S> time_hidden = tape.time_hidden.matrix(batch, dim);
+    const RowView<S> time_active = tape.time_active.matrix(batch, dim);
+    const RowView<S> condition = tape.condition.matrix(batch, dim);
+    const RowView<S> active = tape.active_condition.matrix(batch, dim);
+    time1_.forward(p, frequencies, time_hidden, exec);
+    activate<moxie::Silu, S>(time_hidden, time_active);
+    time2_.forward(p, time_active, condition, exec);
+    for (Index b = 0; b < batch; ++b) {
+      condition.middle_rows(b, 1).eigen() += p[labels_].middle_rows(labels[std::size_t(b)], 1).eigen();
+    }
+    activate<moxie::Silu, S>(condition, active);
+
+    const RowView<S> patches = tape.patches.matrix(rows, config_.patch_dim());
+    for_each_pixel(
+        [&](Index b, Index token, Index in, Index /*out*/, Index pixel) { patches(b * length + token, in) = x(b, pixel); },
+        batch);
+    const RowView<S> first = tape.first.matrix(rows, dim);
+    patch_embedding_.forward(p, patches, first, exec);
+    for (Index b = 0; b < batch; ++b) {
+      first.middle_rows(b * length, length).eigen() += position_;
+    }
+
+    RowView<const S> in = first;
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      in = block_forward(blocks_[i], p, in, active, tape.blocks[i], exec);
+    }
+
+    const RowView<S> modulation = tape.final_modulation.matrix(batch, 2 * dim);
+    const RowView<S> h = tape.final_h.matrix(rows, dim);
+    const RowView<S> tokens = tape.tokens.matrix(rows, config_.patch_dim());
+    final_modulation_.forward(p, active, modulation, exec);
+    norm().forward(in, columns<const S>(modulation, 0), columns<const S>(modulation, 1), h, tape.final_norm, exec);
+    final_linear_.forward(p, h, tokens, exec);
+    for_each_pixel(
+        [&](Index b, Index token, Index /*in*/, Index out, Index pixel) { v(b, pixel) = tokens(b * length + token, out); },
+        batch);
+  }
+
+  /// From the forward's tape: adds to the gradients the gradient of ⟨v, dv⟩ + balance_loss. Images get no gradient unless dx
+  /// (B, C·H·W) is given; it is overwritten.
+  void backward(ParameterView<const S> p, RowView<const S> dv, ParameterView<S> grads, const Tape& tape, const Exec& exec,
+                RowView<S> dx = {}) const {
+    const Index batch = tape.batch;
+    const Index length = config_.tokens();
+    const Index rows = batch * length;
+    const Index dim = config_.dim;
+    moxie::detail::expect_shape("Model::backward", "dv", dv, batch, config_.image_dim());
+    const Workspace::Frame frame(tape.workspace);
+    const RowView<S> dtokens = tape.workspace.template matrix<S>(rows, config_.patch_dim());
+    const RowView<S> dh = tape.workspace.template matrix<S>(rows, dim);
+    const RowView<S> d = tape.workspace.template matrix<S>(rows, dim);
+    const RowView<S> dmodulation = tape.workspace.template matrix<S>(batch, 2 * dim);
+    const RowView<S> dactive = tape.workspace.template matrix<S>(batch, dim);
+
+    for_each_pixel(
+        [&](Index b, Index token, Index /*in*/, Index out, Index pixel) { dtokens(b * length + token, out) = dv(b, pixel); },
+        batch);
+    const RowView<const S> active = tape.active_condition.view(batch, dim);
+    final_linear_.backward(p, tape.final_h.view(rows, dim), dtokens, dh, grads, exec);
+    d.eigen().setZero();
+    const RowView<const S> modulation = tape.final_modulation.view(batch, 2 * dim);
+    norm().backward(columns<const S>(modulation, 1), dh, columns<S>(dmodulation, 0), columns<S>(dmodulation, 1), d,
+                    tape.final_norm, exec);
+    final_modulation_.backward(p, active, dmodulation, dactive, grads, exec);
+
+    for (std::size_t i = blocks_.size(); i-- > 0;) {
+      const RowView<const S> in = i == 0 ? tape.first.view(rows, dim) : tape.blocks[i - 1].out.view(rows, dim);
+      block_backward(blocks_[i], p, in, active, d, dactive, grads, tape.blocks[i], tape.workspace, exec);
+    }
+
+    if (dx.size() == 0) {
+      patch_embedding_.backward(tape.patches.view(rows, config_.patch_dim()), d, grads, exec);
+    } else {
+      patch_embedding_.backward(p, tape.patches.view(rows, config_.patch_dim()), d, dtokens, grads, exec);
+      for_each_pixel(
+          [&](Index b, Index token, Index in, Index /*out*/, Index pixel) { dx(b, pixel) = dtokens(b * length + token, in); },
+          batch);
+    }
+    activate_backward<moxie::Silu, S>(tape.condition.view(batch, dim), dactive);  // now the gradient of the condition
+    const RowView<S> dlabels = grads[labels_];
+    for (Index b = 0; b < batch; ++b) {
+      dlabels.middle_rows(tape.labels[std::size_t(b)], 1).eigen() += dactive.middle_rows(b, 1).eigen();
+    }
+    const RowView<S> dtime = tape.workspace.template matrix<S>(batch, dim);
+    time2_.backward(p, tape.time_active.view(batch, dim), dactive, dtime, grads, exec);
+    activate_backward<moxie::Silu, S>(tape.time_hidden.view(batch, dim), dtime);
+    time1_.backward(tape.frequencies.view(batch, 256), dtime, grads, exec);
+  }
+
+ private:
+  struct Block {
+    Linear<S> qkv;
+    Linear<S> projection;
+    Index feed_forward;  // offset of its part of the block of parameters
+    Linear<S> modulation;
+  };
+
+  std::vector<Block> declare_blocks(const std::string& feed_forward_name) {
+    std::vector<Block> blocks;
+    for (Index i = 0; i < config_.depth; ++i) {
+      const std::string name = "blocks." + std::to_string(i) + ".";
+      blocks.push_back({Linear<S>(layout_, name + "attn.qkv", config_.dim, 3 * config_.dim),
+                        Linear<S>(layout_, name + "attn.proj", config_.dim, config_.dim),
+                        layout_.add_part(name + feed_forward_name, feed_forward_.layout()),
+                        Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim)});
+    }
+    return blocks;
+  }
+
+  ModulatedNorm<S> norm() const { return {config_.tokens()}; }
+  Attention<S> attention() const { return {config_.heads, config_.tokens()}; }
+  /// Modulation i, D columns: 0..5 are shift, scale, gate of attention, then of the feed-forward.
+  template <class T>
+  RowView<T> columns(RowView<T> m, Index i) const {
+    return {m.data() + i * config_.dim, m.rows(), config_.dim, m.stride()};
+  }
+  moxie::Tokens<S> sequences(RowView<const S> x) const { return {x, config_.tokens()}; }
+
+  RowView<const S> block_forward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
+                                 BlockTape& tape, const Exec& exec) const {
+    const Index rows = x.rows();
+    const Index dim = config_.dim;
+    const RowView<S> modulation = tape.modulation.matrix(condition.rows(), 6 * dim);
+    const RowView<const S> m = modulation;
+    const RowView<S> h1 = tape.h1.matrix(rows, dim);
+    const RowView<S> qkv = tape.qkv.matrix(rows, 3 * dim);
+    const RowView<S> attended = tape.attended.matrix(rows, dim);
+    const RowView<S> projected = tape.projected.matrix(rows, dim);
+    const RowView<S> middle = tape.middle.matrix(rows, dim);
+    const RowView<S> h2 = tape.h2.matrix(rows, dim);
+    const RowView<S> mixed = tape.mixed.matrix(rows, dim);
+    const RowView<S> out = tape.out.matrix(rows, dim);
+    block.modulation.forward(p, condition, modulation, exec);
+    norm().forward(x, columns(m, 0), columns(m, 1), h1, tape.norm1, exec);
+    block.qkv.forward(p, h1, qkv, exec);
+    attention().forward(qkv, attended, tape.attention, exec);
+    block.projection.forward(p, attended, projected, exec);
+    add_gated<S>(x, columns(m, 2), projected, middle, exec);
+    norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, exec);
+    feed_forward_.forward(p.block(block.feed_forward, feed_forward_.layout()), sequences(h2), mixed, tape.feed_forward, exec);
+    add_gated<S>(middle, columns(m, 5), mixed, out, exec);
+    return out;
+  }
+
+  /// d: gradient of the block's output in, of its input out. Adds to dcondition.
+  void block_backward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
+                      RowView<S> d, RowView<S> dcondition, ParameterView<S> grads, const BlockTape& tape, Workspace& workspace,
+                      const Exec& exec) const {
+    const Index rows = x.rows();
+    const Index dim = config_.dim;
+    const Workspace::Frame frame(workspace);
+    const RowView<const S> m = tape.modulation.view(condition.rows(), 6 * dim);
+    const RowView<S> dm = workspace.matrix<S>(condition.rows(), 6 * dim);
+    const RowView<S> df = workspace.matrix<S>(rows, dim);
+    const RowView<S> dh = workspace.matrix<S>(rows, dim);
+    const RowView<S> dqkv = workspace.matrix<S>(rows, 3 * dim);
+
+    add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
+    feed_forward_.backward(p.block(block.feed_forward, feed_forward_.layout()), sequences(tape.h2.view(rows, dim)), df, dh,
+                           grads.block(block.feed_forward, feed_forward_.layout()), tape.feed_forward, exec);
+    norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, exec);
+
+    add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);
+    block.projection.backward(p, tape.attended.view(rows, dim), df, dh, grads, exec);
+    attention().backward(tape.qkv.view(rows, 3 * dim), dh, dqkv, tape.attention, workspace, exec);
+    block.qkv.backward(p, tape.h1.view(rows, dim), dqkv, dh, grads, exec);
+    norm().backward(columns(m, 1), dh, columns(dm, 0), columns(dm, 1), d, tape.norm1, exec);
+    block.modulation.backward(p, condition, dm, dcondition, grads, exec, true);
+  }
+
+  /// f(image, token, feature of a patch going in (c,ph,pw), going out (ph,pw,c), pixel of the image).
+  template <class F>
+  void for_each_pixel(F&& f, Index batch) const {
+    const Index patch = config_.patch;
+    const Index size = config_.image_size;
+    for (Index b = 0; b < batch; ++b) {
+      for (Index c = 0; c < config_.channels; ++c) {
+        for (Index y = 0; y < size; ++y) {
+          for (Index x = 0; x < size; ++x) {
+            const Index token = y / patch * config_.grid() + x / patch;
+            const Index in = (c * patch + y % patch) * patch + x % patch;
+            const Index out = (y % patch * patch + x % patch) * config_.channels + c;
+            f(b, token, in, out, (c * size + y) * size + x);
+          }
+        }
+      }
+    }
+  }
+
+  ModelConfig config_;
+  FeedForward feed_forward_;
+  Layout layout_;
+  Linear<S> patch_embedding_;
+  Linear<S> time1_;
+  Linear<S> time2_;
+  Index labels_;
+  std::vector<Block> blocks_;
+  Linear<S> final_linear_;
+  Linear<S> final_modulation_;
+  Matrix<S> position_;
+};
+
+}  // namespace dit
