@@ -264,6 +264,9 @@ int main(int argc, char** argv) {
   train_command->add_option("--balance", config.balance, "weight of the balance loss")->capture_default_str();
   train_command->add_option("--batch", config.batch)->capture_default_str()->check(CLI::PositiveNumber);
   train_command->add_option("--rate", config.rate, "learning rate")->capture_default_str()->check(CLI::PositiveNumber);
+  train_command->add_option("--ema-decay", config.ema_decay, "of the averaged weights, which samples are drawn with")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1.0));
   train_command->add_option("--warm-up", config.warm_up, "steps")->capture_default_str()->check(CLI::NonNegativeNumber);
   CLI11_PARSE(app, argc, argv);
 

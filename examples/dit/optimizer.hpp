@@ -42,12 +42,13 @@ struct AdamWConfig {
   double weight_decay = 0;
   double clip = 1;             ///< gradients are scaled down to this norm; 0 leaves them
   std::int64_t warm_up = 200;  ///< steps over which the rate rises linearly
+  double ema_decay = 0.995;
 };
 
 /// AdamW (Loshchilov and Hutter 2019) with clipping and warm-up, and an exponential moving average of the weights:
 ///
 ///     m = β1 m + (1-β1) g,  v = β2 v + (1-β2) g²,  w -= rate (m̂ / (√v̂ + ε) + decay w),  ema = d ema + (1-d) w,
-///     d = min(0.999, (1 + n) / (10 + n)) after n steps
+///     d = min(ema_decay, (1 + n) / (10 + n)) after n steps
 template <class S>
 class AdamW {
  public:
@@ -66,7 +67,7 @@ class AdamW {
     const auto correction1 = S(1 / (1 - std::pow(config_.beta1, n)));
     const auto correction2 = S(1 / (1 - std::pow(config_.beta2, n)));
     const auto decay = S(1 - rate * config_.weight_decay);
-    const auto ema = S(std::min(0.999, n / (9 + n)));
+    const auto ema = S(std::min(config_.ema_decay, n / (9 + n)));
     exec.parallel_ranges(weights.flat().size(), piece, [&](Index begin, Index end) {
       const auto part = [&](auto&& block) { return block.flat().segment(begin, end - begin); };
       auto w = part(weights);

@@ -24,6 +24,7 @@ struct TrainingConfig {
   double rate = 1e-3;
   std::int64_t warm_up = 200;
   double clip = 1;
+  double ema_decay = 0.995;
   std::uint64_t seed = 1;
 
   nlohmann::json json() const {
@@ -46,6 +47,7 @@ struct TrainingConfig {
             {"rate", rate},
             {"warm_up", warm_up},
             {"clip", clip},
+            {"ema_decay", ema_decay},
             {"seed", seed}};
   }
   /// Throws nlohmann::json::exception for text that is not such a configuration.
@@ -70,6 +72,7 @@ struct TrainingConfig {
     j.at("rate").get_to(c.rate);
     j.at("warm_up").get_to(c.warm_up);
     j.at("clip").get_to(c.clip);
+    j.at("ema_decay").get_to(c.ema_decay);
     j.at("seed").get_to(c.seed);
     return c;
   }
@@ -127,7 +130,8 @@ class Training {
         model_(model),
         weights_(initial(model, config.seed)),
         grads_(weights_.zeros_like()),
-        optimizer_({.rate = config.rate, .clip = config.clip, .warm_up = config.warm_up}, weights_),
+        optimizer_({.rate = config.rate, .clip = config.clip, .warm_up = config.warm_up, .ema_decay = config.ema_decay},
+                   weights_),
         tape_(model.make_tape()) {}
 
   std::int64_t steps() const { return optimizer_.steps(); }

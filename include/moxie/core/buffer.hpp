@@ -16,8 +16,8 @@ namespace moxie {
 /// Alignment of every block of numbers, in bytes: a cache line, and the widest vector register.
 inline constexpr std::size_t alignment = 64;
 
-/// Aligned memory for `size()` trivially copyable elements. `resize` keeps the capacity, and does not keep or clear the
-/// contents: buffers that a step fills anew are allocated by the first step alone.
+/// Aligned memory for `size()` trivially copyable elements, zero when it is new. `resize` keeps the capacity, and does not keep
+/// or clear the contents: buffers that a step fills anew are allocated by the first step alone.
 template <class T>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);

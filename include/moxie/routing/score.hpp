@@ -29,14 +29,19 @@ void softmax_rows(RowView<Scalar> z, const Exec& exec) {
 }
 
 /// The adjoint of the softmax, in place: ds -> dz, dz_i = s_i (ds_i - Σ_j ds_j s_j).
+///
+/// Because Σ s = 1, a constant may be taken from all ds_i first: the one of the largest score, so that a score near 1 does not
+/// leave the difference of two nearly equal numbers.
 template <class Scalar>
 void softmax_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
   exec.parallel_ranges(s.rows(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       const Scalar* score = s.row(t);
       Scalar* d = ds.row(t);
+      const Scalar shift = d[std::max_element(score, score + s.cols()) - score];
       Scalar dot = 0;
       for (Index i = 0; i < s.cols(); ++i) {
+        d[i] -= shift;
         dot += d[i] * score[i];
       }
       for (Index i = 0; i < s.cols(); ++i) {

@@ -12,7 +12,7 @@ namespace moxie {
 /// Which comes first.
 enum class TopKOrder {
   softmax_top_k,  ///< softmax over all experts, then the K largest (V-MoE, DeepSeekMoE, DiT-MoE)
-  top_k_softmax,  ///< the K largest logits, then softmax over those (Mixtral)
+  top_k_softmax,  ///< the K largest logits, then softmax over those (Mixtral): the same as `normalize`
 };
 
 struct TopKRouterConfig {
@@ -111,35 +111,14 @@ class TopKRouter {
     detail::expect_finite_logits<Scalar>("TopKRouter::route", s);
     tape.chosen_.resize(tokens * k);
     tape.weights_.resize(tokens * k);
-    const bool select_first = config_.order == TopKOrder::top_k_softmax;
-    if (select_first) {
-      choose(s, tape, exec);
-    }
-    for_each_row(tokens, exec, [&](Index t) {
-      if (select_first) {  // of the logits, which the softmax below replaces
-        Scalar* w = tape.weights_.data() + t * k;
-        for (Index j = 0; j < k; ++j) {
-          w[j] = s(t, tape.chosen_[t * k + j]);
-        }
-      }
-    });
+    // Of the logits, not of the scores: rounding the softmax makes ties that the logits do not have.
+    for_each_row(tokens, exec, [&](Index t) { select_top_k(s.row(t), experts, k, tape.chosen_.data() + t * k); });
     softmax_rows(s, exec);
-    if (select_first) {
-      softmax_rows(RowView<Scalar>(tape.weights_.data(), tokens, k), exec);
-    } else {
-      choose(s, tape, exec);
-    }
     for_each_row(tokens, exec, [&](Index t) {
-      Scalar* w = tape.weights_.data() + t * k;
-      Scalar factor = Scalar(config_.scale);
-      if (!select_first) {
-        for (Index j = 0; j < k; ++j) {
-          w[j] = s(t, tape.chosen_[t * k + j]);
-        }
-        factor = config_.normalize ? factor / normalizer(w) : factor;
-      }
+      const Index* chosen = tape.chosen_.data() + t * k;
+      const Scalar factor = Scalar(config_.scale) / normalizer(s.row(t), chosen);
       for (Index j = 0; j < k; ++j) {
-        w[j] *= factor;
+        tape.weights_[t * k + j] = factor * s(t, chosen[j]);
       }
     });
     plan.build(tokens, experts, k, tape.chosen_.span(), tape.weights_.span());
@@ -156,16 +135,13 @@ class TopKRouter {
     const RowView<const Scalar> s = tape.scores();
     const RowView<Scalar> dz = workspace.matrix<Scalar>(tokens, experts);
     const RowView<Scalar> dw = workspace.matrix<Scalar>(tokens, k);
-    const bool select_first = config_.order == TopKOrder::top_k_softmax;
     dz.eigen().setZero();
     dw.eigen().setZero();
     for (Index r = 0; r < plan.rows(); ++r) {
       dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
     }
-    if (!select_first) {
-      for_each_row(tokens, exec,
-                   [&](Index t) { add_score_gradient(s.row(t), tape.chosen_.data() + t * k, dw.row(t), dz.row(t)); });
-    }
+    for_each_row(tokens, exec,
+                 [&](Index t) { add_score_gradient(s.row(t), tape.chosen_.data() + t * k, dw.row(t), dz.row(t)); });
     if (config_.balance.expert_level > 0) {
       balance_loss_backward(tape.counts_.view(1, experts), k, config_.balance.expert_level, dz);
     }
@@ -173,19 +149,6 @@ class TopKRouter {
       balance_loss_backward(tape.sequence_counts_.view(tape.sequences_, experts), k, config_.balance.sequence_level, dz);
     }
     softmax_rows_backward(s, dz, exec);
-    if (select_first && Scalar(config_.scale) != 0) {  // weights of scale 0 have no gradient
-      for_each_row(tokens, exec, [&](Index t) {
-        const Scalar* weight = tape.weights_.data() + t * k;  // scale · softmax of the chosen
-        Scalar dot = 0;
-        for (Index j = 0; j < k; ++j) {
-          dot += dw(t, j) * weight[j];
-        }
-        for (Index j = 0; j < k; ++j) {
-          const Scalar share = weight[j] / Scalar(config_.scale);
-          dz(t, tape.chosen_[t * k + j]) += share * (dw(t, j) - dot / Scalar(config_.scale));
-        }
-      });
-    }
     kernel::gemm<Scalar>({experts, config_.model_dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x),
                           kernel::add_to<Scalar>(dp[gate_])},
                          exec);  // (E,T)(T,D) -> (E,D)
@@ -204,33 +167,32 @@ class TopKRouter {
     });
   }
 
-  void choose(RowView<const Scalar> score, Tape& tape, const Exec& exec) const {
-    for_each_row(score.rows(), exec, [&](Index t) {
-      select_top_k(score.row(t), config_.experts, config_.top_k, tape.chosen_.data() + t * config_.top_k);
-    });
-  }
+  /// Softmax over the chosen logits is their scores divided by the sum of these: both orders are one computation.
+  bool normalized() const { return config_.normalize || config_.order == TopKOrder::top_k_softmax; }
 
-  Scalar normalizer(const Scalar* w) const {
+  /// What the chosen scores are divided by: n = Σ_chosen s + 1e-20, or 1.
+  Scalar normalizer(const Scalar* s, const Index* chosen) const {
+    if (!normalized()) {
+      return Scalar(1);
+    }
     Scalar sum = 0;
     for (Index j = 0; j < config_.top_k; ++j) {
-      sum += w[j];
+      sum += s[chosen[j]];
     }
     return sum + Scalar(1e-20);
   }
 
-  /// With n = Σ_chosen s + ε and w_j = s_j / n: ds_j = (dw_j - Σ_i dw_i w_i) / n; without normalization ds_j = dw_j.
+  /// With w_j = s_j / n: ds_j += (dw_j - Σ_i dw_i w_i) / n; without normalization ds_j += dw_j.
   void add_score_gradient(const Scalar* s, const Index* chosen, const Scalar* dw, Scalar* ds) const {
-    Scalar sum = 1;
+    const Scalar n = normalizer(s, chosen);
     Scalar dot = 0;
-    if (config_.normalize) {
-      sum = Scalar(1e-20);
+    if (normalized()) {
       for (Index j = 0; j < config_.top_k; ++j) {
-        sum += s[chosen[j]];
-        dot += dw[j] * s[chosen[j]];
+        dot += dw[j] * s[chosen[j]] / n;
       }
     }
     for (Index j = 0; j < config_.top_k; ++j) {
-      ds[chosen[j]] += (dw[j] - dot / sum) / sum;
+      ds[chosen[j]] += (dw[j] - dot) / n;
     }
   }
 

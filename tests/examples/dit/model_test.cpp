@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <dit/model.hpp>
+#include <moxie/testing/gradient_check.hpp>
+
+using dit::Buffer;
+using dit::Exec;
+using dit::Index;
+using dit::Matrix;
+using dit::Rng;
+using moxie::Parameters;
+using moxie::random_normal;
+
+namespace {
+
+constexpr double tolerance = 1e-6;
+
+const dit::ModelConfig small{.image_size = 6, .channels = 2, .patch = 2, .dim = 8, .depth = 2, .heads = 2, .classes = 3};
+
+template <class Layer>
+dit::Model<Layer> shared_model() {
+  using S = typename Layer::Scalar;
+  return {small,
+          Layer({.model_dim = 8,
+                 .experts = 4,
+                 .top_k = 2,
+                 .expert = {.hidden_dim = 5},
+                 .shared = {.hidden_dim = 6},
+                 .balance = {.expert_level = S(0.3)}}),
+          "moe."};
+}
+
+// Values that leave nothing at zero: at its start a DiT is the identity, and most gradients vanish.
+template <class Scalar>
+Parameters<Scalar> awake(const moxie::Layout& layout) {
+  Parameters<Scalar> p(layout);
+  for (std::size_t i = 0; i < layout.tensors().size(); ++i) {
+    Rng(11).split(i).fill_normal(p.view()[Index(i)], 0.4);
+  }
+  return p;
+}
+
+template <class Scalar>
+struct Step {
+  Matrix<Scalar> x = random_normal<Scalar>(3, small.image_dim(), Rng(1));
+  Matrix<Scalar> dv = random_normal<Scalar>(3, small.image_dim(), Rng(2));
+  std::vector<Scalar> t{Scalar(0.1), Scalar(0.5), Scalar(0.9)};
+  std::vector<Index> labels{0, 3, 2};
+  Matrix<Scalar> v = Matrix<Scalar>(3, small.image_dim());
+  Matrix<Scalar> dx = Matrix<Scalar>(3, small.image_dim());
+};
+
+// loss = ⟨v, dv⟩ + balance, NaN where a router chooses otherwise than in `plans`.
+template <class Model>
+void check_model(const Model& model) {
+  Parameters<double> p = awake<double>(model.layout());
+  Parameters<double> grads = p.zeros_like();
+  Step<double> s;
+  auto tape = model.make_tape();
+  model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
+  model.backward(p, s.dv, grads, tape, Exec{1}, s.dx);
+  auto moved = model.make_tape();
+  const auto loss = [&] {
+    model.forward(p, s.x, s.t, s.labels, s.v, moved, Exec{1});
+    for (std::size_t i = 0; i < tape.blocks.size(); ++i) {
+      if constexpr (requires { tape.blocks[i].feed_forward.plan(); }) {
+        if (!moxie::testing::detail::same_selection(tape.blocks[i].feed_forward.plan(), moved.blocks[i].feed_forward.plan())) {
+          return std::nan("");
+        }
+      }
+    }
+    return (s.v.array() * s.dv.array()).sum() + moved.balance_loss();
+  };
+  moxie::testing::GradientOptions options{.step = 1e-4, .max_elements = 24};
+  const auto of_x = moxie::testing::check_gradient(loss, s.x, s.dx, options, "x");
+  CHECK_MESSAGE(of_x.passes(tolerance), of_x.message());
+  moxie::zip(
+      [&](const moxie::TensorInfo& info, auto w, auto g) {
+        const auto report = moxie::testing::check_gradient(loss, w, g, options, info.name);
+        CHECK_MESSAGE(report.passes(tolerance), report.message());
+        // Every part learns; an expert may be without tokens in so small a batch.
+        const bool of_expert = info.name.find("moe.experts.") != std::string::npos;
+        CHECK_MESSAGE((of_expert || g.eigen().cwiseAbs().maxCoeff() > 0), info.name);
+      },
+      p, grads);
+}
+
+}  // namespace
+
+TEST_CASE("Model: the whole gradient agrees with finite differences, shared experts") {
+  check_model(shared_model<moxie::SharedExpertMoE<double>>());
+}
+TEST_CASE("Model: the whole gradient agrees with finite differences, top-k") {
+  using Layer = moxie::TopKMoE<double>;
+  check_model(dit::Model<Layer>(
+      small, Layer({.model_dim = 8, .experts = 3, .top_k = 2, .expert = {.hidden_dim = 5}, .balance = {.sequence_level = 0.2}}),
+      "moe."));
+}
+TEST_CASE("Model: the whole gradient agrees with finite differences, Soft MoE") {
+  using Layer = moxie::SoftMoE<double>;
+  check_model(dit::Model<Layer>(
+      small, Layer({.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 5}}), "moe."));
+}
+TEST_CASE("Model: the whole gradient agrees with finite differences, dense") {
+  using Layer = dit::DenseFeedForward<double>;
+  check_model(dit::Model<Layer>(small, Layer({.model_dim = 8, .hidden_dim = 12}), ""));
+}
+
+TEST_CASE("Model: the same bits with 1, 2 and 7 threads, forward and backward") {
+  const auto model = shared_model<moxie::SharedExpertMoE<float>>();
+  const Parameters<float> p = awake<float>(model.layout());
+  Step<float> first;
+  Parameters<float> first_grads = p.zeros_like();
+  for (const int threads : {1, 2, 7, 1}) {
+    Step<float> s;
+    Parameters<float> grads = p.zeros_like();
+    auto tape = model.make_tape();
+    model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{threads});
+    model.backward(p, s.dv, grads, tape, Exec{threads}, s.dx);
+    if (threads == 1 && first_grads.flat().abs().maxCoeff() == 0) {
+      first = s;
+      first_grads = grads;
+    }
+    CHECK(s.v == first.v);
+    CHECK(s.dx == first.dx);
+    CHECK((grads.flat() == first_grads.flat()).all());
+  }
+}
+
+TEST_CASE("Model: adds to gradients, and images need none") {
+  const auto model = shared_model<moxie::SharedExpertMoE<double>>();
+  const Parameters<double> p = awake<double>(model.layout());
+  Step<double> s;
+  auto tape = model.make_tape();
+  model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
+  Parameters<double> once = p.zeros_like();
+  model.backward(p, s.dv, once, tape, Exec{1}, s.dx);
+  Parameters<double> twice = once;
+  model.backward(p, s.dv, twice, tape, Exec{1});
+  const double scale = once.flat().abs().maxCoeff();
+  CHECK((twice.flat() - 2 * once.flat()).abs().maxCoeff() < 1e-12 * scale);
+}
+
+TEST_CASE("Model: starts as the zero velocity, with every block the identity") {
+  const auto model = shared_model<moxie::SharedExpertMoE<double>>();
+  Parameters<double> p = awake<double>(model.layout());
+  model.initialize(p, Rng(3));
+  Step<double> s;
+  auto tape = model.make_tape();
+  model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
+  CHECK(s.v.cwiseAbs().maxCoeff() == 0);
+  const Index rows = 3 * small.tokens();
+  CHECK(tape.blocks.back().out.view(rows, 8).eigen() == tape.first.view(rows, 8).eigen());
+}
+
+TEST_CASE("Model: images of a batch do not influence each other") {
+  const auto model = shared_model<moxie::SharedExpertMoE<double>>();
+  const Parameters<double> p = awake<double>(model.layout());
+  Step<double> s;
+  auto tape = model.make_tape();
+  model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
+  Matrix<double> alone(1, small.image_dim());
+  model.forward(p, s.x.middleRows(1, 1), {s.t[1]}, {s.labels[1]}, alone, tape, Exec{1});
+  CHECK(alone.row(0) == s.v.row(1));
+}
+
+TEST_CASE("Model: refuses other shapes, labels that are no class, and configurations that are no transformer") {
+  const auto model = shared_model<moxie::SharedExpertMoE<double>>();
+  const Parameters<double> p = awake<double>(model.layout());
+  Step<double> s;
+  auto tape = model.make_tape();
+  const auto forward = [&](const Matrix<double>& x, std::vector<double> t, std::vector<Index> labels) {
+    s.v.setConstant(7);
+    model.forward(p, x, t, labels, s.v, tape, Exec{1});
+  };
+  CHECK_THROWS_WITH_AS(forward(Matrix<double>::Zero(3, 5), s.t, s.labels), "Model::forward: x is (3,5), expected (B,72)",
+                       moxie::ShapeError);
+  CHECK_THROWS_AS(forward(Matrix<double>::Zero(2, 72), s.t, s.labels), moxie::ShapeError);
+  CHECK_THROWS_AS(forward(s.x, {0.1}, s.labels), moxie::ValueError);
+  CHECK_THROWS_AS(forward(s.x, s.t, {0, 1, 4}), moxie::ValueError);
+  CHECK_THROWS_AS(forward(s.x, s.t, {0, 1, -1}), moxie::ValueError);
+  CHECK((s.v.array() == 7).all());
+  for (const dit::ModelConfig& bad :
+       {dit::ModelConfig{.image_size = 7, .patch = 2}, dit::ModelConfig{.dim = 10}, dit::ModelConfig{.dim = 12, .heads = 5},
+        dit::ModelConfig{.depth = 0}, dit::ModelConfig{.patch = 0}, dit::ModelConfig{.classes = 0}}) {
+    CHECK_THROWS_AS(bad.validate(), moxie::ValueError);
+  }
+}
+
+TEST_CASE("position_embedding: sines and cosines of the column, then of the row") {
+  const Matrix<double> table = dit::position_embedding<double>(3, 8);
+  const Index token = 2 * 3 + 1;  // row 2, column 1
+  CHECK(table(token, 0) == doctest::Approx(std::sin(1.0)));
+  CHECK(table(token, 1) == doctest::Approx(std::sin(0.01)));
+  CHECK(table(token, 2) == doctest::Approx(std::cos(1.0)));
+  CHECK(table(token, 4) == doctest::Approx(std::sin(2.0)));
+  CHECK(table(token, 7) == doctest::Approx(std::cos(0.02)));
+}
+
+TEST_CASE("timestep_frequencies: cosines first, then sines") {
+  Matrix<double> out(1, 256);
+  dit::timestep_frequencies<double>({0.7}, out);
+  CHECK(out(0, 0) == doctest::Approx(std::cos(0.7)));
+  CHECK(out(0, 128) == doctest::Approx(std::sin(0.7)));
+  CHECK(out(0, 128 + 64) == doctest::Approx(std::sin(0.7 / 100)));
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <dit/training.hpp>
+#include <filesystem>
+#include <fstream>
+
+using dit::Exec;
+using dit::Index;
+using dit::Matrix;
+using dit::Rng;
+using moxie::Parameters;
+
+namespace {
+
+dit::TrainingConfig small_config(const std::string& feed_forward = "shared") {
+  dit::TrainingConfig c;
+  c.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 2, .heads = 2, .classes = 2};
+  c.feed_forward = feed_forward;
+  c.experts = 4;
+  c.hidden_dim = 6;
+  c.shared_hidden_dim = 6;
+  c.batch = 8;
+  c.warm_up = 3;
+  return c;
+}
+
+// Two classes: bright left half, bright right half.
+struct Images {
+  Matrix<float> pixels = Matrix<float>::Constant(10, 16, -1);
+  std::vector<std::int64_t> labels;
+  Images() {
+    for (Index i = 0; i < 10; ++i) {
+      labels.push_back(i % 2);
+      for (Index j = 0; j < 16; ++j) {
+        pixels(i, j) = (j % 4 < 2) == (i % 2 == 0) ? 1.0F : -1.0F;
+      }
+    }
+  }
+};
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::random_device random;
+    path_ = std::filesystem::temp_directory_path() / ("moxie-training-" + std::to_string(random()) + std::to_string(random()));
+    std::filesystem::create_directory(path_);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
+  std::filesystem::path operator/(const char* name) const { return path_ / name; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+const std::vector<std::string> names{"left", "right"};
+
+}  // namespace
+
+TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for bit, with another number of threads") {
+  const TemporaryFolder folder;
+  const Images data;
+  for (const char* feed_forward : {"shared", "top-k", "soft", "dense"}) {
+    CAPTURE(feed_forward);
+    const dit::TrainingConfig config = small_config(feed_forward);
+    dit::with_model(config, [&](const auto& model) {
+      dit::Training whole(config, model, names);
+      for (int i = 0; i < 7; ++i) {
+        whole.step(data.pixels, data.labels, Exec{1});
+      }
+      dit::Training first(config, model, names);
+      for (int i = 0; i < 4; ++i) {
+        first.step(data.pixels, data.labels, Exec{2});
+      }
+      first.save(folder / "checkpoint");
+      dit::Training second(config, model, names);
+      second.load(moxie::SafetensorsFile(folder / "checkpoint"));
+      CHECK(second.steps() == 4);
+      for (int i = 0; i < 3; ++i) {
+        second.step(data.pixels, data.labels, Exec{3});
+      }
+      CHECK((second.averages().flat() == whole.averages().flat()).all());
+      REQUIRE(second.history().size() == 7);
+      for (std::size_t i = 0; i < 7; ++i) {
+        CHECK(second.history()[i].loss == whole.history()[i].loss);
+        CHECK(second.history()[i].gradient_norm == whole.history()[i].gradient_norm);
+      }
+      return 0;
+    });
+  }
+}
+
+TEST_CASE("Training: learns two classes, and guided samples show the class that was asked for") {
+  const Images data;
+  dit::TrainingConfig config = small_config();
+  config.rate = 5e-3;
+  config.batch = 32;
+  config.ema_decay = 0.98;
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, names);
+    for (int i = 0; i < 1000; ++i) {
+      training.step(data.pixels, data.labels, Exec{1});
+    }
+    CHECK(training.history().back().loss < 0.5F * training.history().front().loss);
+    auto tape = model.make_tape();
+    int calls = 0;
+    const Matrix<float> images = dit::sample(model, training.averages().view(), std::vector<Index>{0, 1, 0, 1}, 20, 2.0, Rng(5),
+                                             0, tape, Exec{1}, [&] { ++calls; });
+    CHECK(calls == 20);
+    for (Index i = 0; i < 4; ++i) {
+      const auto own = (data.pixels.row(i) - images.row(i)).norm();
+      const auto other = (data.pixels.row(i + 1) - images.row(i)).norm();
+      CHECK(own < 0.5F * other);
+    }
+    return 0;
+  });
+}
+
+TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing changes") {
+  const TemporaryFolder folder;
+  const Images data;
+  const dit::TrainingConfig config = small_config();
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, names);
+    training.step(data.pixels, data.labels, Exec{1});
+    training.save(folder / "good");
+    CHECK(dit::config_of(moxie::SafetensorsFile(folder / "good")).json() == config.json());
+    const Parameters<float> before = training.averages();
+
+    dit::TrainingConfig wider = config;
+    wider.hidden_dim = 7;
+    dit::with_model(wider, [&](const auto& other) {
+      dit::Training(wider, other, names).save(folder / "wider");
+      return 0;
+    });
+    CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "wider")), moxie::SafetensorsError);
+    moxie::save_parameters(folder / "foreign", training.averages());
+    CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "foreign")), moxie::SafetensorsError);
+    CHECK_THROWS_AS(dit::config_of(moxie::SafetensorsFile(folder / "foreign")), moxie::SafetensorsError);
+
+    std::ifstream in(folder / "good", std::ios::binary);
+    std::string bytes((std::istreambuf_iterator<char>(in)), {});
+    std::ofstream(folder / "short", std::ios::binary) << bytes.substr(0, bytes.size() - 4);
+    CHECK_THROWS_AS(moxie::SafetensorsFile(folder / "short"), moxie::SafetensorsError);
+    CHECK(training.steps() == 1);
+    CHECK((training.averages().flat() == before.flat()).all());
+    return 0;
+  });
+}
+
+TEST_CASE("Training: a loss that is not finite stops the run and leaves the weights") {
+  Images data;
+  const dit::TrainingConfig config = small_config();
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, names);
+    training.step(data.pixels, data.labels, Exec{1});
+    const Parameters<float> before = training.averages();
+    data.pixels.setConstant(std::numeric_limits<float>::quiet_NaN());
+    CHECK_THROWS_AS(training.step(data.pixels, data.labels, Exec{1}), moxie::ValueError);
+    CHECK(training.steps() == 1);
+    CHECK((training.averages().flat() == before.flat()).all());
+    return 0;
+  });
+}
+
+TEST_CASE("TrainingConfig: survives JSON, and an unknown feed-forward is refused") {
+  dit::TrainingConfig config = small_config();
+  config.seed = 18446744073709551615U;
+  CHECK(dit::TrainingConfig::from_json(nlohmann::json::parse(config.json().dump())).json() == config.json());
+  config.feed_forward = "loud";
+  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) { return 0; }), moxie::ValueError);
+}
