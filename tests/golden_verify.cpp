@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MIT
+// Compares the layers with what the reference implementations computed. `golden_verify --help` says how.
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <exception>
+#include <moxie/io/safetensors.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "golden_verify/ditmoe_block.hpp"
+#include "golden_verify/golden_case.hpp"
+#include "golden_verify/softmoe.hpp"
+
+namespace {
+
+using golden::GoldenCase;
+using golden::GoldenError;
+
+/// A kind of golden file: `name` begins the metadata entry `case` of each. A new one is a header beside the others, with a
+/// function that reads the hyper-parameters, requires the tensors, runs the layer and compares, and a line here.
+struct Family {
+  std::string_view name;
+  void (*in_double)(GoldenCase&);
+  void (*in_float)(GoldenCase&);
+};
+
+constexpr std::array families{
+    Family{"ditmoe_block", golden::verify_ditmoe_block<double>, golden::verify_ditmoe_block<float>},
+    Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},
+};
+
+constexpr int most_failures = 125;
+constexpr int usage_error = 126;
+
+/// The family with the longest name that the case begins with. Throws GoldenError if there is none.
+const Family& family_of(std::string_view name) {
+  const Family* best = nullptr;
+  for (const Family& family : families) {
+    if (name.starts_with(family.name) && (best == nullptr || family.name.size() > best->name.size())) {
+      best = &family;
+    }
+  }
+  if (best == nullptr) {
+    throw GoldenError("the family of case '" + moxie::detail::printable(name) + "' is unknown");
+  }
+  return *best;
+}
+
+void print_report(const GoldenCase& golden) {
+  for (const GoldenCase::Group& group : golden.groups()) {
+    std::printf("  %-48s %4td tensor%s  error %-8.2e  tolerance %-6.0e  %s%s%s%s\n", group.name.c_str(), group.tensors,
+                group.tensors == 1 ? " " : "s", group.error, group.tolerance, group.ok() ? "ok" : "BAD",
+                group.note.empty() ? "" : "  (", group.note.c_str(), group.note.empty() ? "" : ")");
+  }
+  for (const std::string& tensor : golden.left_out()) {
+    std::printf("  not compared: %s\n", tensor.c_str());
+  }
+}
+
+/// What is wrong with a file, empty for one that passes.
+std::vector<std::string> verify(const std::string& path, bool in_double) {
+  try {
+    const moxie::SafetensorsFile file(path);
+    GoldenCase golden(file, in_double ? golden::tolerance<double> : golden::tolerance<float>);
+    const std::string& name = golden.text("case");
+    const Family& family = family_of(name);
+    std::printf("%s: %s in %s\n", path.c_str(), std::string(family.name).c_str(), in_double ? "double" : "float");
+    (in_double ? family.in_double : family.in_float)(golden);
+    print_report(golden);
+    return golden.failures();
+  } catch (const std::exception& error) {
+    const std::string message = error.what();
+    const std::string prefix = path + ": ";  // which the line begins with anyway
+    return {message.substr(message.starts_with(prefix) ? prefix.size() : 0)};
+  } catch (...) {
+    return {"unknown error"};
+  }
+}
+
+bool passes(const std::string& path, bool in_double) {
+  constexpr std::size_t most = 3;
+  const std::vector<std::string> failures = verify(path, in_double);
+  std::string reason;
+  for (std::size_t i = 0; i < std::min(most, failures.size()); ++i) {
+    reason += (i > 0 ? "; " : "") + failures[i];
+  }
+  if (failures.size() > most) {
+    reason += "; and " + std::to_string(failures.size() - most) + " more";
+  }
+  if (failures.empty()) {
+    std::printf("PASS %s\n", path.c_str());
+  } else {
+    std::printf("FAIL %s: %s\n", path.c_str(), reason.c_str());
+  }
+  std::fflush(stdout);
+  return failures.empty();
+}
+
+void print_usage(std::FILE* to) {
+  std::string names;
+  for (const Family& family : families) {
+    names += (names.empty() ? "" : ", ") + std::string(family.name);
+  }
+  std::fprintf(
+      to,
+      "usage: golden_verify [--scalar double|float] FILE...\n"
+      "\n"
+      "Runs the layer that each golden file describes, and compares every output, loss, routing, intermediate and\n"
+      "gradient tensor of the file. One line a group of tensors, PASS or FAIL a file.\n"
+      "\n"
+      "  --scalar double|float   what the layer computes in (default: double)\n"
+      "  --help                  this text\n"
+      "\n"
+      "error      max |result - reference| / max |reference|, each over one tensor; the worst of the group is shown.\n"
+      "           Where a whole reference tensor is zero, so must be the result. The gradient of a balance loss that\n"
+      "           is constant (all experts chosen equally often) is zero but for rounding: there the error is\n"
+      "           relative to the terms that cancel, and the one number loss/total, a signed sum, relative to the sum\n"
+      "           of the absolute terms; the line says so. NaN is an infinite error.\n"
+      "tolerance  %.0e in double, %.0e in float. Counts have to be equal, and so have the experts of each token,\n"
+      "           in any order. A tensor that nothing is compared with fails the file, unless it is named as 'not\n"
+      "           compared' with a reason.\n"
+      "families   %s: the longest that metadata 'case' begins with\n"
+      "exit       the number of files that failed, at most %d; %d for wrong arguments\n",
+      golden::tolerance<double>, golden::tolerance<float>, names.c_str(), most_failures, usage_error);
+}
+
+int wrong_usage(const std::string& problem) {
+  std::fprintf(stderr, "golden_verify: %s\n\n", problem.c_str());
+  print_usage(stderr);
+  return usage_error;
+}
+
+int run(const std::vector<std::string>& arguments) {
+  bool in_double = true;
+  bool options = true;
+  std::vector<std::string> files;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& argument = arguments[i];
+    if (!options || !argument.starts_with('-')) {
+      files.push_back(argument);
+    } else if (argument == "--") {
+      options = false;
+    } else if (argument == "--help" || argument == "-h") {
+      print_usage(stdout);
+      return 0;
+    } else if (argument == "--scalar" || argument.starts_with("--scalar=")) {
+      const bool apart = argument == "--scalar";
+      if (apart && i + 1 == arguments.size()) {
+        return wrong_usage("--scalar needs a value");
+      }
+      const std::string scalar = apart ? arguments[++i] : argument.substr(std::string_view("--scalar=").size());
+      if (scalar != "double" && scalar != "float") {
+        return wrong_usage("the scalar is '" + scalar + "', expected double or float");
+      }
+      in_double = scalar == "double";
+    } else {
+      return wrong_usage("unknown option '" + argument + "'");
+    }
+  }
+  if (files.empty()) {
+    return wrong_usage("no files");
+  }
+  const auto failed =
+      std::count_if(files.begin(), files.end(), [&](const std::string& file) { return !passes(file, in_double); });
+  return static_cast<int>(std::min<std::ptrdiff_t>(failed, most_failures));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run({argv + 1, argv + argc});
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "golden_verify: %s\n", error.what());
+    return usage_error;
+  }
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/layer/soft_moe.hpp>
+
+#include "golden_case.hpp"
+
+namespace golden {
+
+/// Family `softmoe`: Soft MoE with normalized logits (vmoe), or plain ones (Algorithm 1 of the paper).
+///
+/// The reference keeps Φ as [D,E,P], `mu` or `phi`, and kernels as [E,in,out]: the transposes of the layer's.
+template <class Scalar>
+void verify_softmoe(GoldenCase& golden) {
+  const Index groups = golden.integer("groups");
+  const Index length = golden.integer("group_size");
+  const Index dim = golden.integer("dim");
+  const Index hidden = golden.integer("mlp_hidden");
+  const Index experts = golden.integer("num_experts", 1, 4096);
+  const Index slots = golden.integer("num_slots");
+  const bool normalize = golden.boolean("normalized");
+  if (golden.file().metadata().count("noise_std") > 0 && golden.number("noise_std") != 0) {
+    throw GoldenError("metadata 'noise_std' is not 0");
+  }
+  const Index tokens = groups * length;
+  const std::string phi_name = normalize ? "Router.mu" : "Router.phi";
+
+  const std::vector<Index> like_x{groups, length, dim};
+  const std::vector<Index> weights{groups, length, experts, slots};
+  for (const char* name : {"input/x", "input/dy", "output/y", "grad/x"}) {
+    golden.require(name, like_x);
+  }
+  for (const std::string prefix : {"param/", "grad/param/"}) {
+    golden.require(prefix + phi_name, {dim, experts, slots});
+    if (normalize) {
+      golden.require(prefix + "Router.scale", {});
+    }
+    golden.require(prefix + "Mlp.Dense_0.kernel", {experts, dim, hidden});
+    golden.require(prefix + "Mlp.Dense_0.bias", {experts, hidden});
+    golden.require(prefix + "Mlp.Dense_1.kernel", {experts, hidden, dim});
+    golden.require(prefix + "Mlp.Dense_1.bias", {experts, dim});
+  }
+  golden.require("intermediate/slots", {experts, groups, slots, dim});
+  golden.require("routing/dispatch_weights", weights);
+  golden.require("routing/combine_weights", weights);
+  golden.require("loss/aux", {});
+  golden.require("loss/total", {});
+  golden.allow("extra/output_y_bf16_dispatch", like_x);
+  golden.leave_out("extra/output_y_bf16_dispatch", "the reference's rounding to bfloat16 on the way to the experts and back");
+  GoldenCase::limit({groups, experts, slots, hidden});
+
+  moxie::SoftMoE<Scalar> layer({.model_dim = dim,
+                                .experts = experts,
+                                .slots_per_expert = slots,
+                                .expert = {.hidden_dim = hidden},
+                                .normalize = normalize});
+  moxie::Parameters<Scalar>& p = layer.parameters();
+  p["phi.weight"].eigen() = golden.matrix<Scalar>("param/" + phi_name, dim, experts * slots).transpose();
+  if (normalize) {
+    p["scale"].eigen() = golden.matrix<Scalar>("param/Router.scale", 1, 1);
+  }
+  const auto name_of = [](Index expert, const char* tensor) { return "experts." + std::to_string(expert) + "." + tensor; };
+  const Matrix<Scalar> kernel0 = golden.matrix<Scalar>("param/Mlp.Dense_0.kernel", experts * dim, hidden);
+  const Matrix<Scalar> kernel1 = golden.matrix<Scalar>("param/Mlp.Dense_1.kernel", experts * hidden, dim);
+  const Matrix<Scalar> bias0 = golden.matrix<Scalar>("param/Mlp.Dense_0.bias", experts, hidden);
+  const Matrix<Scalar> bias1 = golden.matrix<Scalar>("param/Mlp.Dense_1.bias", experts, dim);
+  for (Index e = 0; e < experts; ++e) {
+    p[name_of(e, "fc1.weight")].eigen() = kernel0.middleRows(e * dim, dim).transpose();
+    p[name_of(e, "fc2.weight")].eigen() = kernel1.middleRows(e * hidden, hidden).transpose();
+    p[name_of(e, "fc1.bias")].eigen() = bias0.row(e);
+    p[name_of(e, "fc2.bias")].eigen() = bias1.row(e);
+  }
+
+  const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", tokens, dim);
+  const Matrix<Scalar> dy = golden.matrix<Scalar>("input/dy", tokens, dim);
+  const moxie::Tokens<Scalar> in(x, length);
+  Matrix<Scalar> y = unwritten<Scalar>(tokens, dim);
+  auto tape = layer.make_tape(tokens);
+  layer.forward(in, y, tape);
+
+  // Rows and columns of the plan, and the rows of the slots, are in the reference's order.
+  moxie::Buffer<Scalar> storage;
+  golden.compare("routing/dispatch_weights", values(tape.plan().dispatch()));
+  golden.compare("routing/combine_weights", values(tape.plan().combine()));
+  golden.compare("intermediate/slots", values(moxie::dispatch(tape.plan(), in.x, storage, {}).rows));
+  golden.compare("output/y", values(y));
+  golden.compare("loss/aux", {tape.balance_loss()});
+  golden.compare_total("loss/total", y, dy, tape.balance_loss());
+
+  auto grads = layer.parameters().zeros_like();
+  Matrix<Scalar> dx = unwritten<Scalar>(tokens, dim);
+  layer.backward(in, dy, dx, grads, tape);
+  golden.compare("grad/x", values(dx));
+  golden.compare("grad/param/" + phi_name, values<Scalar>(grads["phi.weight"].eigen().transpose()));
+  if (normalize) {
+    golden.compare("grad/param/Router.scale", values(grads["scale"]));
+  }
+  Matrix<Scalar> dkernel0(experts * dim, hidden);
+  Matrix<Scalar> dkernel1(experts * hidden, dim);
+  Matrix<Scalar> dbias0(experts, hidden);
+  Matrix<Scalar> dbias1(experts, dim);
+  for (Index e = 0; e < experts; ++e) {
+    dkernel0.middleRows(e * dim, dim) = grads[name_of(e, "fc1.weight")].eigen().transpose();
+    dkernel1.middleRows(e * hidden, hidden) = grads[name_of(e, "fc2.weight")].eigen().transpose();
+    dbias0.row(e) = grads[name_of(e, "fc1.bias")].eigen();
+    dbias1.row(e) = grads[name_of(e, "fc2.bias")].eigen();
+  }
+  golden.compare("grad/param/Mlp.Dense_0.kernel", values(dkernel0));
+  golden.compare("grad/param/Mlp.Dense_0.bias", values(dbias0));
+  golden.compare("grad/param/Mlp.Dense_1.kernel", values(dkernel1));
+  golden.compare("grad/param/Mlp.Dense_1.bias", values(dbias1));
+}
+
+}  // namespace golden
