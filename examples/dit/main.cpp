@@ -116,7 +116,7 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
                                               std::uint64_t(first), tape, exec, [&] { load.add(tape); });
     progress.update(first + n, std::nan(""), std::nan(""));
     if (interrupted != 0) {
-      throw std::runtime_error("interrupted while sampling; run with --resume to sample again");
+      throw std::runtime_error("interrupted while sampling; the checkpoint can be sampled again");
     }
   }
   progress.finish();

@@ -48,7 +48,7 @@ struct AdamWConfig {
 /// AdamW (Loshchilov and Hutter 2019) with clipping and warm-up, and an exponential moving average of the weights:
 ///
 ///     m = β1 m + (1-β1) g,  v = β2 v + (1-β2) g²,  w -= rate (m̂ / (√v̂ + ε) + decay w),  ema = d ema + (1-d) w,
-///     d = min(ema_decay, (1 + n) / (10 + n)) after n steps
+///     d = min(ema_decay, n / (9 + n)) in step n = 1, 2, ...
 template <class S>
 class AdamW {
  public:

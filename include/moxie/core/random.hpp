@@ -57,7 +57,7 @@ class Rng {
   /// Uniform on {0, ..., n-1}; the bias is below n / 2^53.
   Index below(Index n, std::uint64_t index) const { return std::min(n - 1, Index(uniform(index) * double(n))); }
 
-  /// Fills `m` with uniform numbers from [low, high), element (i, j) from index i·cols + j.
+  /// Fills `m` with uniform numbers from [from, to), element (i, j) from index i·cols + j.
   template <class Scalar>
   void fill_uniform(RowView<Scalar> m, double from, double to) const {
     fill(m, [&](std::uint64_t i) { return from + (to - from) * uniform(i); });

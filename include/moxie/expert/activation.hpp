@@ -22,7 +22,7 @@ struct Silu {
   }
 };
 
-/// x Φ(x) with the normal distribution function Φ. Hendrycks and Gimpel 2016, equation 1.
+/// x Φ(x) with the normal distribution function Φ. Hendrycks and Gimpel 2016.
 struct GeluErf {
   template <class V>
   static V value(V x) {

@@ -213,7 +213,8 @@ void multiply_block(const Product<Scalar>& product, Index m0, Index m1, Index n0
 
 /// Computes `product(i)` for i = 0, ..., count-1 as one list of tasks shared by all threads.
 ///
-/// Products may differ in size; an empty one costs nothing. Accumulation in `Scalar`, one fused multiply-add a step (a multiply
+/// `product` is called several times for an index, by several threads at once. Products may differ in size; an empty one costs
+/// nothing. Accumulation in `Scalar`, one fused multiply-add a step (a multiply
 /// and an add where the instruction set has none), over the depth in order, in passes of a fixed depth: the bits of an element
 /// do not depend on the number of threads, on how the product is cut, nor on the other rows and columns. Two products of a call
 /// must not write the same elements.

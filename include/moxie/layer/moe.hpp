@@ -107,7 +107,7 @@ class Moe {
     }
   }
 
-  /// A tape. It grows with the batches that come; `max_tokens` makes room for the expected ones.
+  /// A tape. The first step of a shape takes the memory it needs, and later ones reuse it; `max_tokens` is a hint.
   Tape make_tape(Index max_tokens = 0) const {
     Tape tape;
     tape.h_.reserve(max_tokens * model_dim());

@@ -40,7 +40,6 @@ class SoftRouter {
     Buffer<Scalar> phi_;         // l2norm(Φ), (N,D)
     Buffer<Scalar> x_factor_;    // 1 / √(Σ x² + ε), T
     Buffer<Scalar> phi_factor_;  // N
-    Buffer<Scalar> logits_;      // (T,N)
   };
 
   /// Throws ValueError for sizes below 1.
@@ -70,8 +69,8 @@ class SoftRouter {
     }
   }
 
-  /// Throws ValueError naming the first token whose logits are not finite.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
+  /// Throws ValueError naming the first token whose norm or logits are not finite.
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
              const Exec& exec) const {
     const Index tokens = in.count();
     RowView<const Scalar> x = in.x;
@@ -79,10 +78,16 @@ class SoftRouter {
     Scalar scale = 1;
     if (config_.normalize) {
       x = normalized(x, tape.x_, tape.x_factor_, exec);
+      for (Index t = 0; t < tokens; ++t) {
+        if (!(tape.x_factor_[t] > 0)) {
+          throw ValueError("SoftRouter::route: token " + std::to_string(t) + " is not finite, or its norm is not");
+        }
+      }
       phi = normalized(phi, tape.phi_, tape.phi_factor_, exec);
       scale = p[scale_](0, 0);
     }
-    const RowView<Scalar> z = tape.logits_.matrix(tokens, slots());
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> z = workspace.matrix<Scalar>(tokens, slots());
     kernel::gemm<Scalar>({tokens, slots(), config_.model_dim, kernel::plain<Scalar>(x), kernel::transposed<Scalar>(phi),
                           kernel::replace<Scalar>(z)},
                          exec);  // (T,D)(D,N) -> (T,N)

@@ -20,7 +20,7 @@ struct TopKRouterConfig {
   Index experts = 0;
   Index top_k = 1;
   TopKOrder order = TopKOrder::softmax_top_k;
-  bool normalize = false;  ///< softmax_top_k: weights divided by (their sum + 1e-20)
+  bool normalize = false;  ///< weights divided by (their sum + 1e-20); top_k_softmax always is
   double scale = 1;        ///< factor of all weights (DeepSeek's routed scaling factor)
   Balance balance = {};
   /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn from the balance loss alone.
@@ -29,11 +29,11 @@ struct TopKRouterConfig {
 
 /// Token choice: a linear gate, every token takes its K best experts, without capacity.
 ///
-///     z = x Wgᵀ,  s = softmax(z),  chosen = K largest s (ties: the lower index),  w = scale · s   [or scale · s / (Σ_chosen s
-///     + ε)]
+///     z = x Wgᵀ,  s = softmax(z),  chosen = K largest z (ties: the lower index)
+///     w = scale · s,  or normalized: w = scale · s / (Σ_chosen s + 1e-20)
 ///
-/// Sources: V-MoE (Riquelme et al. 2021), DeepSeekMoE (Dai et al. 2024) eq. 9-11; the other order: Mixtral (Jiang et al. 2024)
-/// eq. 2. Parameter: `gate.weight` (E,D). Gate, softmax and weights in `Scalar`. Cost: 2TDE + O(TEK).
+/// Sources: V-MoE (Riquelme et al. 2021), DeepSeekMoE (Dai et al. 2024) eq. 10 and 11; the other order: Mixtral (Jiang et al.
+/// 2024), section 2. Parameter: `gate.weight` (E,D). Gate, softmax and weights in `Scalar`. Cost: 2TDE + O(TEK).
 template <class Scalar_>
 class TopKRouter {
  public:
@@ -125,7 +125,7 @@ class TopKRouter {
     count(in, tape);
   }
 
-  /// dw -> ds (and the balance losses' ds) -> dz; dWg += dzᵀ x, dx += dz Wg.
+  /// dw -> ds (and the balance losses' ds) -> dz; dWg += dzᵀ x, dx += dz Wg. Choices and counts are constants.
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
                 RowView<Scalar> dx, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace, const Exec& exec) const {
     const Index tokens = in.count();
@@ -140,8 +140,13 @@ class TopKRouter {
     for (Index r = 0; r < plan.rows(); ++r) {
       dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
     }
-    for_each_row(tokens, exec,
-                 [&](Index t) { add_score_gradient(s.row(t), tape.chosen_.data() + t * k, dw.row(t), dz.row(t)); });
+    if (!normalized()) {
+      for_each_row(tokens, exec, [&](Index t) {
+        for (Index j = 0; j < k; ++j) {
+          dz(t, tape.chosen_[t * k + j]) = dw(t, j);  // ds so far
+        }
+      });
+    }
     if (config_.balance.expert_level > 0) {
       balance_loss_backward(tape.counts_.view(1, experts), k, config_.balance.expert_level, dz);
     }
@@ -149,6 +154,10 @@ class TopKRouter {
       balance_loss_backward(tape.sequence_counts_.view(tape.sequences_, experts), k, config_.balance.sequence_level, dz);
     }
     softmax_rows_backward(s, dz, exec);
+    if (normalized()) {
+      for_each_row(tokens, exec,
+                   [&](Index t) { add_normalized_gradient(s.row(t), tape.chosen_.data() + t * k, dw.row(t), dz.row(t)); });
+    }
     kernel::gemm<Scalar>({experts, config_.model_dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x),
                           kernel::add_to<Scalar>(dp[gate_])},
                          exec);  // (E,T)(T,D) -> (E,D)
@@ -182,17 +191,16 @@ class TopKRouter {
     return sum + Scalar(1e-20);
   }
 
-  /// With w_j = s_j / n: ds_j += (dw_j - Σ_i dw_i w_i) / n; without normalization ds_j += dw_j.
-  void add_score_gradient(const Scalar* s, const Index* chosen, const Scalar* dw, Scalar* ds) const {
+  /// The weights w_j = s_j / n are a softmax over the chosen logits alone: dz_j += w_j (dw_j - Σ_i dw_i w_i). Straight to the
+  /// logits, so that experts that were not chosen get exactly nothing.
+  void add_normalized_gradient(const Scalar* s, const Index* chosen, const Scalar* dw, Scalar* dz) const {
     const Scalar n = normalizer(s, chosen);
     Scalar dot = 0;
-    if (normalized()) {
-      for (Index j = 0; j < config_.top_k; ++j) {
-        dot += dw[j] * s[chosen[j]] / n;
-      }
+    for (Index j = 0; j < config_.top_k; ++j) {
+      dot += dw[j] * s[chosen[j]] / n;
     }
     for (Index j = 0; j < config_.top_k; ++j) {
-      ds[chosen[j]] += (dw[j] - dot) / n;
+      dz[chosen[j]] += s[chosen[j]] / n * (dw[j] - dot);
     }
   }
 

@@ -196,8 +196,8 @@ inline std::vector<Index> permutation(Index n, Index length, const Rng& rng) {
 
 /// Assignments + dropped = proposed (T·K for token choice), every expert's rows are sorted by token, and every row belongs to
 /// one expert and one token.
-template <class Scalar>
-LawResult plan_is_sorted_and_complete(const SparsePlan<Scalar>& plan, Index proposed) {
+template <class Plan>
+LawResult plan_is_sorted_and_complete(const Plan& plan, Index proposed) {
   const auto result = [](const std::string& why_not) {
     return detail::stated("plan: sorted by expert, then by token, nothing lost", why_not.empty(), why_not);
   };
