@@ -107,14 +107,14 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
   }
   ExpertLoad load;
   auto tape = model.make_tape();
-  dit::Progress progress({.steps = total});
+  dit::Progress progress({.steps = total, .images_per_step = 1});
   constexpr Index batch = 50;
   for (Index first = 0; first < total; first += batch) {
     const Index n = std::min(batch, total - first);
     const std::vector<Index> part(labels.begin() + first, labels.begin() + first + n);
     images.middleRows(first, n) = dit::sample(model, weights, part, options.steps, options.guidance, Rng(seed).split(2),
                                               std::uint64_t(first), tape, exec, [&] { load.add(tape); });
-    progress.update(first + n, std::nan(""), std::nan(""));
+    progress.update(first + n);
     if (interrupted != 0) {
       throw std::runtime_error("interrupted while sampling; the checkpoint can be sampled again");
     }

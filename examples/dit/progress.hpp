@@ -59,9 +59,15 @@ class Progress {
   /// After a step: `step` steps are done in all. Losses are shown as means over about the last 50 steps, a loss that is not
   /// finite as it is.
   void update(Index step, double loss, double balance_loss) {
-    step_ = step;
     loss_.add(loss);
     balance_loss_.add(balance_loss);
+    has_losses_ = true;
+    update(step);
+  }
+
+  /// The same for work that has no loss.
+  void update(Index step) {
+    step_ = step;
     const double now = options_.clock();
     if (now - last_shown_ >= (options_.terminal ? 0.1 : 10.0)) {
       last_shown_ = now;
@@ -104,10 +110,14 @@ class Progress {
     const double steps_per_second = elapsed > 0.0 ? double(step_ - options_.first_step) / elapsed : 0.0;
     const double left = steps_per_second > 0.0 ? double(std::max<Index>(options_.steps - step_, 0)) / steps_per_second : NAN;
 
+    char losses[64] = "";
+    if (has_losses_) {
+      std::snprintf(losses, sizeof losses, " loss %.3f balance %.3g", loss_.value(), balance_loss_.value());
+    }
     char numbers[256];
-    std::snprintf(numbers, sizeof numbers, "%lld/%lld loss %.3f balance %.3g %.0f images/s %s, left %s",
-                  static_cast<long long>(step_), static_cast<long long>(options_.steps), loss_.value(), balance_loss_.value(),
-                  steps_per_second * double(options_.images_per_step), clock_time(elapsed).c_str(), clock_time(left).c_str());
+    std::snprintf(numbers, sizeof numbers, "%lld/%lld%s %.0f images/s %s, left %s", static_cast<long long>(step_),
+                  static_cast<long long>(options_.steps), losses, steps_per_second * double(options_.images_per_step),
+                  clock_time(elapsed).c_str(), clock_time(left).c_str());
     char percent[8];
     std::snprintf(percent, sizeof percent, "%3d%% ", int(100.0 * done));
     std::string line = percent;
@@ -143,6 +153,7 @@ class Progress {
   Index shown_step_ = -1;
   Average loss_;
   Average balance_loss_;
+  bool has_losses_ = false;
   std::size_t shown_length_ = 0;
 };
 

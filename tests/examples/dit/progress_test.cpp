@@ -56,6 +56,13 @@ TEST_CASE("progress: says how far, how good, how fast and how long") {
   CHECK(run.text() == " 25% 500/2000 loss 0.250 balance 0.0101 320 images/s 1:40, left 5:00\n");
 }
 
+TEST_CASE("progress: says nothing of losses where there are none") {
+  Run run(false);
+  run.now += 100.0;
+  run.progress.update(500);
+  CHECK(run.text() == " 25% 500/2000 320 images/s 1:40, left 5:00\n");
+}
+
 TEST_CASE("progress: a resumed run counts its own steps for the rate, all steps for the rest") {
   Run run(false, 1000);
   run.now += 100.0;
