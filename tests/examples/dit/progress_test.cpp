@@ -152,5 +152,5 @@ TEST_CASE("progress: the time left is unknown before the first step, and without
   std::ostringstream out;
   dit::Progress empty({.out = &out, .terminal = false, .clock = [] { return 0.0; }});
   empty.finish();
-  CHECK(out.str() == "  0% 0/0 loss nan balance nan 0 images/s 0:00, left -:--\n");
+  CHECK(out.str() == "  0% 0/0 0 images/s 0:00, left -:--\n");
 }
