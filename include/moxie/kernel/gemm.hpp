@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <moxie/core/buffer.hpp>
 #include <moxie/core/exec.hpp>
 #include <moxie/kernel/simd.hpp>
@@ -109,6 +110,18 @@ void multiply_tile(Index depth, const Scalar* const* a, Index step, const Scalar
   }
 }
 
+/// n <= Width elements, then zeros up to Width.
+template <Index Width, class Scalar>
+void copy_padded(const Scalar* from, Index n, Scalar* to) {
+  if (n == Width) {
+    std::memcpy(to, from, Width * sizeof(Scalar));  // of a known size: a few vector instructions, no call
+    return;
+  }
+  for (Index j = 0; j < Width; ++j) {
+    to[j] = j < n ? from[j] : Scalar(0);
+  }
+}
+
 /// Packs rows [k0, k0 + depth) and columns [n0, n0 + n) of B into panels [n / cols][depth][cols], padded with zeros.
 template <class Scalar, class Arch>
 void pack_panels(const Operand<Scalar>& b, Index k0, Index depth, Index n0, Index n, Scalar* out) {
@@ -117,13 +130,7 @@ void pack_panels(const Operand<Scalar>& b, Index k0, Index depth, Index n0, Inde
     const Index cols = std::min(T::cols, n - j0);
     if (!b.transposed) {
       for (Index p = 0; p < depth; ++p) {
-        const Scalar* from = b.row(k0 + p) + n0 + j0;
-        Scalar* to = out + p * T::cols;
-        if (cols == T::cols) {
-          std::copy_n(from, T::cols, to);
-        } else {
-          std::fill(std::copy_n(from, cols, to), to + T::cols, Scalar(0));
-        }
+        copy_padded<T::cols>(b.row(k0 + p) + n0 + j0, cols, out + p * T::cols);
       }
     } else {
       const Scalar* from[T::cols];
@@ -145,24 +152,27 @@ template <class Scalar, class Arch>
 void pack_transposed_rows(const Operand<Scalar>& a, Index k0, Index depth, Index m0, Index rows, Scalar* out) {
   using T = Tile<Scalar, Arch>;
   for (Index p = 0; p < depth; ++p) {
-    const Scalar* from = a.row(k0 + p) + m0;
-    Scalar* to = out + p * T::rows;
-    std::fill(std::copy_n(from, rows, to), to + T::rows, Scalar(0));
+    copy_padded<T::rows>(a.row(k0 + p) + m0, rows, out + p * T::rows);
   }
 }
 
+/// Writes the first m rows and n columns of a tile to C, or adds them.
 template <class Scalar, class Arch>
 void store_tile(const Scalar* tile, Scalar* const* rows, Index m, Index n, bool add) {
   using T = Tile<Scalar, Arch>;
+  using B = Batch<Scalar, Arch>;
   for (Index i = 0; i < m; ++i) {
     const Scalar* from = tile + i * T::cols;
     Scalar* to = rows[i];
-    if (add) {
-      for (Index j = 0; j < n; ++j) {
-        to[j] += from[j];
+    if (n == T::cols) {
+      for (Index j = 0; j < T::cols; j += T::width) {
+        const B values = B::load_aligned(from + j);
+        (add ? B::load_unaligned(to + j) + values : values).store_unaligned(to + j);
       }
     } else {
-      std::copy_n(from, n, to);
+      for (Index j = 0; j < n; ++j) {
+        to[j] = add ? to[j] + from[j] : from[j];
+      }
     }
   }
 }

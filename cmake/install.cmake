@@ -1,0 +1,17 @@
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+set(package_dir ${CMAKE_INSTALL_DATADIR}/cmake/moxie)
+install(DIRECTORY include/moxie TYPE INCLUDE FILES_MATCHING PATTERN "*.hpp")
+# Two sets of targets, so that moxie::moxie can be had without nlohmann_json.
+install(TARGETS moxie EXPORT moxie)
+install(TARGETS moxie_io EXPORT moxie_io)
+install(EXPORT moxie NAMESPACE moxie:: FILE moxieTargets.cmake DESTINATION ${package_dir})
+install(EXPORT moxie_io NAMESPACE moxie:: FILE moxieIoTargets.cmake DESTINATION ${package_dir})
+
+configure_package_config_file(cmake/moxieConfig.cmake.in moxieConfig.cmake INSTALL_DESTINATION ${package_dir})
+# Before 1.0 a new minor version may break what uses the library.
+write_basic_package_version_file(moxieConfigVersion.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/moxieConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/moxieConfigVersion.cmake
+              cmake/find_dependencies.cmake DESTINATION ${package_dir})
+install(FILES LICENSE TYPE DOC)

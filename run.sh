@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The project's two commands, from a fresh clone on:
+#   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
+#   ./run.sh test                 builds every preset and runs all tests
+# On Debian and its relatives what is missing is installed first.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev zlib1g-dev)
+need_demo=(gnuplot-nox dataset-fashion-mnist)
+need_test=(doctest-dev clang libclang-rt-dev libomp-dev)
+out=out/demo
+
+say() { printf '\n== %s\n' "$*"; }
+
+install_missing() {
+  if ! command -v apt-get >/dev/null; then
+    if ! command -v g++ >/dev/null || ! command -v cmake >/dev/null || ! command -v ninja >/dev/null; then
+      echo "This is not a Debian. Please install what these packages of Debian 12 hold: $*" >&2
+      exit 1
+    fi
+    return
+  fi
+  local missing=() package
+  for package in "$@"; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  local as_root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    if ! command -v sudo >/dev/null; then
+      echo "Please run as root: apt-get install --no-install-recommends ${missing[*]}" >&2
+      exit 1
+    fi
+    as_root=(sudo)
+  fi
+  say "installing ${missing[*]}"
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# build PRESET [CMAKE ARGUMENT...] [-- BUILD ARGUMENT...]
+build() {
+  local preset=$1 options=()
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  say "building $preset"
+  cmake --preset "$preset" "${options[@]}" >/dev/null
+  cmake --build --preset "$preset" -j "$(nproc)" "${@:2}"
+}
+
+case ${1:-} in
+  demo)
+    install_missing "${need[@]}" "${need_demo[@]}"
+    build release -DMOXIE_BUILD_TESTS=OFF -- --target dit
+    say "training"
+    build/release/examples/dit/dit train --out "$out" "${@:2}"
+    say "pictures"
+    ls "$out"/*.png
+    ;;
+  test)
+    install_missing "${need[@]}" "${need_test[@]}"
+    presets=(dev asan-ubsan no-openmp clang)
+    for preset in "${presets[@]}"; do
+      build "$preset"
+    done
+    say "testing ${presets[*]}"
+    # One run over the trees of all presets, hence one summary.
+    echo "subdirs(${presets[*]})" >build/CTestTestfile.cmake
+    ctest --test-dir build -j "$(nproc)" --timeout 600 --output-on-failure --no-tests=error
+    ;;
+  *)
+    sed -n '2,5s/^# \?//p' "$0" >&2
+    exit 2
+    ;;
+esac

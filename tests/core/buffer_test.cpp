@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <allocations.hpp>
+#include <moxie/core/buffer.hpp>
+#include <numeric>
+
+namespace {
+
+using moxie::Buffer;
+using moxie::Index;
+
+TEST_CASE("buffer: starts at a cache line") {
+  for (const Index n : {1, 3, 17, 1000}) {
+    const Buffer<float> buffer(n);
+    CHECK(reinterpret_cast<std::uintptr_t>(buffer.data()) % moxie::alignment == 0);
+    CHECK(buffer.size() == n);
+  }
+}
+
+TEST_CASE("buffer: a smaller size, and the first one again, allocate nothing") {
+  Buffer<double> buffer(100);
+  const double* data = buffer.data();
+  const std::size_t before = moxie::test::allocation_count;
+  buffer.resize(0);
+  buffer.resize(7);
+  buffer.assign(100, 2.5);
+  const std::size_t after = moxie::test::allocation_count;
+  CHECK(after == before);
+  CHECK(buffer.data() == data);
+  CHECK(std::all_of(buffer.begin(), buffer.end(), [](double v) { return v == 2.5; }));
+  buffer.assign(101, 3.5);
+  CHECK(buffer.size() == 101);
+  CHECK(buffer[100] == 3.5);
+}
+
+TEST_CASE("buffer: reserve makes room and leaves the size of a buffer that has it") {
+  Buffer<int> buffer;
+  buffer.reserve(10);
+  CHECK(buffer.size() == 0);
+  const std::size_t before = moxie::test::allocation_count;
+  buffer.resize(10);
+  const std::size_t after = moxie::test::allocation_count;
+  CHECK(after == before);
+  buffer.reserve(5);
+  CHECK(buffer.size() == 10);
+}
+
+TEST_CASE("buffer: copies are deep, moves are not") {
+  Buffer<Index> a(5);
+  std::iota(a.begin(), a.end(), Index{3});
+  Buffer<Index> b = a;
+  b[2] = 9;
+  CHECK(a[2] == 5);
+  CHECK(b[4] == 7);
+  const Index* data = a.data();
+  Buffer<Index> c = std::move(a);
+  CHECK(c.data() == data);
+  b = c;
+  CHECK(b[2] == 5);
+  CHECK(b.data() != c.data());
+  b = Buffer<Index>();
+  CHECK(b.size() == 0);
+  Buffer<Index>& same = c;
+  c = same;
+  CHECK(c[4] == 7);
+}
+
+TEST_CASE("buffer: an empty one copies, spans and resizes to nothing") {
+  const Buffer<double> empty;
+  Buffer<double> copy = empty;
+  CHECK(copy.span().empty());
+  copy.resize(0);
+  CHECK(copy.begin() == copy.end());
+}
+
+TEST_CASE("buffer: as a matrix it is row-major") {
+  Buffer<float> buffer;
+  const moxie::RowView<float> m = buffer.matrix(3, 4);
+  m(2, 1) = 5;
+  CHECK(buffer[9] == 5);
+  CHECK(buffer.size() == 12);
+  const Buffer<float>& read = buffer;
+  CHECK(read.view(3, 4)(2, 1) == 5);
+  CHECK(read.span().size() == 12);
+}
+
+}  // namespace

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <allocations.hpp>
+#include <cstdint>
+#include <moxie/core/workspace.hpp>
+
+namespace {
+
+using moxie::Index;
+using moxie::RowView;
+using moxie::Workspace;
+
+bool apart(const RowView<double>& a, const RowView<double>& b) { return !moxie::detail::overlaps(a, b); }
+
+// Takes and fills three matrices in two nested frames, and says whether they kept what was written.
+bool use(Workspace& workspace, Index n) {
+  const Workspace::Frame outer(workspace);
+  const RowView<double> a = workspace.matrix<double>(n, 3);
+  a.eigen().setConstant(1);
+  bool inside = true;
+  {
+    const Workspace::Frame inner(workspace);
+    const RowView<double> b = workspace.matrix<double>(2 * n, 3);
+    const RowView<double> c = workspace.matrix<double>(n, 7);
+    b.eigen().setConstant(2);
+    c.eigen().setConstant(3);
+    inside = apart(a, b) && apart(a, c) && apart(b, c) && (b.eigen().array() == 2).all() && (c.eigen().array() == 3).all();
+  }
+  const RowView<double> d = workspace.matrix<double>(n, 5);
+  d.eigen().setConstant(4);
+  return inside && apart(a, d) && (a.eigen().array() == 1).all() && (d.eigen().array() == 4).all();
+}
+
+TEST_CASE("workspace: matrices of open frames do not overlap, in the first step and later, growing and shrinking") {
+  Workspace workspace;
+  for (const Index n : {5, 5, 5, 100, 100, 3, 0, 200, 200}) {
+    CHECK(use(workspace, n));
+  }
+}
+
+TEST_CASE("workspace: matrices start at a cache line") {
+  Workspace workspace;
+  for (int step = 0; step < 3; ++step) {
+    const Workspace::Frame frame(workspace);
+    for (const Index n : {1, 3, 5}) {
+      CHECK(reinterpret_cast<std::uintptr_t>(workspace.matrix<float>(n, n).data()) % 64 == 0);
+    }
+  }
+}
+
+TEST_CASE("workspace: a closed frame gives its memory back") {
+  Workspace workspace;
+  use(workspace, 10);
+  const Workspace::Frame outer(workspace);
+  const double* first = nullptr;
+  for (int i = 0; i < 5; ++i) {
+    const Workspace::Frame inner(workspace);
+    const double* data = workspace.matrix<double>(4, 4).data();
+    CHECK((i == 0 || data == first));
+    first = data;
+  }
+}
+
+TEST_CASE("workspace: nothing is allocated after the first step of a shape") {
+  Workspace workspace;
+  use(workspace, 50);
+  const std::size_t before = moxie::test::allocation_count;
+  for (int step = 0; step < 5; ++step) {
+    use(workspace, 50);
+    use(workspace, 20);
+  }
+  const std::size_t after = moxie::test::allocation_count;
+  CHECK(after == before);
+}
+
+TEST_CASE("workspace: the allocations that the tests count are counted") {
+  const std::size_t before = moxie::test::allocation_count;
+  Workspace workspace;
+  use(workspace, 50);
+  const std::size_t after = moxie::test::allocation_count;
+  CHECK(after > before);
+}
+
+TEST_CASE("workspace: a copy starts empty, an assigned one keeps its own memory") {
+  Workspace a;
+  const Workspace::Frame frame(a);
+  const RowView<double> kept = a.matrix<double>(4, 4);
+  kept.eigen().setConstant(5);
+  Workspace b = a;
+  CHECK(use(b, 10));
+  b = a;
+  CHECK(use(b, 10));
+  a = b;
+  CHECK((kept.eigen().array() == 5).all());
+  CHECK(apart(kept, a.matrix<double>(4, 4)));
+}
+
+TEST_CASE("workspace: a moved one goes on") {
+  Workspace a;
+  use(a, 10);
+  Workspace b = std::move(a);
+  CHECK(use(b, 10));
+}
+
+}  // namespace

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <moxie/expert/activation.hpp>
+#include <moxie/testing/gradient_check.hpp>
+#include <support.hpp>
+
+namespace {
+
+using moxie::Index;
+using moxie::Matrix;
+using moxie::test::Tolerance;
+namespace kernel = moxie::kernel;
+namespace reference = moxie::test::reference;
+
+template <class Activation, class S>
+Matrix<S> value(const Matrix<S>& x) {
+  Matrix<S> y(x.rows(), x.cols());
+  kernel::map(
+      x.size(), y.data(), [](auto v) { return Activation::value(v); }, x.data());
+  return y;
+}
+template <class Activation, class S>
+Matrix<S> derivative(const Matrix<S>& x) {
+  Matrix<S> y(x.rows(), x.cols());
+  kernel::map(
+      x.size(), y.data(), [](auto v) { return Activation::derivative(v); }, x.data());
+  return y;
+}
+
+// n points of [-range, range], 0 among them.
+template <class S>
+Matrix<S> points(Index n, double range) {
+  Matrix<S> x(1, n);
+  for (Index i = 0; i < n; ++i) {
+    x(0, i) = S(range * (2 * double(i) / double(n - 1) - 1));
+  }
+  return x;
+}
+
+template <class Activation, class S>
+void check_values(double (*expected)(double)) {
+  const Matrix<S> x = points<S>(2001, 30);
+  const Matrix<S> y = value<Activation>(x);
+  double worst = 0;
+  for (Index i = 0; i < x.size(); ++i) {
+    const double f = expected(double(x(0, i)));
+    const double error = std::abs(double(y(0, i)) - f) / std::max(1.0, std::abs(f));
+    worst = error <= worst ? worst : error;
+  }
+  CHECK(worst < Tolerance<S>::function);
+  CHECK(y(0, 1000) == S(0));  // f(0) = 0
+}
+
+template <class Activation>
+void check_derivative() {
+  for (const double range : {6.0, 20.0}) {
+    Matrix<double> x = points<double>(401, range);
+    const Matrix<double> d = derivative<Activation>(x);
+    const Matrix<double> ones = Matrix<double>::Ones(1, x.cols());
+    // One element at a time: a sum over all would round by its size.
+    for (Index i = 0; i < x.cols(); ++i) {
+      Matrix<double> point = x.middleCols(i, 1);
+      const Matrix<double> slope = d.middleCols(i, 1);
+      const auto f = [&] { return value<Activation>(point)(0, 0); };
+      const auto report = moxie::testing::check_gradient(f, point, slope, {.step = 1e-3});
+      // Relative to the slope, or to 1 where the function is flat.
+      const double error = std::abs(report.analytic - report.numeric) / std::max(1.0, std::abs(report.numeric));
+      CHECK(error < 1e-10);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("SiLU: is x σ(x)", S, float, double) { check_values<moxie::Silu, S>(&reference::silu); }
+TEST_CASE_TEMPLATE("GELU: is x Φ(x)", S, float, double) { check_values<moxie::GeluErf, S>(&reference::gelu_erf); }
+TEST_CASE_TEMPLATE("GELU, tanh: is the approximation", S, float, double) {
+  check_values<moxie::GeluTanh, S>(&reference::gelu_tanh);
+}
+
+TEST_CASE("SiLU: the derivative matches central differences") { check_derivative<moxie::Silu>(); }
+TEST_CASE("GELU: the derivative matches central differences") { check_derivative<moxie::GeluErf>(); }
+TEST_CASE("GELU, tanh: the derivative matches central differences") { check_derivative<moxie::GeluTanh>(); }
+
+TEST_CASE("GELU: the approximation is one") {
+  const Matrix<double> x = points<double>(601, 6);
+  const double difference = (value<moxie::GeluErf>(x) - value<moxie::GeluTanh>(x)).cwiseAbs().maxCoeff();
+  CHECK(difference < 1e-3);
+  CHECK(difference > 1e-5);
+}
+
+TEST_CASE_TEMPLATE("activations: far out they are 0 or x, their slopes 0 or 1, and nothing is NaN", S, float, double) {
+  const auto check = [](auto activation) {
+    using Activation = decltype(activation);
+    Matrix<S> x(1, 6);
+    x << S(-1e4), S(-200), S(-60), S(60), S(200), S(1e4);
+    const Matrix<S> y = value<Activation>(x);
+    const Matrix<S> d = derivative<Activation>(x);
+    for (Index i = 0; i < 3; ++i) {
+      CHECK(std::abs(double(y(0, i))) < 1e-20);
+      CHECK(std::abs(double(d(0, i))) < 1e-20);
+      CHECK(y(0, i + 3) == x(0, i + 3));
+      CHECK(d(0, i + 3) == S(1));
+    }
+  };
+  check(moxie::Silu{});
+  check(moxie::GeluErf{});
+  check(moxie::GeluTanh{});
+}
+
+}  // namespace

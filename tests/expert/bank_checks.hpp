@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <moxie/expert/bank.hpp>
+#include <moxie/testing/gradient_check.hpp>
+#include <moxie/testing/laws.hpp>
+#include <support.hpp>
+
+/// What the tests of all banks of experts check alike.
+namespace moxie::test::bank {
+
+inline constexpr Index dim = 5;
+// Expert 1 has no rows, expert 2 has one; rows are gathered, some twice.
+inline constexpr Index starts[] = {0, 4, 4, 5, 9};
+inline constexpr Index gather[] = {3, 0, 6, 3, 1, 2, 5, 4, 0};
+inline constexpr Index experts = 4;
+inline constexpr Index rows = 9;
+inline constexpr Index tokens = 7;
+
+template <class Bank_>
+Parameters<typename Bank_::Scalar> random_parameters(const Bank_& bank) {
+  Parameters<typename Bank_::Scalar> p{Layout(bank.layout())};
+  test::randomize(p, 901);
+  return p;
+}
+
+// h of a bank against f(expert, x) row by row, with gathered rows and with rows in order.
+template <class Bank_, class F>
+void check_forward(const Bank_& bank, F&& f) {
+  using S = typename Bank_::Scalar;
+  const auto p = random_parameters(bank);
+  const Parameters<double> p64 = test::as_double(p);
+  const Matrix<S> x = test::random<S>(rows, dim, 902);
+  for (const bool gathered : {true, false}) {
+    Matrix<S> h = test::untouched<S>(rows, dim);
+    typename Bank_::Tape tape;
+    bank.forward(p.view(), GroupedRows<S>{starts, x, gathered ? gather : nullptr}, h, tape, Exec{});
+    Matrix<double> expected(rows, dim);
+    for (Index e = 0; e < experts; ++e) {
+      for (Index r = starts[e]; r < starts[e + 1]; ++r) {
+        const reference::Vector v = x.row(gathered ? gather[r] : r).transpose().template cast<double>();
+        expected.row(r) = f(p64, "experts." + std::to_string(e) + ".", v).transpose();
+      }
+    }
+    CHECK(test::relative_error(h, expected) < Tolerance<S>::layer);
+  }
+}
+
+// drows and all parameter gradients, added to what is there, against central differences of <h, dh>.
+template <class Bank_>
+void check_backward(const Bank_& bank) {
+  auto p = random_parameters(bank);
+  Matrix<double> x = test::random<double>(tokens, dim, 903);
+  Matrix<double> x_rows(rows, dim);
+  for (Index r = 0; r < rows; ++r) {
+    x_rows.row(r) = x.row(gather[r]);
+  }
+  const Matrix<double> dh = test::random<double>(rows, dim, 904);
+  Matrix<double> h(rows, dim);
+  typename Bank_::Tape tape;
+  Workspace workspace;
+  for (const bool gathered : {true, false}) {
+    const GroupedRows<double> in{starts, gathered ? RowView<const double>(x) : RowView<const double>(x_rows),
+                                 gathered ? gather : nullptr};
+    Matrix<double> drows = test::untouched<double>(rows, dim);
+    auto grads = random_parameters(bank);
+    const auto before = grads;
+    bank.forward(p.view(), in, h, tape, Exec{});
+    bank.backward(p.view(), in, dh, drows, grads.view(), tape, workspace, Exec{});
+    grads.flat() -= before.flat();
+    const auto loss = [&] {
+      bank.forward(p.view(), in, h, tape, Exec{.threads = 1});
+      return h.cwiseProduct(dh).sum();
+    };
+    std::vector<testing::GradientReport> reports;
+    if (!gathered) {
+      reports.push_back(testing::check_gradient(loss, x_rows, drows, {}, "rows"));
+    }
+    zip(
+        [&](const TensorInfo& info, RowView<double> value, RowView<double> gradient) {
+          if (info.name.find("experts.1.") == 0) {
+            CHECK((gradient.eigen().array() == 0).all());
+          } else {
+            reports.push_back(testing::check_gradient(loss, value, gradient, {}, info.name));
+          }
+        },
+        p, grads);
+    for (const auto& report : reports) {
+      INFO(report.message());
+      CHECK(report.passes(test::gradient_tolerance));
+    }
+  }
+}
+
+template <class Bank_>
+void check_laws(const Bank_& bank) {
+  for (const auto& law : testing::check_bank_laws(bank)) {
+    INFO(law.message);
+    CHECK(law.holds);
+  }
+}
+
+}  // namespace moxie::test::bank

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <moxie/expert/expert_bank.hpp>
+#include <moxie/expert/glu.hpp>
+#include <moxie/layer/moe.hpp>
+#include <moxie/routing/soft.hpp>
+#include <moxie/routing/top_k.hpp>
+#include <moxie/testing/gradient_check.hpp>
+#include <moxie/testing/laws.hpp>
+#include <stdexcept>
+#include <support.hpp>
+
+namespace {
+
+using moxie::Exec;
+using moxie::Index;
+using moxie::Matrix;
+using moxie::Moe;
+using moxie::ParameterView;
+using moxie::RowView;
+using moxie::Tokens;
+
+constexpr Index model_dim = 5;
+constexpr Index tokens = 12;
+const Exec one_thread{.threads = 1};
+
+// An expert of a user's own: f(x) = a ⊙ x² + b.
+template <class S>
+class SquareExpert {
+ public:
+  using Scalar = S;
+  struct Config {
+    Index throws_at_rows = -1;  // to see what becomes of an exception
+  };
+
+  SquareExpert(Index dim, const Config& config) : config_(config) {
+    layout_.add("a", {dim});
+    layout_.add("b", {dim});
+  }
+  const moxie::Layout& layout() const { return layout_; }
+  void initialize(ParameterView<S> p, const moxie::Rng& rng) const { rng.fill_normal(p["a"]); }
+  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> h) const {
+    if (x.rows() == config_.throws_at_rows) {
+      throw std::runtime_error("this expert gave up");
+    }
+    for (Index r = 0; r < x.rows(); ++r) {
+      for (Index j = 0; j < x.cols(); ++j) {
+        h(r, j) = p["a"](0, j) * x(r, j) * x(r, j) + p["b"](0, j);
+      }
+    }
+  }
+  void backward(ParameterView<const S> p, RowView<const S> x, RowView<const S> dh, RowView<S> dx, ParameterView<S> dp) const {
+    for (Index r = 0; r < x.rows(); ++r) {
+      for (Index j = 0; j < x.cols(); ++j) {
+        dx(r, j) = 2 * dh(r, j) * p["a"](0, j) * x(r, j);
+        dp["a"](0, j) += dh(r, j) * x(r, j) * x(r, j);
+        dp["b"](0, j) += dh(r, j);
+      }
+    }
+  }
+
+ private:
+  Config config_;
+  moxie::Layout layout_;
+};
+
+static_assert(moxie::Expert<SquareExpert<float>>);
+static_assert(moxie::Bank<moxie::ExpertBank<SquareExpert<float>>>);
+static_assert(!moxie::Bank<moxie::TopKRouter<float>>);
+static_assert(!moxie::Expert<moxie::SwiGluExperts<float>>);
+
+template <class S>
+using Square = moxie::ExpertBank<SquareExpert<S>>;
+
+template <class Layer>
+void check_gradients(const Layer& layer, const Tokens<double>& in) {
+  const Matrix<double> dy = moxie::test::random<double>(in.x.rows(), in.x.cols(), 73);
+  for (const auto& report : moxie::testing::check_layer_gradients(layer, in, dy, one_thread)) {
+    INFO(report.message());
+    CHECK(report.passes(moxie::test::gradient_tolerance));
+  }
+}
+
+TEST_CASE_TEMPLATE("expert bank: an expert of a user's own keeps the laws of banks", S, float, double) {
+  for (const auto& law : moxie::testing::check_bank_laws(Square<S>(4, model_dim, {}))) {
+    INFO(law.message);
+    CHECK(law.holds);
+  }
+}
+
+TEST_CASE("expert bank: in a sparse layer, shared too, the gradients are right") {
+  Moe layer(moxie::TopKRouter<double>({.model_dim = model_dim, .experts = 4, .top_k = 2}), Square<double>(4, model_dim, {}),
+            std::optional(Square<double>(1, model_dim, {}, {"shared", false})));
+  moxie::test::randomize(layer.parameters(), 75);
+  const Matrix<double> x = moxie::test::random<double>(tokens, model_dim, 74);
+  check_gradients(layer, Tokens<double>{x});
+}
+
+TEST_CASE("expert bank: in a dense layer the gradients are right") {
+  Moe layer(moxie::SoftRouter<double>({.model_dim = model_dim, .experts = 3, .slots_per_expert = 2}),
+            Square<double>(3, model_dim, {}));
+  moxie::test::randomize(layer.parameters(), 78);
+  const Matrix<double> x = moxie::test::random<double>(tokens, model_dim, 79);
+  check_gradients(layer, Tokens<double>{x, 4});
+}
+
+TEST_CASE("expert bank: what an expert throws arrives, from any number of threads, and y stays as it was") {
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 80);
+  for (const int threads : {1, 2, 7}) {
+    for (const Index rows : {tokens, tokens + 1}) {  // with K = E = 3 each expert gets all tokens
+      Moe<moxie::TopKRouter<float>, Square<float>> layer(
+          moxie::TopKRouter<float>({.model_dim = model_dim, .experts = 3, .top_k = 3}), Square<float>(3, model_dim, {rows}));
+      layer.initialize(moxie::Rng(1));
+      Matrix<float> y = moxie::test::untouched<float>(tokens, model_dim);
+      auto tape = layer.make_tape();
+      auto grads = layer.parameters().zeros_like();
+      if (rows == tokens) {
+        CHECK_THROWS_WITH_AS(layer.forward(x, y, tape, Exec{threads}), "this expert gave up", std::runtime_error);
+        CHECK(moxie::test::is_untouched(y));
+        // No forward was completed, so there is nothing to go back from.
+        CHECK_THROWS_AS(layer.backward(x, x, y, grads, tape, Exec{threads}), moxie::ValueError);
+      } else {
+        CHECK_NOTHROW(layer.forward(x, y, tape, Exec{threads}));
+      }
+    }
+  }
+}
+
+TEST_CASE("expert bank: computes each row with the parameters of its expert") {
+  const Square<double> bank(2, model_dim, {});
+  moxie::Parameters<double> p{moxie::Layout(bank.layout())};
+  moxie::test::randomize(p, 76);
+  const Matrix<double> x = moxie::test::random<double>(6, model_dim, 77);
+  const Index starts[] = {0, 2, 4};
+  const Index index[] = {5, 0, 3, 3};  // rows are gathered
+  Matrix<double> h(4, model_dim);
+  typename Square<double>::Tape tape;
+  bank.forward(p.view(), moxie::GroupedRows<double>{starts, x, index}, h, tape, one_thread);
+  for (Index r = 0; r < 4; ++r) {
+    const std::string name = "experts." + std::to_string(r / 2) + ".";
+    for (Index j = 0; j < model_dim; ++j) {
+      CHECK(h(r, j) == p[name + "a"](0, j) * x(index[r], j) * x(index[r], j) + p[name + "b"](0, j));
+    }
+  }
+}
+
+TEST_CASE("expert bank: names are the expert's own with the bank's in front") {
+  const Square<double> bank(2, model_dim, {});
+  CHECK(bank.layout().find("experts.1.b") == 3);
+  const Square<double> shared(1, model_dim, {}, {"shared", false});
+  CHECK(shared.layout().find("shared.a") == 0);
+  CHECK(bank.experts() == 2);
+  CHECK(bank.model_dim() == model_dim);
+}
+
+TEST_CASE("expert bank: no experts or no width is refused") {
+  CHECK_THROWS_AS(Square<float>(0, model_dim, {}), moxie::ValueError);
+  CHECK_THROWS_AS(Square<float>(1, 0, {}), moxie::ValueError);
+}
+
+}  // namespace

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <allocations.hpp>
+#include <moxie/moxie.hpp>
+#include <moxie/testing/gradient_check.hpp>
+#include <support.hpp>
+#include <thread>
+
+namespace {
+
+using moxie::Exec;
+using moxie::Index;
+using moxie::Matrix;
+using moxie::Moe;
+using moxie::RowView;
+using moxie::Tokens;
+using moxie::test::contains;
+using moxie::test::message_of;
+
+constexpr Index model_dim = 5;
+constexpr Index tokens = 12;
+const Exec one_thread{.threads = 1};
+
+moxie::TopKMoE<float> top_k_layer() {
+  moxie::TopKMoE<float> layer({.model_dim = model_dim, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 6}});
+  moxie::test::randomize(layer.parameters(), 72);
+  return layer;
+}
+
+template <class Layer>
+void check_gradients(const Layer& layer, const Tokens<double>& in) {
+  const Matrix<double> dy = moxie::test::random<double>(in.x.rows(), in.x.cols(), 73);
+  for (const auto& report : moxie::testing::check_layer_gradients(layer, in, dy, one_thread)) {
+    INFO(report.message());
+    CHECK(report.passes(moxie::test::gradient_tolerance));
+  }
+}
+
+TEST_CASE("layer: gradients match central differences with every bank and with shared experts of each") {
+  const Matrix<double> x = moxie::test::random<double>(tokens, model_dim, 74);
+  const auto check = [&](auto experts, auto shared) {
+    Moe layer(moxie::TopKRouter<double>({.model_dim = model_dim, .experts = 4, .top_k = 2}), std::move(experts),
+              std::optional(std::move(shared)));
+    moxie::test::randomize(layer.parameters(), 75);
+    check_gradients(layer, Tokens<double>{x});
+  };
+  const moxie::BankNames shared{"shared", false};
+  using Tanh = moxie::GeluTanhExperts<double>;
+  using Erf = moxie::GeluErfExperts<double>;
+  using Linear = moxie::LinearExperts<double>;
+  check(Tanh(4, model_dim, {7}), Tanh(1, model_dim, {3}, shared));
+  check(Erf(4, model_dim, {7}), Erf(1, model_dim, {3}, shared));
+  check(Linear(4, model_dim, {.bias = true}), Linear(1, model_dim, {.bias = true}, shared));
+  check(Linear(4, model_dim, {.bias = false}), Linear(1, model_dim, {.bias = false}, shared));
+}
+
+TEST_CASE("layer: x and y of other shapes are refused before anything is written") {
+  const auto layer = top_k_layer();
+  auto tape = layer.make_tape();
+  const auto forward = [&](Index rows, Index cols, Index y_rows, Index y_cols, Index length = 0) {
+    const Matrix<float> x = moxie::test::random<float>(rows, cols, 81);
+    Matrix<float> y = moxie::test::untouched<float>(y_rows, y_cols);
+    const std::string message = message_of<moxie::ShapeError>([&] { layer.forward(Tokens<float>{x, length}, y, tape); });
+    CHECK(moxie::test::is_untouched(y));
+    return message;
+  };
+  CHECK(forward(7, 6, 7, 6) == "TopKMoE::forward: x is (7,6), expected (T,5)");
+  CHECK(forward(7, 5, 6, 5) == "TopKMoE::forward: y is (6,5), expected (7,5)");
+  CHECK(forward(7, 5, 7, 4) == "TopKMoE::forward: y is (7,4), expected (7,5)");
+  CHECK(forward(7, 5, 7, 5, 3) == "TopKMoE::forward: 7 tokens do not divide into sequences of 3");
+  CHECK(contains(forward(7, 5, 7, 5, -1), "7 tokens do not divide into sequences of -1"));
+  CHECK(contains(forward(7, 5, 7, 5, 14), "7 tokens do not divide into sequences of 14"));
+}
+
+TEST_CASE("layer: dy, dx and gradients of other shapes are refused before anything is written") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 82);
+  Matrix<float> y(tokens, model_dim);
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape);
+  auto grads = layer.parameters().zeros_like();
+  const auto backward = [&](const Matrix<float>& input, Index dy_rows, Index dy_cols, Index dx_rows, Index dx_cols) {
+    const Matrix<float> dy = moxie::test::random<float>(dy_rows, dy_cols, 83);
+    Matrix<float> dx = moxie::test::untouched<float>(dx_rows, dx_cols);
+    const std::string message = message_of<moxie::ShapeError>([&] { layer.backward(input, dy, dx, grads, tape); });
+    CHECK(moxie::test::is_untouched(dx));
+    CHECK((grads.flat() == 0).all());
+    return message;
+  };
+  CHECK(backward(x, 11, 5, 12, 5) == "TopKMoE::backward: dy is (11,5), expected (12,5)");
+  CHECK(backward(x, 12, 5, 12, 4) == "TopKMoE::backward: dx is (12,4), expected (12,5)");
+  CHECK(backward(Matrix<float>(12, 6), 12, 5, 12, 5) == "TopKMoE::backward: x is (12,6), expected (T,5)");
+
+  moxie::Layout other;
+  other.add("gate.weight", {4, 5});
+  moxie::Parameters<float> other_grads(other);
+  Matrix<float> dx = moxie::test::untouched<float>(tokens, model_dim);
+  CHECK(contains(message_of<moxie::ShapeError>([&] { layer.backward(x, y, dx, other_grads, tape); }), "another layout"));
+  CHECK(contains(message_of<moxie::ShapeError>([&] { layer.forward(other_grads, Tokens<float>{x}, y, tape, Exec{}); }),
+                 "another layout"));
+  CHECK(moxie::test::is_untouched(dx));
+}
+
+TEST_CASE("layer: buffers that overlap are refused, wholly or in part") {
+  const auto layer = top_k_layer();
+  auto tape = layer.make_tape();
+  Matrix<float> both = moxie::test::random<float>(2 * tokens, model_dim, 84);
+  const Matrix<float> before = both;
+  const auto rows = [&](Index first) { return RowView<float>(both).middle_rows(first, tokens); };
+  const RowView<const float> x = rows(0);
+  for (const Index first : {Index{0}, Index{1}, tokens - 1}) {
+    CHECK(contains(message_of<moxie::ValueError>([&] { layer.forward(x, rows(first), tape); }), "y overlaps x"));
+  }
+  CHECK(moxie::test::same_bits(both, before));
+  CHECK_NOTHROW(layer.forward(x, rows(tokens), tape));
+
+  auto grads = layer.parameters().zeros_like();
+  const Matrix<float> dy = moxie::test::random<float>(tokens, model_dim, 85);
+  const Matrix<float> now = both;
+  Matrix<float> apart(tokens, model_dim);
+  CHECK(contains(message_of<moxie::ValueError>([&] { layer.backward(x, dy, rows(tokens - 1), grads, tape); }), "dx overlaps"));
+  CHECK(contains(message_of<moxie::ValueError>([&] { layer.backward(x, rows(tokens), rows(tokens), grads, tape); }),
+                 "dx overlaps"));
+  CHECK(moxie::test::same_bits(both, now));
+  CHECK((grads.flat() == 0).all());
+  CHECK_NOTHROW(layer.backward(x, x, apart, grads, tape));  // dy may be x
+}
+
+TEST_CASE("layer: backward without the forward of this batch is refused") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 86);
+  Matrix<float> y(tokens, model_dim);
+  Matrix<float> dx = moxie::test::untouched<float>(tokens, model_dim);
+  auto grads = layer.parameters().zeros_like();
+  auto tape = layer.make_tape(tokens);
+  const auto message = [&](const Tokens<float>& in) {
+    return message_of<moxie::ValueError>(
+        [&] { layer.backward(in, in.x, RowView<float>(dx).middle_rows(0, in.count()), grads, tape); });
+  };
+  CHECK(contains(message({x}), "the tape holds no forward"));
+  layer.forward(x, y, tape);
+  CHECK(contains(message({Matrix<float>(x.topRows(6))}), "the tape holds no forward"));
+  CHECK(contains(message({x, 4}), "the tape holds no forward"));
+  // A forward that was refused for its numbers leaves none either.
+  Matrix<float> bad = x;
+  bad(3, 3) = std::numeric_limits<float>::quiet_NaN();
+  CHECK_THROWS_AS(layer.forward(bad, y, tape), moxie::ValueError);
+  CHECK(contains(message({x}), "the tape holds no forward"));
+  CHECK(moxie::test::is_untouched(dx));
+  CHECK((grads.flat() == 0).all());
+  layer.forward(x, y, tape);
+  CHECK_NOTHROW(layer.backward(x, x, dx, grads, tape));
+}
+
+TEST_CASE("layer: parts that do not fit are refused") {
+  using moxie::ValueError;
+  const moxie::TopKRouter<float> router({.model_dim = 5, .experts = 4, .top_k = 2});
+  using Experts = moxie::SwiGluExperts<float>;
+  const auto build = [&](const Experts& experts, std::optional<Experts> shared = std::nullopt) {
+    return message_of<ValueError>([&] { Moe(router, experts, shared); });
+  };
+  CHECK(contains(build(Experts(3, 5, {2})), "the router has 4 experts, the bank 3"));
+  CHECK(contains(build(Experts(4, 6, {2})), "the router has 5 features, the bank 6"));
+  CHECK(contains(build(Experts(4, 5, {2}), Experts(2, 5, {2}, {"shared", true})), "shared experts"));
+  CHECK(contains(build(Experts(4, 5, {2}), Experts(1, 4, {2}, {"shared", false})), "shared experts"));
+  CHECK(contains(build(Experts(4, 5, {2}), Experts(1, 5, {2})), "there is a tensor"));
+}
+
+TEST_CASE("layer: parameters in a block elsewhere give the same bits as its own") {
+  const auto layer = top_k_layer();
+  moxie::TopKMoE<float> other = layer;
+  other.parameters().set_zero();
+  const moxie::Parameters<float> block = layer.parameters();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 88);
+  Matrix<float> y(tokens, model_dim), dx(tokens, model_dim), y2 = y, dx2 = dx;
+  auto tape = layer.make_tape();
+  auto grads = block.zeros_like();
+  auto grads2 = block.zeros_like();
+  layer.forward(x, y, tape);
+  layer.backward(x, x, dx, grads, tape);
+  other.forward(block, Tokens<float>{x}, y2, tape, Exec{});
+  other.backward(block, Tokens<float>{x}, x, dx2, grads2, tape, Exec{});
+  CHECK(moxie::test::same_bits(y, y2));
+  CHECK(moxie::test::same_bits(dx, dx2));
+  CHECK((grads.flat() == grads2.flat()).all());
+}
+
+TEST_CASE("layer: rows may lie apart, and what is between them stays as it is") {
+  const auto layer = top_k_layer();
+  Matrix<float> wide = moxie::test::random<float>(tokens, 2 * model_dim + 3, 89);
+  const Matrix<float> x = wide.leftCols(model_dim);
+  Matrix<float> expected(tokens, model_dim), dx(tokens, model_dim), y(tokens, model_dim);
+  Matrix<float> wide_y = moxie::test::untouched<float>(tokens, model_dim + 2);
+  auto tape = layer.make_tape();
+  auto grads = layer.parameters().zeros_like();
+  auto wide_grads = layer.parameters().zeros_like();
+  layer.forward(x, expected, tape);
+  layer.backward(x, expected, dx, grads, tape);
+  layer.forward(wide.leftCols(model_dim), wide_y.leftCols(model_dim), tape);
+  CHECK(moxie::test::same_bits<float>(wide_y.leftCols(model_dim), expected));
+  CHECK((wide_y.rightCols(2).array() == -77).all());
+  layer.backward(wide.leftCols(model_dim), wide_y.leftCols(model_dim), y, wide_grads, tape);
+  CHECK(moxie::test::same_bits(y, dx));
+  CHECK((grads.flat() == wide_grads.flat()).all());
+}
+
+TEST_CASE("layer: threads may share a layer, each with a tape of its own") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 90);
+  Matrix<float> expected(tokens, model_dim);
+  auto tape = layer.make_tape();
+  layer.forward(x, expected, tape);
+  std::vector<Matrix<float>> y(4, Matrix<float>(tokens, model_dim));
+  std::vector<std::thread> threads;
+  for (Matrix<float>& own : y) {
+    threads.emplace_back([&] {
+      auto own_tape = layer.make_tape();
+      for (int i = 0; i < 20; ++i) {
+        layer.forward(x, own, own_tape, one_thread);
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (const Matrix<float>& own : y) {
+    CHECK(moxie::test::same_bits(own, expected));
+  }
+}
+
+TEST_CASE("layer: a copied tape goes on for itself") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 91);
+  Matrix<float> y(tokens, model_dim), dx(tokens, model_dim), dx2(tokens, model_dim);
+  auto grads = layer.parameters().zeros_like();
+  auto grads2 = layer.parameters().zeros_like();
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape);
+  const auto copy = tape;
+  layer.backward(x, y, dx, grads, tape);
+  const Matrix<float> other = 2 * x;
+  Matrix<float> ignored(tokens, model_dim);
+  layer.forward(other, ignored, tape);
+  layer.backward(x, y, dx2, grads2, copy);
+  CHECK(moxie::test::same_bits(dx, dx2));
+  CHECK((grads.flat() == grads2.flat()).all());
+}
+
+TEST_CASE("layer: steps of other shapes in between allocate once, not again") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 92);
+  Matrix<float> y(tokens, model_dim), dx(tokens, model_dim);
+  auto grads = layer.parameters().zeros_like();
+  auto tape = layer.make_tape();
+  const auto step = [&](Index n) {
+    const RowView<const float> in = RowView<const float>(x).middle_rows(0, n);
+    layer.forward(in, RowView<float>(y).middle_rows(0, n), tape, one_thread);
+    layer.backward(in, in, RowView<float>(dx).middle_rows(0, n), grads, tape, one_thread);
+  };
+  step(tokens);
+  const std::size_t before = moxie::test::allocation_count;
+  for (const Index n : {tokens, Index{3}, Index{1}, Index{7}, tokens}) {
+    step(n);
+  }
+  const std::size_t after = moxie::test::allocation_count;
+  CHECK(after == before);
+}
+
+TEST_CASE("layer: initialize draws the same numbers for the same seed, others for another, and leaves the gaps zero") {
+  auto a = top_k_layer();
+  auto b = top_k_layer();
+  a.initialize(moxie::Rng(5));
+  b.initialize(moxie::Rng(5));
+  CHECK((a.parameters().flat() == b.parameters().flat()).all());
+  b.initialize(moxie::Rng(6));
+  for (const auto& info : a.layout().tensors()) {
+    CAPTURE(info.name);
+    CHECK(a.parameters()[info.name].eigen() != b.parameters()[info.name].eigen());
+  }
+  // No two tensors begin alike: each has a stream of its own.
+  for (const auto& s : a.layout().tensors()) {
+    for (const auto& t : a.layout().tensors()) {
+      CHECK((s.name == t.name || a.parameters()[s.name](0, 0) / a.parameters()[t.name](0, 0) !=
+                                     doctest::Approx(a.parameters()[s.name](0, 1) / a.parameters()[t.name](0, 1))));
+    }
+  }
+}
+
+}  // namespace
