@@ -57,6 +57,7 @@ case ${1:-} in
     install_missing "${need[@]}" "${need_demo[@]}"
     build release -DMOXIE_BUILD_TESTS=OFF -- --target dit
     say "training"
+    export OMP_WAIT_POLICY=passive  # on a machine that others use too, threads that spin wait for threads that do not run
     build/release/examples/dit/dit train --out "$out" "${@:2}"
     say "pictures"
     ls "$out"/*.png

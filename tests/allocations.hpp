@@ -6,16 +6,36 @@
 #include <cstdlib>
 #include <new>
 
-/// Counts what the program allocates: including this replaces the C allocation functions, through which all else goes (weak,
-/// so that several test files of one program may do so). Where the sanitizers have their own, or the C library is another than
-/// glibc, the operators `new` are replaced instead, which sees everything but Eigen's own matrices.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define MOXIE_TEST_SANITIZED 1
+#endif
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define MOXIE_TEST_SANITIZED 1
+#endif
+
+/// Counts what the program allocates. The sanitizers report it; with glibc, including this replaces the C allocation functions,
+/// through which all else goes; elsewhere it replaces the operators `new`, which sees everything but Eigen's own matrices.
+/// Replacements are weak, so that several test files of one program may include this.
 namespace moxie::test {
 
 inline std::atomic<std::size_t> allocation_count{0};
 
 }  // namespace moxie::test
 
-#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(MOXIE_TEST_SANITIZED)
+
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*allocated)(const volatile void*, std::size_t),
+                                                         void (*freed)(const volatile void*));
+
+namespace moxie::test {
+
+inline const int allocation_hooks = __sanitizer_install_malloc_and_free_hooks(
+    [](const volatile void* /*block*/, std::size_t /*size*/) { ++allocation_count; }, [](const volatile void* /*block*/) {});
+
+}  // namespace moxie::test
+
+#elif defined(__GLIBC__)
 
 extern "C" {
 // NOLINTBEGIN(bugprone-reserved-identifier): glibc's names
@@ -39,11 +59,6 @@ void* __libc_memalign(std::size_t alignment, std::size_t size);
 [[gnu::weak]] void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   ++moxie::test::allocation_count;
   return __libc_memalign(alignment, size);
-}
-[[gnu::weak]] int posix_memalign(void** block, std::size_t alignment, std::size_t size) noexcept {
-  ++moxie::test::allocation_count;
-  *block = __libc_memalign(alignment, size);
-  return *block != nullptr ? 0 : 12;  // ENOMEM
 }
 // NOLINTEND(bugprone-reserved-identifier)
 }

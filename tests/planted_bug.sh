@@ -33,11 +33,12 @@ value() {
 
 scratch=$(mktemp -d "$PWD/planted_bug.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
-cp -r "$here/../include" "$scratch/"
+cp -r "$here/../include" "$here/../examples" "$scratch/"
 
 if [ "$bug" != none ]; then
   read_block
   file=$scratch/include/$header
+  [ -f "$file" ] || file=$scratch/examples/$header
   [ -n "$text" ] || error "'$bug' has no text to replace"
   [ -f "$file" ] || error "there is no header '$header'"
   content=$(<"$file")
@@ -51,7 +52,7 @@ sources=()
 for test in $tests; do
   sources+=("$here/$test")
 done
-"$1" "-I$scratch/include" "${@:2}" "${sources[@]}" -o "$scratch/tests" || error "does not compile"
+"$1" "-I$scratch/include" "-I$scratch/examples" "${@:2}" "${sources[@]}" -o "$scratch/tests" || error "does not compile"
 
 status=0
 output=$("$scratch/tests" --no-colors 2>&1) || status=$?

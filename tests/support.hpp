@@ -22,14 +22,14 @@ struct Tolerance;
 template <>
 struct Tolerance<double> {
   static constexpr double sum = 2e-15;       ///< a sum of products in another order
-  static constexpr double layer = 1e-14;     ///< a router, a bank or a layer, against the reference below
+  static constexpr double layer = 5e-15;     ///< a router, a bank or a layer, against the reference below
   static constexpr double function = 2e-14;  ///< an activation, relative to max(|f|, 1); xsimd's erf decides
 };
 template <>
 struct Tolerance<float> {
   static constexpr double sum = 1e-6;
-  static constexpr double layer = 5e-6;
-  static constexpr double function = 5e-7;
+  static constexpr double layer = 2e-6;
+  static constexpr double function = 1e-6;
 };
 /// Analytic gradients against central differences in double.
 inline constexpr double gradient_tolerance = 1e-6;

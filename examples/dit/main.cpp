@@ -27,7 +27,7 @@ void interrupt(int /*signal*/) { interrupted = 1; }
 struct SamplingOptions {
   Index per_class = 100;
   Index steps = 25;
-  double guidance = 2;
+  double guidance = 3;
 };
 
 /// Files of a run, all in its folder.
@@ -225,7 +225,7 @@ int main(int argc, char** argv) {
   Files files{"out"};
   fs::path data_folder = dit::fashion_mnist_directory;
   fs::path checkpoint;
-  std::int64_t steps = 1500;
+  std::int64_t steps = 2000;
   std::int64_t checkpoint_every = 250;
   bool resume = false;
   Exec exec;

@@ -52,7 +52,7 @@ struct ModelConfig {
   Index channels = 1;
   Index patch = 4;
   Index dim = 128;
-  Index depth = 6;
+  Index depth = 4;
   Index heads = 4;
   Index classes = 10;  ///< the label `classes` means "no class"
 

@@ -15,16 +15,16 @@ struct TrainingConfig {
   std::string feed_forward = "shared";  ///< shared, top-k, soft or dense
   Index experts = 8;
   Index top_k = 2;
-  Index hidden_dim = 256;         ///< of an expert
+  Index hidden_dim = 128;         ///< of an expert
   Index shared_hidden_dim = 256;  ///< of the shared experts
   Index slots_per_expert = 1;     ///< soft
   double balance = 0.01;
-  Index batch = 64;
+  Index batch = 48;
   double label_dropout = 0.1;
-  double rate = 1e-3;
+  double rate = 2e-3;
   std::int64_t warm_up = 200;
   double clip = 1;
-  double ema_decay = 0.995;
+  double ema_decay = 0.997;
   std::uint64_t seed = 1;
 
   nlohmann::json json() const {
