@@ -10,6 +10,5 @@ done
 shift
 [ $# -gt 0 ] || { echo "no headers"; exit 1; }
 
-# The text of each file comes as an argument of its own, so that xargs can keep the cores busy.
-printf '%s\0' "$@" | xargs -0 -P "$(nproc)" -I{} bash -c '"${@:2}" -fsyntax-only -x c++ - <<<"#include <$1>" || { echo "in $1"; exit 1; }' \
-  compile_headers {} "${command[@]}"
+check='"${@:2}" -fsyntax-only -x c++ - <<<"#include <$1>" || { echo "in $1"; exit 1; }'
+printf '%s\0' "$@" | xargs -0 -P "$(nproc)" -I{} bash -c "$check" compile_headers {} "${command[@]}"

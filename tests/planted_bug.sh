@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Plants one bug of planted_bugs.txt into a copy of the headers, and succeeds if the tests named there compile and then fail.
-# With BUG = none nothing is planted and the tests must pass.
 # usage: planted_bug.sh BUG "TEST..." COMPILER [FLAG...]   (its scratch folder comes and goes in the current one)
 set -euo pipefail
 
@@ -35,33 +34,31 @@ scratch=$(mktemp -d "$PWD/planted_bug.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 cp -r "$here/../include" "$here/../examples" "$scratch/"
 
-if [ "$bug" != none ]; then
-  read_block
-  file=$scratch/include/$header
-  [ -f "$file" ] || file=$scratch/examples/$header
-  [ -n "$text" ] || error "'$bug' has no text to replace"
-  [ -f "$file" ] || error "there is no header '$header'"
-  content=$(<"$file")
-  rest=${content#*"$text"}
-  [ "$rest" != "$content" ] || error "'$text' is not in $header"
-  [[ $rest != *"$text"* ]] || error "'$text' is in $header more than once"
-  printf '%s\n' "${content%%"$text"*}$becomes$rest" >"$file"
-fi
+read_block
+file=$scratch/include/$header
+[ -f "$file" ] || file=$scratch/examples/$header
+[ -n "$text" ] || error "'$bug' has no text to replace"
+[ -f "$file" ] || error "there is no header '$header'"
+content=$(<"$file")
+rest=${content#*"$text"}
+[ "$rest" != "$content" ] || error "'$text' is not in $header"
+[[ $rest != *"$text"* ]] || error "'$text' is in $header more than once"
+printf '%s\n' "${content%%"$text"*}$becomes$rest" >"$file"
 
 sources=()
 for test in $tests; do
-  sources+=("$here/$test")
+  case $test in
+    -*) sources+=("$test") ;;
+    *) sources+=("$here/$test") ;;
+  esac
 done
 "$1" "-I$scratch/include" "-I$scratch/examples" "${@:2}" "${sources[@]}" -o "$scratch/tests" || error "does not compile"
 
 status=0
-output=$("$scratch/tests" --no-colors 2>&1) || status=$?
+output=$("$scratch/tests" --no-colors --abort-after=1 2>&1) || status=$?
 printf '%s\n' "$output"
 # 1 is doctest's word for failed tests; 134 is an assertion of the library or of Eigen, which doctest also puts to a test.
-if [ "$bug" = none ]; then
-  [ "$status" -eq 0 ] || error "the tests fail with nothing planted"
-  [[ ! $output =~ "test cases:"\ +0\ \| ]] || error "there are no tests"
-elif [ "$status" -eq 0 ]; then
+if [ "$status" -eq 0 ]; then
   error "the tests pass in spite of it"
 elif [ "$status" -ne 1 ] && ! [[ $status -eq 134 && $output == *"test case CRASHED: SIGABRT"* ]]; then
   error "the tests end with status $status instead of failing"

@@ -1,27 +1,9 @@
-# One ctest entry for each block of planted_bugs.txt, and one for each list of tests there with nothing planted.
+# One ctest entry for each block of planted_bugs.txt. The same tests with nothing planted are those of the presets.
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS planted_bugs.txt)
 file(READ planted_bugs.txt table)
 string(REGEX MATCHALL "\n(bug|test):[^\n]*" lines "\n${table}")
 
-function(moxie_planted_bug bug tests)
-  string(REGEX REPLACE "[^A-Za-z0-9]+" "_" slug "${bug}")
-  string(REGEX REPLACE "[^A-Za-z0-9]+" "_" group "${tests}")
-  if(bug STREQUAL "none")
-    set(name planted.none.${group})
-    set(properties FIXTURES_SETUP ${group})
-  else()
-    set(name planted.${slug})
-    set(properties FIXTURES_REQUIRED ${group})
-  endif()
-  moxie_test(${name}
-    COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/planted_bug.sh "${bug}" "${tests}"
-            ${CMAKE_CXX_COMPILER} -std=c++20 -O0 ${OpenMP_CXX_FLAGS} -I${CMAKE_CURRENT_SOURCE_DIR} ${dependency_flags}
-            -DMOXIE_GOLDEN_DIR="${CMAKE_CURRENT_SOURCE_DIR}/golden" $<TARGET_OBJECTS:moxie_test_main>
-    PROPERTIES ${properties})
-endfunction()
-
 set(bug "")
-set(unchanged "")
 foreach(line IN LISTS lines)
   string(REGEX REPLACE "^\n[a-z]+: *" "" value "${line}")
   if(line MATCHES "^\nbug:")
@@ -30,11 +12,11 @@ foreach(line IN LISTS lines)
     endif()
     set(bug "${value}")
   else()
-    if(NOT value IN_LIST unchanged)
-      list(APPEND unchanged "${value}")
-      moxie_planted_bug(none "${value}")
-    endif()
-    moxie_planted_bug("${bug}" "${value}")
+    string(REGEX REPLACE "[^A-Za-z0-9]+" "_" name "${bug}")
+    moxie_test(planted.${name}
+      COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/planted_bug.sh "${bug}" "${value}"
+              ${CMAKE_CXX_COMPILER} -std=c++20 -O0 ${OpenMP_CXX_FLAGS} -I${CMAKE_CURRENT_SOURCE_DIR} ${dependency_flags}
+              -DMOXIE_GOLDEN_DIR="${CMAKE_CURRENT_SOURCE_DIR}/golden" $<TARGET_OBJECTS:moxie_test_main>)
     set(bug "")
   endif()
 endforeach()

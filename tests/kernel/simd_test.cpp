@@ -101,4 +101,23 @@ TEST_CASE_TEMPLATE("exp, tanh, erf: agree with the standard library over their r
   CHECK(worst < Tolerance<S>::function);
 }
 
+TEST_CASE_TEMPLATE("exp, tanh, erf: of the largest numbers are the limits, and of NaN are NaN", S, float, double) {
+  const S largest = std::numeric_limits<S>::max();
+  const S infinity = std::numeric_limits<S>::infinity();
+  const S in[] = {-infinity, -largest, S(-1e10), S(1e10), largest, infinity, std::numeric_limits<S>::quiet_NaN()};
+  const Index n = 7;
+  const auto check = [&](auto f, S low, S high) {
+    S out[n];
+    kernel::map(n, out, f, in);
+    for (Index i = 0; i < 3; ++i) {
+      CHECK(out[i] == low);
+      CHECK(out[i + 3] == high);
+    }
+    CHECK(std::isnan(out[6]));
+  };
+  check([](auto v) { return kernel::exp(v); }, S(0), infinity);
+  check([](auto v) { return kernel::tanh(v); }, S(-1), S(1));
+  check([](auto v) { return kernel::erf(v); }, S(-1), S(1));
+}
+
 }  // namespace

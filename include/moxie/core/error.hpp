@@ -22,7 +22,14 @@ struct ValueError : std::invalid_argument {
 
 namespace detail {
 
-inline std::string dimensions(Index rows, Index cols) { return "(" + std::to_string(rows) + "," + std::to_string(cols) + ")"; }
+inline std::string dimensions(Index rows, Index cols) {
+  std::string text = "(";  // appended to, since g++ 12 warns of a sum that begins with a literal (its bug 105651)
+  text += std::to_string(rows);
+  text += ',';
+  text += std::to_string(cols);
+  text += ')';
+  return text;
+}
 
 /// Throws "where: name is (7,512), expected (T,256)" unless `m` is (rows, cols); a negative expectation takes any size and is
 /// printed as `symbol`.

@@ -139,7 +139,8 @@ inline std::string shape_text(std::span<const Index> shape) {
   constexpr std::size_t most = 8;
   std::string text = "(";
   for (std::size_t i = 0; i < std::min(shape.size(), most); ++i) {
-    text += (i == 0 ? "" : ",") + std::to_string(shape[i]);
+    text += i == 0 ? "" : ",";
+    text += std::to_string(shape[i]);
   }
   return text + (shape.size() > most ? ",...)" : ")");
 }

@@ -14,15 +14,38 @@ using DefaultArch = xsimd::default_arch;
 template <class Scalar, class Arch = DefaultArch>
 using Batch = xsimd::batch<Scalar, Arch>;
 
-using xsimd::erf;
-using xsimd::exp;
 using xsimd::fma;
-using xsimd::tanh;
 
 /// A constant in the precision of the batch's elements.
 template <class V>
 V constant(double value) {
   return V(static_cast<typename V::value_type>(value));
+}
+
+namespace detail {
+
+/// f(x) for x within ±1000, where exp, tanh and erf have long reached their limits, the limits beyond, and NaN of NaN: they
+/// convert multiples of x to integers, which has no defined result for the largest floating-point numbers and NaN.
+template <class V, class F>
+V within_limits(const V& x, F&& f) {
+  const auto is_number = x == x;
+  const V limited = xsimd::min(constant<V>(1000), xsimd::max(constant<V>(-1000), x));
+  return xsimd::select(is_number, f(xsimd::select(is_number, limited, constant<V>(0))), x);
+}
+
+}  // namespace detail
+
+template <class V>
+V exp(const V& x) {
+  return detail::within_limits(x, [](const V& v) { return xsimd::exp(v); });
+}
+template <class V>
+V tanh(const V& x) {
+  return detail::within_limits(x, [](const V& v) { return xsimd::tanh(v); });
+}
+template <class V>
+V erf(const V& x) {
+  return detail::within_limits(x, [](const V& v) { return xsimd::erf(v); });
 }
 
 /// Element-wise `out[i]... = f(in[i]...)` over rows of n contiguous elements, one vector at a time.
