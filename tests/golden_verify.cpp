@@ -9,9 +9,11 @@
 #include <string_view>
 #include <vector>
 
+#include "golden_verify/deepseek_moe.hpp"
 #include "golden_verify/ditmoe_block.hpp"
 #include "golden_verify/golden_case.hpp"
 #include "golden_verify/softmoe.hpp"
+#include "golden_verify/vmoe.hpp"
 
 namespace {
 
@@ -27,8 +29,13 @@ struct Family {
 };
 
 constexpr std::array families{
+    Family{"capacity_table", golden::verify_capacity_table<double>, golden::verify_capacity_table<float>},
+    Family{"deepseek_moe", golden::verify_deepseek_moe<double>, golden::verify_deepseek_moe<float>},
     Family{"ditmoe_block", golden::verify_ditmoe_block<double>, golden::verify_ditmoe_block<float>},
+    Family{"expert_choice", golden::verify_expert_choice<double>, golden::verify_expert_choice<float>},
+    Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
     Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},
+    Family{"topk_capacity", golden::verify_topk_capacity<double>, golden::verify_topk_capacity<float>},
 };
 
 constexpr int most_failures = 125;

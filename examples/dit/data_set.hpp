@@ -152,11 +152,23 @@ inline DataSet read_idx(const std::filesystem::path& images_path, const std::fil
 /// Where Debian's package dataset-fashion-mnist puts its files.
 inline const std::filesystem::path fashion_mnist_directory = "/usr/share/datasets/fashion-mnist";
 
-/// Fashion-MNIST's training set (Xiao, Rasul and Vollgraf 2017): 60,000 gray images of clothes, 28x28, 6000 a class. Throws
-/// like `read_idx`.
+namespace detail {
+
+/// A file of the data set, compressed or plain; the compressed name if there is neither.
+inline std::filesystem::path idx_file(const std::filesystem::path& directory, const std::string& name) {
+  std::error_code ignored;
+  const std::filesystem::path compressed = directory / (name + ".gz");
+  const bool plain = !std::filesystem::exists(compressed, ignored) && std::filesystem::exists(directory / name, ignored);
+  return plain ? directory / name : compressed;
+}
+
+}  // namespace detail
+
+/// Fashion-MNIST's training set (Xiao, Rasul and Vollgraf 2017): 60,000 gray images of clothes, 28x28, 6000 a class; its two
+/// files compressed with gzip or plain. Throws like `read_idx`.
 inline DataSet fashion_mnist(const std::filesystem::path& directory = fashion_mnist_directory) {
   DataSet set =
-      read_idx(directory / "train-images-idx3-ubyte.gz", directory / "train-labels-idx1-ubyte.gz",
+      read_idx(detail::idx_file(directory, "train-images-idx3-ubyte"), detail::idx_file(directory, "train-labels-idx1-ubyte"),
                {"T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"});
   set.origin = "Fashion-MNIST: " + set.origin;
   return set;
@@ -242,9 +254,9 @@ inline DataSet generated_shapes(Index count, const moxie::Rng& rng, moxie::Exec 
 inline DataSet load_data_set(const std::filesystem::path& directory = fashion_mnist_directory, Index generated_count = 60000) {
   const auto is_absent = [&](const char* name) {
     std::error_code ignored;
-    return std::filesystem::status(directory / name, ignored).type() == std::filesystem::file_type::not_found;
+    return std::filesystem::status(detail::idx_file(directory, name), ignored).type() == std::filesystem::file_type::not_found;
   };
-  if (is_absent("train-images-idx3-ubyte.gz") && is_absent("train-labels-idx1-ubyte.gz")) {
+  if (is_absent("train-images-idx3-ubyte") && is_absent("train-labels-idx1-ubyte")) {
     DataSet set = generated_shapes(generated_count, moxie::Rng{1});
     set.origin += " (no Fashion-MNIST in " + directory.string() + ": install dataset-fashion-mnist)";
     return set;

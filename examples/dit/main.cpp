@@ -5,6 +5,7 @@
 //     dit train --out DIR [--resume] [...]     trains, then samples; everything it writes is in DIR
 //     dit sample --checkpoint FILE --out DIR   samples from a checkpoint
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <csignal>
 #include <dit/data_set.hpp>
 #include <dit/pictures.hpp>
@@ -12,6 +13,7 @@
 #include <dit/training.hpp>
 #include <fstream>
 #include <iostream>
+#include <optional>
 
 namespace {
 
@@ -115,7 +117,7 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
     images.middleRows(first, n) = dit::sample(model, weights, part, options.steps, options.guidance, Rng(seed).split(2),
                                               std::uint64_t(first), tape, exec, [&] { load.add(tape); });
     progress.update(first + n);
-    if (interrupted != 0) {
+    if (interrupted != 0 && first + n < total) {
       throw std::runtime_error("interrupted while sampling; the checkpoint can be sampled again");
     }
   }
@@ -147,13 +149,14 @@ std::vector<std::string> names_of(const moxie::SafetensorsFile& file, Index clas
 }
 
 int train(dit::TrainingConfig config, std::int64_t steps, std::int64_t checkpoint_every, bool resume,
-          const fs::path& data_folder, const SamplingOptions& sampling, const Files& files, const Exec& exec) {
+          const std::optional<fs::path>& data_folder, const SamplingOptions& sampling, const Files& files, const Exec& exec) {
   fs::create_directories(files.folder);
   const fs::path checkpoint = files("checkpoint.safetensors");
   if (!resume && fs::exists(checkpoint)) {
     throw std::runtime_error(checkpoint.string() + " exists: go on with --resume, or choose another --out");
   }
-  const dit::DataSet data = dit::load_data_set(data_folder);
+  // Shapes are generated where nobody named a folder, and the usual one is absent.
+  const dit::DataSet data = data_folder ? dit::fashion_mnist(*data_folder) : dit::load_data_set();
   std::cout << "Data: " << data.origin << "\n";
   config.model.image_size = data.height;
   config.model.channels = data.channels;
@@ -162,7 +165,7 @@ int train(dit::TrainingConfig config, std::int64_t steps, std::int64_t checkpoin
     throw std::runtime_error("images must be square");
   }
   return dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, data.class_names);
+    dit::Training training(config, model, data.class_names, data.count());
     if (resume && fs::exists(checkpoint)) {
       const moxie::SafetensorsFile file(checkpoint);
       const nlohmann::json before = dit::config_of(file).json();
@@ -170,7 +173,7 @@ int train(dit::TrainingConfig config, std::int64_t steps, std::int64_t checkpoin
         throw std::runtime_error(checkpoint.string() +
                                  " was trained with other options: " + nlohmann::json::diff(config.json(), before).dump());
       }
-      training.load(file);
+      training.load(file);  // refuses another data set
       std::cout << "Going on from step " << training.steps() << "\n";
     } else {
       training.save(checkpoint);  // a folder that cannot be written is found out now
@@ -223,13 +226,20 @@ int main(int argc, char** argv) {
   dit::TrainingConfig config;
   SamplingOptions sampling;
   Files files{"out"};
-  fs::path data_folder = dit::fashion_mnist_directory;
+  std::optional<fs::path> data_folder;
   fs::path checkpoint;
   std::int64_t steps = 2000;
   std::int64_t checkpoint_every = 250;
   bool resume = false;
   Exec exec;
 
+  const CLI::Validator finite(
+      [](const std::string& text) {
+        double value = 0;
+        return CLI::detail::lexical_cast(text, value) && std::isfinite(value) ? std::string()
+                                                                              : text + " is not a finite number";
+      },
+      "FINITE");
   CLI::App* train_command = app.add_subcommand("train", "train, then sample");
   CLI::App* sample_command = app.add_subcommand("sample", "sample from a checkpoint");
   for (CLI::App* command : {train_command, sample_command}) {
@@ -238,12 +248,15 @@ int main(int argc, char** argv) {
     command->add_option("--sampling-steps", sampling.steps, "steps of Euler's method")
         ->capture_default_str()
         ->check(CLI::PositiveNumber);
-    command->add_option("--guidance", sampling.guidance, "classifier-free guidance; 1 is none")->capture_default_str();
+    command->add_option("--guidance", sampling.guidance, "classifier-free guidance; 1 is none")
+        ->capture_default_str()
+        ->check(finite);
     command->add_option("--seed", config.seed)->capture_default_str();
     command->add_option("--threads", exec.threads, "0: all cores")->capture_default_str()->check(CLI::NonNegativeNumber);
   }
   sample_command->add_option("--checkpoint", checkpoint)->required()->check(CLI::ExistingFile);
-  train_command->add_option("--data", data_folder, "folder with Fashion-MNIST's IDX files")->capture_default_str();
+  train_command->add_option("--data", data_folder,
+                            "folder with Fashion-MNIST's IDX files; by default " + std::string(dit::fashion_mnist_directory));
   train_command->add_flag("--resume", resume, "go on from the checkpoint in the folder");
   train_command->add_option("--steps", steps)->capture_default_str()->check(CLI::NonNegativeNumber);
   train_command->add_option("--checkpoint-every", checkpoint_every, "steps between checkpoints")
@@ -261,12 +274,12 @@ int main(int argc, char** argv) {
   train_command->add_option("--hidden-dim", config.hidden_dim, "of an expert")->capture_default_str();
   train_command->add_option("--shared-hidden-dim", config.shared_hidden_dim, "of the shared experts")->capture_default_str();
   train_command->add_option("--slots-per-expert", config.slots_per_expert, "soft")->capture_default_str();
-  train_command->add_option("--balance", config.balance, "weight of the balance loss")->capture_default_str();
+  train_command->add_option("--balance", config.balance, "weight of the balance loss")->capture_default_str()->check(finite);
   train_command->add_option("--batch", config.batch)->capture_default_str()->check(CLI::PositiveNumber);
-  train_command->add_option("--rate", config.rate, "learning rate")->capture_default_str()->check(CLI::PositiveNumber);
+  train_command->add_option("--rate", config.rate, "learning rate")->capture_default_str()->check(CLI::PositiveNumber & finite);
   train_command->add_option("--ema-decay", config.ema_decay, "of the averaged weights, which samples are drawn with")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(CLI::Range(0.0, 1.0) & finite);
   train_command->add_option("--warm-up", config.warm_up, "steps")->capture_default_str()->check(CLI::NonNegativeNumber);
   CLI11_PARSE(app, argc, argv);
 

@@ -124,9 +124,11 @@ struct StepReport {
 template <class AnyModel>
 class Training {
  public:
-  Training(const TrainingConfig& config, const AnyModel& model, std::vector<std::string> class_names)
+  /// `images` is how many the data set has: a run that goes on needs the same set.
+  Training(const TrainingConfig& config, const AnyModel& model, std::vector<std::string> class_names, Index images)
       : config_(config),
         class_names_(std::move(class_names)),
+        images_(images),
         model_(model),
         weights_(initial(model, config.seed)),
         grads_(weights_.zeros_like()),
@@ -173,17 +175,31 @@ class Training {
     for (std::size_t i = 0; i < class_names_.size(); ++i) {
       writer.metadata("class." + std::to_string(i), class_names_[i]);
     }
+    writer.metadata("images", std::to_string(images_));
     writer.metadata("steps", std::to_string(steps()));
     writer.save(path);
   }
 
-  /// Goes on from a file. Throws SafetensorsError if it is not a checkpoint of this configuration; nothing has changed then.
+  /// Goes on from a file. Throws SafetensorsError if it is not a checkpoint of this configuration and data set; nothing has
+  /// changed then.
   void load(const moxie::SafetensorsFile& file) {
     const std::int64_t steps = file.info("history").shape.empty() ? -1 : file.info("history").shape.front();
     file.expect<float>("history", std::array<Index, 2>{steps, 3});
     const auto said = file.metadata().find("steps");
     if (said == file.metadata().end() || said->second != std::to_string(steps)) {
       throw moxie::SafetensorsError(file.path().string() + ": its history is not as long as its number of steps");
+    }
+    const auto expect_entry = [&](const std::string& key, const std::string& expected) {
+      const auto entry = file.metadata().find(key);
+      if (entry == file.metadata().end() || entry->second != expected) {
+        throw moxie::SafetensorsError(file.path().string() + ": was trained on another data set: its " + key + " is '" +
+                                      (entry == file.metadata().end() ? "" : entry->second) + "', here it is '" + expected +
+                                      "'");
+      }
+    };
+    expect_entry("images", std::to_string(images_));
+    for (std::size_t i = 0; i < class_names_.size(); ++i) {
+      expect_entry("class." + std::to_string(i), class_names_[i]);
     }
     const auto blocks = std::array{std::pair{"weights.", &weights_}, std::pair{"ema.", &optimizer_.ema()},
                                    std::pair{"m.", &optimizer_.m()}, std::pair{"v.", &optimizer_.v()}};
@@ -210,6 +226,7 @@ class Training {
 
   TrainingConfig config_;
   std::vector<std::string> class_names_;
+  Index images_;
   AnyModel model_;
   moxie::Parameters<float> weights_;
   moxie::Parameters<float> grads_;

@@ -88,6 +88,13 @@ TEST_CASE("overlaps: is about address ranges, and empty views overlap nothing") 
   CHECK_FALSE(overlaps(all.middle_rows(3, 3), all.middle_rows(0, 3)));
   CHECK_FALSE(overlaps(all, RowView<double>(other)));
   CHECK_FALSE(overlaps(all.middle_rows(2, 0), all));
+  // Columns of one matrix.
+  const auto cols = [&](Index first, Index n) { return RowView<double>(m.middleCols(first, n)); };
+  CHECK_FALSE(overlaps(cols(0, 1), cols(1, 2)));
+  CHECK_FALSE(overlaps(cols(1, 2), cols(0, 1)));
+  CHECK(overlaps(cols(0, 2), cols(1, 1)));
+  CHECK(overlaps(cols(1, 1), cols(0, 2)));
+  CHECK(overlaps(cols(0, 1), RowView<double>(m.data() + 1, 4, 1, 2)));  // other strides: what lies between counts
 }
 
 }  // namespace

@@ -62,6 +62,25 @@ TEST_CASE("layout: a name that is taken and a negative size are refused") {
   CHECK(moxie::test::contains(moxie::test::message_of<moxie::ValueError>([&] { layout.add("c", {-1}); }), "c is -1"));
 }
 
+TEST_CASE("layout: sizes beyond any memory are refused, and nothing is added") {
+  moxie::Layout layout;
+  layout.add("a", {3, 4});
+  CHECK_THROWS_AS(layout.add("b", {moxie::Index{1} << 40, moxie::Index{1} << 40}), moxie::ValueError);
+  CHECK_THROWS_AS(layout.add("c", {moxie::Index{1} << 61}), moxie::ValueError);
+  CHECK(layout.tensors().size() == 1);
+  CHECK(layout.find("b") < 0);
+}
+
+TEST_CASE("layout: says what trains a tensor, in parts too") {
+  moxie::Layout part;
+  part.add("weight", {2});
+  part.add("bias", {2}, moxie::Trained::elsewhere);
+  moxie::Layout whole;
+  whole.add_part("gate.", part);
+  CHECK(whole.tensors()[0].trained == moxie::Trained::by_gradient);
+  CHECK(whole.tensors()[1].trained == moxie::Trained::elsewhere);
+}
+
 TEST_CASE("layout: a part is a block of its own with prefixed names") {
   Layout whole;
   whole.add("first", {7});

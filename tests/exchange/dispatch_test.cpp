@@ -35,7 +35,7 @@ SparsePlan<S> sparse_plan(Index tokens, Index experts, Index choices, std::uint6
 template <class S>
 DensePlan<S> dense_plan(Index sequences, Index length, Index experts, Index slots, std::uint64_t seed) {
   DensePlan<S> plan;
-  plan.resize(sequences * length, sequences, experts, slots);
+  plan.resize(moxie::Sequences(length).over(sequences * length), experts, slots);
   moxie::Rng(seed).fill_normal(plan.dispatch());
   moxie::Rng(seed + 1).fill_normal(plan.combine());
   return plan;

@@ -153,6 +153,89 @@ TEST_CASE("layer: backward without the forward of this batch is refused") {
   CHECK_NOTHROW(layer.backward(x, x, dx, grads, tape));
 }
 
+TEST_CASE("layer: a tape of another layer, or one that was moved away, is refused; a copy of the layer may use it") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 95);
+  Matrix<float> y(tokens, model_dim);
+  Matrix<float> dx = moxie::test::untouched<float>(tokens, model_dim);
+  auto grads = layer.parameters().zeros_like();
+  for (const moxie::TopKMoE<float>::Config& config :
+       {moxie::TopKMoE<float>::Config{.model_dim = model_dim, .experts = 4, .top_k = 4, .expert = {.hidden_dim = 6}},
+        {.model_dim = model_dim, .experts = 9, .top_k = 2, .expert = {.hidden_dim = 6}},
+        {.model_dim = model_dim, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 5}},
+        {.model_dim = model_dim, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 6}, .balance = {.z = 1}}}) {
+    const moxie::TopKMoE<float> other(config);
+    auto tape = other.make_tape();
+    other.forward(x, y, tape);
+    CHECK(contains(message_of<moxie::ValueError>([&] { layer.backward(x, y, dx, grads, tape); }),
+                   "the tape holds no forward of this layer"));
+  }
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape);
+  const auto moved = std::move(tape);
+  CHECK(contains(message_of<moxie::ValueError>([&] { layer.backward(x, y, dx, grads, tape); }),  // NOLINT: that is the point
+                 "the tape holds no forward of this layer"));
+  CHECK(moxie::test::is_untouched(dx));
+  CHECK((grads.flat() == 0).all());
+  const auto copy = layer;
+  CHECK_NOTHROW(copy.backward(x, y, dx, grads, moved));
+}
+
+TEST_CASE("layer: columns of one matrix do not overlap; parameters, gradients and dx must not either") {
+  auto layer = top_k_layer();
+  auto tape = layer.make_tape();
+  Matrix<float> both = moxie::test::random<float>(tokens, 2 * model_dim, 96);
+  CHECK_NOTHROW(layer.forward(both.leftCols(model_dim), both.rightCols(model_dim), tape));
+  CHECK_THROWS_AS(layer.forward(both.leftCols(model_dim), both.middleCols(1, model_dim), tape), moxie::ValueError);
+  const Matrix<float> x = both.leftCols(model_dim);
+  Matrix<float> y(tokens, model_dim);
+  layer.forward(x, y, tape);
+  auto grads = layer.parameters().zeros_like();
+  Matrix<float> dx(tokens, model_dim);
+  CHECK_THROWS_AS(layer.backward(x, y, dx, layer.parameters(), tape), moxie::ValueError);
+  const RowView<float> in_grads(grads.view().data(), tokens, model_dim);
+  CHECK_THROWS_AS(layer.backward(x, y, in_grads, grads, tape), moxie::ValueError);
+  const RowView<float> in_parameters(layer.parameters().view().data(), tokens, model_dim);
+  CHECK_THROWS_AS(layer.forward(x, in_parameters, tape), moxie::ValueError);
+  CHECK_THROWS_AS(layer.forward(x, RowView<float>(y.data(), tokens, model_dim, 0), tape), moxie::ValueError);
+  CHECK_THROWS_AS(layer.forward(RowView<const float>(x.data(), -1, model_dim), y, tape), moxie::ValueError);
+  CHECK_THROWS_AS(layer.forward(moxie::ParameterView<const float>{}, x, y, tape), moxie::ShapeError);
+  layer.parameters() = moxie::Parameters<float>{};
+  CHECK_THROWS_AS(layer.forward(x, y, tape), moxie::ShapeError);
+}
+
+TEST_CASE("layer: with a mask, the tape knows where the plan's tokens stand, and errors name the caller's rows") {
+  const auto layer = top_k_layer();
+  Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 97);
+  std::vector<std::uint8_t> mask(std::size_t(tokens), 1);
+  mask[0] = mask[3] = mask[4] = 0;
+  Tokens<float> in(x, 4);
+  in.mask = mask;
+  Matrix<float> y = moxie::test::untouched<float>(tokens, model_dim);
+  auto tape = layer.make_tape();
+  layer.forward(in, y, tape);
+  CHECK(tape.plan().tokens() == tokens - 3);
+  CHECK(tape.row(0) == 1);
+  CHECK(tape.row(2) == 5);
+  CHECK((y.row(3).array() == 0).all());
+  auto grads = layer.parameters().zeros_like();
+  Matrix<float> dx(tokens, model_dim);
+  auto other_mask = mask;
+  other_mask[5] = 0;
+  other_mask[4] = 1;
+  Tokens<float> other = in;
+  other.mask = other_mask;
+  CHECK(
+      contains(message_of<moxie::ValueError>([&] { layer.backward(other, y, dx, grads, tape); }), "the tape holds no forward"));
+  other.mask = {};
+  CHECK(
+      contains(message_of<moxie::ValueError>([&] { layer.backward(other, y, dx, grads, tape); }), "the tape holds no forward"));
+  CHECK_NOTHROW(layer.backward(in, y, dx, grads, tape));
+  x(7, 1) = std::numeric_limits<float>::infinity();
+  CHECK(message_of<moxie::ValueError>([&] { layer.forward(in, y, tape); }) ==
+        "TopKRouter::route: the logits of token 7 are not finite");
+}
+
 TEST_CASE("layer: parts that do not fit are refused") {
   using moxie::ValueError;
   const moxie::TopKRouter<float> router({.model_dim = 5, .experts = 4, .top_k = 2});

@@ -4,153 +4,322 @@
 #include <moxie/loss/balance.hpp>
 #include <moxie/routing/top_k.hpp>
 #include <moxie/testing/gradient_check.hpp>
+#include <numeric>
 #include <support.hpp>
 
 namespace {
 
-using moxie::balance_loss;
+using moxie::Balance;
+using moxie::BalanceTotals;
 using moxie::Index;
 using moxie::Matrix;
 using moxie::RowView;
-using Counts = moxie::Matrix<std::int64_t>;
+using moxie::Sequences;
 
-// Rows that sum to 1.
+// A batch: logits with and without noise, their softmax, and K choices of every token.
 template <class S>
-Matrix<S> random_scores(Index tokens, Index experts, std::uint64_t seed) {
-  Matrix<S> s = moxie::test::random<S>(tokens, experts, seed);
-  moxie::softmax_rows(RowView<S>(s), moxie::Exec{});
-  return s;
-}
+struct Batch {
+  Index tokens, experts, k;
+  Sequences sequences;
+  Matrix<S> logits, noisy, probabilities, clean;
+  std::vector<Index> best, chosen;
 
-// K different experts for every token, counted in each of `groups` groups.
-Counts random_counts(Index tokens, Index experts, Index top_k, Index groups, std::uint64_t seed) {
-  Counts counts = Counts::Zero(groups, experts);
-  for (Index t = 0; t < tokens; ++t) {
-    const Index first = moxie::Rng(seed).below(experts, std::uint64_t(t));
-    for (Index k = 0; k < top_k; ++k) {
-      ++counts(t / (tokens / groups), (first + k) % experts);
+  Batch(Index tokens_, Index experts_, Index k_, const Sequences& division, std::uint64_t seed)
+      : tokens(tokens_), experts(experts_), k(k_), sequences(division.over(tokens_)) {
+    logits = moxie::test::random<S>(tokens, experts, seed);
+    noisy = logits + moxie::test::random<S>(tokens, experts, seed + 1, 0.3);
+    take(true);
+    for (Index t = 0; t < tokens; ++t) {
+      for (Index j = 0; j < k; ++j) {
+        chosen.push_back((best[std::size_t(t * k)] + 1 + j) % experts);  // other ones than the best
+      }
     }
   }
-  return counts;
-}
-
-template <class S>
-double loss_of(const Matrix<S>& scores, const Counts& counts, Index top_k) {
-  return balance_loss<S>(scores, RowView<const std::int64_t>(counts), top_k);
-}
-
-TEST_CASE_TEMPLATE("balance loss: is 1 for uniform scores, whatever was chosen", S, float, double) {
-  const Index tokens = 24, experts = 6;
-  const Matrix<S> uniform = Matrix<S>::Constant(tokens, experts, S(1) / S(experts));
-  for (const Index groups : {Index{1}, Index{4}}) {
-    for (const Index k : {Index{1}, Index{3}}) {
-      const Counts counts = random_counts(tokens, experts, k, groups, 501);
-      CHECK(loss_of(uniform, counts, k) == doctest::Approx(1).epsilon(1e-6));
+  // What follows from the logits; the choices only if asked for.
+  void take(bool choices) {
+    probabilities = noisy;
+    moxie::softmax_rows(RowView<S>(probabilities), {});
+    clean = logits;
+    moxie::softmax_rows(RowView<S>(clean), {});
+    if (choices) {
+      best.resize(std::size_t(tokens * k));
+      for (Index t = 0; t < tokens; ++t) {
+        moxie::select_top_k(&noisy(t, 0), experts, k, best.data() + t * k);
+      }
     }
   }
-}
-
-TEST_CASE_TEMPLATE("balance loss: is 1 for balanced counts, whatever the scores", S, float, double) {
-  const Matrix<S> scores = random_scores<S>(24, 6, 502);
-  CHECK(loss_of(scores, Counts::Constant(1, 6, 8), 2) == doctest::Approx(1).epsilon(1e-6));
-  CHECK(loss_of(scores, Counts::Constant(4, 6, 2), 2) == doctest::Approx(1).epsilon(1e-6));
-}
-
-TEST_CASE_TEMPLATE("balance loss: is E P_i if all tokens choose expert i alone", S, float, double) {
-  const Matrix<S> scores = random_scores<S>(10, 5, 503);
-  Counts counts = Counts::Zero(1, 5);
-  counts(0, 3) = 10;
-  double mean = 0;
-  for (Index t = 0; t < 10; ++t) {
-    mean += double(scores(t, 3)) / 10;
+  moxie::BalanceInput<S> input(bool count_chosen = false, double deviation = 0.3) const {
+    return {sequences, k, probabilities, clean, logits, noisy, best, count_chosen ? chosen : best, deviation};
   }
-  CHECK(loss_of(scores, counts, 1) == doctest::Approx(5 * mean).epsilon(1e-12));
-}
-
-TEST_CASE("balance loss: is the equation, group by group, then their mean") {
-  const Index tokens = 24, experts = 5, k = 2, groups = 3, n = 8;
-  const Matrix<double> scores = random_scores<double>(tokens, experts, 504);
-  const Counts counts = random_counts(tokens, experts, k, groups, 505);
-  double expected = 0;
-  for (Index b = 0; b < groups; ++b) {
-    for (Index i = 0; i < experts; ++i) {
-      const double f = double(experts) / double(k * n) * double(counts(b, i));
-      expected += f * scores.col(i).segment(b * n, n).mean() / double(groups);
-    }
-  }
-  CHECK(loss_of(scores, counts, k) == doctest::Approx(expected).epsilon(1e-14));
-  CHECK(std::abs(expected - 1) > 1e-3);  // no special case
-}
-
-TEST_CASE("balance loss: of no tokens is 0, and has no gradient") {
-  const Matrix<double> none(0, 3);
-  Matrix<double> dnone(0, 3);
-  CHECK(loss_of(none, Counts(0, 3), 2) == 0);
-  CHECK(loss_of(none, Counts::Zero(1, 3), 2) == 0);
-  moxie::balance_loss_backward(RowView<const std::int64_t>(Counts(0, 3)), 2, 1.0, RowView<double>(dnone));
-}
-
-TEST_CASE("balance loss: backward matches central differences and adds to what is there") {
-  const Index tokens = 12, experts = 5;
-  for (const Index groups : {Index{1}, Index{3}}) {
-    for (const Index k : {Index{1}, Index{2}, Index{5}}) {
-      Matrix<double> scores = random_scores<double>(tokens, experts, 506);
-      const Counts counts = random_counts(tokens, experts, k, groups, 507);
-      const Matrix<double> start = moxie::test::random<double>(tokens, experts, 508);
-      Matrix<double> dscores = start;
-      moxie::balance_loss_backward(RowView<const std::int64_t>(counts), k, 0.3, RowView<double>(dscores));
-      const auto loss = [&] { return 0.3 * loss_of(scores, counts, k) + scores.cwiseProduct(start).sum(); };
-      const auto report = moxie::testing::check_gradient(loss, scores, dscores);
-      INFO(report.message());
-      CHECK(report.passes(moxie::test::gradient_tolerance));
-    }
-  }
-}
-
-TEST_CASE("balance loss: the router weighs both losses and adds them") {
-  const Index tokens = 12, dim = 4, length = 3;
-  const Matrix<double> x = moxie::test::random<double>(tokens, dim, 509);
-  const auto loss = [&](moxie::Balance balance) {
-    const moxie::TopKRouter<double> router({.model_dim = dim, .experts = 5, .top_k = 2, .balance = balance});
-    moxie::Parameters<double> p{moxie::Layout(router.layout())};
-    moxie::test::randomize(p, 510);
-    moxie::SparsePlan<double> plan;
-    moxie::TopKRouter<double>::Tape tape;
+  BalanceTotals totals(const Balance& weights) const {
+    BalanceTotals sums;
+    sums.clear(experts);
     moxie::Workspace workspace;
-    router.route(p.view(), {x, length}, plan, tape, workspace, moxie::Exec{});
-    return tape.balance_loss();
-  };
-  const double expert_level = loss({.expert_level = 1});
-  const double sequence_level = loss({.sequence_level = 1});
-  CHECK(expert_level > 1);  // frequent experts have the larger scores
-  CHECK(sequence_level > expert_level);
-  CHECK(loss({}) == 0);
-  CHECK(loss({.expert_level = 0.3, .sequence_level = 0.7}) ==
-        doctest::Approx(0.3 * expert_level + 0.7 * sequence_level).epsilon(1e-14));
+    moxie::add_balance_totals(weights, input(weights.count_chosen), experts, sums, workspace);
+    return sums;
+  }
+  double loss(const Balance& weights) const { return totals(weights).loss(weights); }
+
+  Index count(Index expert, Index begin, Index end, Index first_choices, const std::vector<Index>& of) const {
+    Index n = 0;
+    for (Index t = begin; t < end; ++t) {
+      for (Index j = 0; j < first_choices; ++j) {
+        n += of[std::size_t(t * k + j)] == expert ? 1 : 0;
+      }
+    }
+    return n;
+  }
+  // E/(K n) Σ_i count_i mean_t p_ti over the tokens [begin, end).
+  double frequency_loss(Index begin, Index end, Index first_choices, const std::vector<Index>& of) const {
+    double sum = 0;
+    const double n = double(end - begin);
+    for (Index i = 0; i < experts; ++i) {
+      const double f = double(experts) / (double(first_choices) * n) * double(count(i, begin, end, first_choices, of));
+      double p = 0;
+      for (Index t = begin; t < end; ++t) {
+        p += double(probabilities(t, i)) / n;
+      }
+      sum += f * p;
+    }
+    return sum;
+  }
+};
+
+const std::vector<Index> ragged{0, 5, 5, 6, 12};
+
+double mean_over_sequences(const Sequences& sequences, const std::function<double(Index, Index)>& f) {
+  double sum = 0;
+  sequences.for_each([&](Index, Index begin, Index end) { sum += begin < end ? f(begin, end) : 0; });
+  return sum / double(sequences.nonempty());
 }
 
-TEST_CASE("balance loss: a uniform gate gives alpha") {
-  const Matrix<double> x = moxie::test::random<double>(12, 4, 511);
-  const moxie::TopKRouter<double> router({.model_dim = 4, .experts = 5, .top_k = 2, .balance = {.expert_level = 0.01}});
-  const moxie::Parameters<double> zero{moxie::Layout(router.layout())};
-  moxie::SparsePlan<double> plan;
-  moxie::TopKRouter<double>::Tape tape;
+TEST_CASE_TEMPLATE("balance: every loss is its equation", S, float, double) {
+  const double tolerance = sizeof(S) == 4 ? 1e-6 : 1e-13;
+  for (const Sequences& division : {Sequences(), Sequences(4), Sequences(ragged)}) {
+    const Batch<S> b(12, 6, 2, division, 521);
+    const auto approx = [&](double x) { return doctest::Approx(x).epsilon(tolerance); };
+    CHECK(b.loss({.expert_level = 0.5}) == approx(0.5 * b.frequency_loss(0, 12, 2, b.best)));
+    CHECK(b.loss({.expert_level = 0.5, .count_chosen = true}) == approx(0.5 * b.frequency_loss(0, 12, 2, b.chosen)));
+    CHECK(b.loss({.sequence_level = 2}) == approx(2 * mean_over_sequences(b.sequences, [&](Index begin, Index end) {
+                                                    return b.frequency_loss(begin, end, 2, b.best);
+                                                  })));
+    CHECK(b.loss({.gshard = 3}) == approx(3 * mean_over_sequences(b.sequences, [&](Index begin, Index end) {
+                                            return b.frequency_loss(begin, end, 1, b.best);
+                                          })));
+    double device = 0;
+    for (Index d = 0; d < 3; ++d) {
+      double f = 0, p = 0;
+      for (Index i = 2 * d; i < 2 * d + 2; ++i) {
+        f += 6.0 / (2.0 * 12) * double(b.count(i, 0, 12, 2, b.best)) / 2;
+        p += b.probabilities.col(i).template cast<double>().mean();
+      }
+      device += f * p;
+    }
+    CHECK(b.loss({.device_level = 0.7, .devices = 3}) == approx(0.7 * device));
+    double z = 0, h = 0;
+    Eigen::VectorXd mean = Eigen::VectorXd::Zero(6);
+    for (Index t = 0; t < 12; ++t) {
+      const Eigen::VectorXd row = b.logits.row(t).template cast<double>();
+      const Eigen::VectorXd p = b.probabilities.row(t).template cast<double>();
+      z += std::pow(std::log(row.array().exp().sum()), 2) / 12;
+      h -= (p.array() * p.array().log()).sum() / 12;
+      mean += p / 12;
+    }
+    CHECK(b.loss({.z = 0.1}) == approx(0.1 * z));
+    CHECK(b.loss({.token_entropy = 0.1}) == approx(0.1 * h));
+    CHECK(b.loss({.mean_entropy = 0.1}) == approx(0.1 * (mean.array() * mean.array().log()).sum()));
+    CHECK(b.loss({.importance = 0.1}) ==
+          approx(0.1 * mean_over_sequences(b.sequences, [&](Index begin, Index end) {
+                   const Eigen::VectorXd sum = b.clean.middleRows(begin, end - begin).template cast<double>().colwise().sum();
+                   return (sum.array() - sum.mean()).square().mean() / (sum.mean() * sum.mean());
+                 })));
+    CHECK(b.loss({.load = 0.1}) ==
+          approx(0.1 * mean_over_sequences(b.sequences, [&](Index begin, Index end) {
+                   Eigen::VectorXd sum = Eigen::VectorXd::Zero(6);
+                   for (Index t = begin; t < end; ++t) {
+                     const double threshold = double(b.noisy(t, b.best[std::size_t(2 * t + 1)]));
+                     for (Index i = 0; i < 6; ++i) {
+                       sum(i) += 1 - 0.5 * std::erfc((double(b.logits(t, i)) - threshold) / 0.3 / std::sqrt(2.0));
+                     }
+                   }
+                   return (sum.array() - sum.mean()).square().mean() / (sum.mean() * sum.mean());
+                 })));
+  }
+}
+
+TEST_CASE_TEMPLATE("balance: expert level is alpha for balanced counts, or uniform scores", S, float, double) {
+  Batch<S> b(12, 6, 2, 4, 522);
+  for (std::size_t i = 0; i < b.best.size(); ++i) {
+    b.best[i] = Index(i) % 6;
+  }
+  for (const Balance& weights :
+       {Balance{.expert_level = 0.01}, {.sequence_level = 0.01}, {.device_level = 0.01, .devices = 2}}) {
+    if (weights.sequence_level == 0) {
+      CHECK(b.loss(weights) == doctest::Approx(0.01).epsilon(1e-6));
+    }
+  }
+  Batch<S> uniform(12, 6, 2, 4, 523);
+  uniform.probabilities.setConstant(S(1) / S(6));
+  for (const Balance& weights :
+       {Balance{.expert_level = 0.01}, {.sequence_level = 0.01}, {.device_level = 0.01, .devices = 3}, {.gshard = 0.01}}) {
+    CHECK(uniform.loss(weights) == doctest::Approx(0.01).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("balance: one expert for all tokens gives alpha E P_i at K = 1") {
+  Batch<double> b(10, 5, 1, {}, 524);
+  std::fill(b.best.begin(), b.best.end(), 3);
+  const double p = b.probabilities.col(3).mean();
+  CHECK(b.loss({.expert_level = 0.1}) == doctest::Approx(0.1 * 5 * p).epsilon(1e-13));
+  CHECK(b.loss({.gshard = 0.1}) == doctest::Approx(0.1 * 5 * p).epsilon(1e-13));
+}
+
+const Balance each[] = {{.expert_level = 0.7},
+                        {.sequence_level = 0.7},
+                        {.device_level = 0.7, .devices = 3},
+                        {.gshard = 0.7},
+                        {.importance = 0.7},
+                        {.load = 0.7},
+                        {.z = 0.7},
+                        {.mean_entropy = 0.7},
+                        {.token_entropy = 0.7},
+                        {.expert_level = 0.7, .count_chosen = true},
+                        {.expert_level = 0.1,
+                         .sequence_level = 0.2,
+                         .device_level = 0.3,
+                         .gshard = 0.4,
+                         .importance = 0.5,
+                         .load = 0.6,
+                         .z = 0.7,
+                         .mean_entropy = 0.8,
+                         .token_entropy = 0.9,
+                         .devices = 2}};
+
+TEST_CASE("balance: backward matches central differences of every loss, and adds to what is there") {
+  for (const Balance& weights : each) {
+    for (const Sequences& division : {Sequences(), Sequences(ragged)}) {
+      Batch<double> b(12, 6, 2, division, 525);
+      CAPTURE(&weights - each);
+      const Matrix<double> start = moxie::test::random<double>(12, 6, 526);
+      Matrix<double> dp = start, dclean = start, dlogits = start, dnoisy = start;
+      moxie::Workspace workspace;
+      moxie::balance_backward<double>(weights, b.input(weights.count_chosen), b.totals(weights), {dp, dclean, dlogits, dnoisy},
+                                      workspace);
+      const auto check = [&](const char* name, Matrix<double>& value, const Matrix<double>& gradient) {
+        const auto loss = [&] { return b.loss(weights) + value.cwiseProduct(start).sum(); };
+        const auto report = moxie::testing::check_gradient(loss, value, gradient, {}, name);
+        INFO(report.message());
+        CHECK(report.passes(moxie::test::gradient_tolerance));
+      };
+      check("probabilities", b.probabilities, dp);
+      check("clean probabilities", b.clean, dclean);
+      check("logits", b.logits, dlogits);
+      check("noisy logits", b.noisy, dnoisy);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("balance: totals of micro-batches are those of the whole batch, to the last bit", S, float, double) {
+  const Batch<S> whole(600, 7, 3, 10, 527);
+  const Balance& weights = each[10];
+  Balance no_devices = weights;
+  no_devices.devices = 7;
+  BalanceTotals sum;
+  for (const auto& [begin, end] : {std::pair<Index, Index>{0, 10}, {10, 250}, {250, 250}, {250, 600}}) {
+    moxie::BalanceInput<S> part = whole.input();
+    const Index n = end - begin;
+    part.sequences = Sequences(10).over(n);
+    part.probabilities = part.probabilities.middle_rows(begin, n);
+    part.clean_probabilities = part.clean_probabilities.middle_rows(begin, n);
+    part.logits = part.logits.middle_rows(begin, n);
+    part.noisy_logits = part.noisy_logits.middle_rows(begin, n);
+    part.best = part.best.subspan(std::size_t(begin * 3), std::size_t(n * 3));
+    part.counted = part.best;
+    BalanceTotals totals;
+    totals.clear(7);
+    moxie::Workspace workspace;
+    moxie::add_balance_totals(no_devices, part, 7, totals, workspace);
+    sum += totals;
+  }
+  const BalanceTotals expected = whole.totals(no_devices);
+  CHECK(sum.counts == expected.counts);
+  CHECK(sum.tokens == 600);
+  CHECK(sum.sequences == 60);
+  for (std::size_t i = 0; i < 7; ++i) {
+    CHECK(sum.scores[i].value() == expected.scores[i].value());
+  }
+  CHECK(sum.loss(no_devices) == expected.loss(no_devices));
+}
+
+TEST_CASE("balance: gradients of micro-batches under the totals of all are the parts of the whole gradient") {
+  const Batch<double> whole(20, 6, 2, 5, 528);
+  const Balance& weights = each[10];
+  const BalanceTotals totals = whole.totals(weights);
   moxie::Workspace workspace;
-  router.route(zero.view(), {x}, plan, tape, workspace, moxie::Exec{});
-  CHECK(tape.balance_loss() == doctest::Approx(0.01).epsilon(1e-14));
-  // Equal logits: the lower indices are chosen.
-  CHECK(plan.tokens_per_expert() == std::vector<std::int64_t>{12, 12, 0, 0, 0});
+  Matrix<double> dp = Matrix<double>::Zero(20, 6), dclean = dp, dlogits = dp, dnoisy = dp;
+  moxie::balance_backward<double>(weights, whole.input(), totals, {dp, dclean, dlogits, dnoisy}, workspace);
+  for (const auto& [begin, end] : {std::pair<Index, Index>{0, 5}, {5, 20}}) {
+    moxie::BalanceInput<double> part = whole.input();
+    const Index n = end - begin;
+    part.sequences = Sequences(5).over(n);
+    part.probabilities = part.probabilities.middle_rows(begin, n);
+    part.clean_probabilities = part.clean_probabilities.middle_rows(begin, n);
+    part.logits = part.logits.middle_rows(begin, n);
+    part.noisy_logits = part.noisy_logits.middle_rows(begin, n);
+    part.best = part.best.subspan(std::size_t(begin * 2), std::size_t(n * 2));
+    part.counted = part.best;
+    Matrix<double> a = Matrix<double>::Zero(n, 6), c = a, l = a, d = a;
+    moxie::balance_backward<double>(weights, part, totals, {a, c, l, d}, workspace);
+    CHECK(a == dp.middleRows(begin, n));
+    CHECK(c == dclean.middleRows(begin, n));
+    CHECK(l == dlogits.middleRows(begin, n));
+    CHECK(d == dnoisy.middleRows(begin, n));
+  }
 }
 
-TEST_CASE("balance loss: negative and NaN weights are refused") {
-  const auto build = [](moxie::Balance balance) {
-    moxie::TopKRouter<float>({.model_dim = 4, .experts = 5, .top_k = 2, .balance = balance});
+TEST_CASE("balance: no tokens have no loss and no gradient") {
+  const Batch<double> none(0, 6, 2, {}, 529);
+  CHECK(none.loss(each[10]) == 0);
+  Matrix<double> d(0, 6);
+  moxie::Workspace workspace;
+  moxie::balance_backward<double>(each[10], none.input(), none.totals(each[10]), {d, d, d, d}, workspace);
+}
+
+TEST_CASE("balance: totals of other experts do not add up") {
+  BalanceTotals a, b;
+  a.clear(3);
+  b.clear(4);
+  CHECK_THROWS_AS(a += b, moxie::ShapeError);
+  BalanceTotals fresh;
+  fresh += b;
+  CHECK(fresh.counts.size() == 4);
+}
+
+TEST_CASE("balance: negative, infinite and NaN weights are refused, and devices that do not divide the experts") {
+  const auto valid = [](const Balance& balance) {
+    try {
+      balance.expect_valid("f", 6);
+      return true;
+    } catch (const moxie::ValueError&) {
+      return false;
+    }
   };
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  CHECK_THROWS_AS(build({.expert_level = -0.1}), moxie::ValueError);
-  CHECK_THROWS_AS(build({.sequence_level = -0.1}), moxie::ValueError);
-  CHECK_THROWS_AS(build({.expert_level = nan}), moxie::ValueError);
-  CHECK_THROWS_AS(build({.sequence_level = nan}), moxie::ValueError);
+  for (const double bad : {-0.1, std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    CHECK_FALSE(valid({.expert_level = bad}));
+    CHECK_FALSE(valid({.sequence_level = bad}));
+    CHECK_FALSE(valid({.device_level = bad}));
+    CHECK_FALSE(valid({.gshard = bad}));
+    CHECK_FALSE(valid({.importance = bad}));
+    CHECK_FALSE(valid({.load = bad}));
+    CHECK_FALSE(valid({.z = bad}));
+    CHECK_FALSE(valid({.mean_entropy = bad}));
+    CHECK_FALSE(valid({.token_entropy = bad}));
+  }
+  CHECK_FALSE(valid({.devices = 4}));
+  CHECK_FALSE(valid({.devices = 0}));
+  CHECK(valid({.expert_level = 1, .devices = 3}));
+  CHECK_THROWS_AS(moxie::TopKRouter<float>({.model_dim = 4, .experts = 5, .top_k = 2, .balance = {.z = -1}}),
+                  moxie::ValueError);
 }
 
 }  // namespace

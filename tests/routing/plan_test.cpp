@@ -148,8 +148,8 @@ TEST_CASE("sparse plan: built again in the same shape it allocates nothing") {
 TEST_CASE("dense plan: slot s of expert e in sequence b is row (e B + b) S + s, each once") {
   const Index sequences = 3, experts = 4, slots = 2;
   DensePlan<double> plan;
-  plan.resize(15, sequences, experts, slots);
-  CHECK(plan.sequence_length() == 5);
+  plan.resize(moxie::Sequences(5).over(15), experts, slots);
+  CHECK(plan.sequences() == moxie::Sequences(5).over(15));
   CHECK(plan.slots() == 8);
   CHECK(plan.rows() == 24);
   std::set<Index> rows;
@@ -171,9 +171,9 @@ TEST_CASE("dense plan: slot s of expert e in sequence b is row (e B + b) S + s, 
 
 TEST_CASE("dense plan: without tokens there are no rows") {
   DensePlan<double> plan;
-  plan.resize(0, 0, 4, 2);
+  plan.resize(moxie::Sequences(), 4, 2);
   CHECK(plan.rows() == 0);
-  CHECK(plan.sequence_length() == 0);
+  CHECK(plan.sequences().count() == 0);
   CHECK(plan.expert_starts().back() == 0);
 }
 

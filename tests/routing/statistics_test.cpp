@@ -59,7 +59,7 @@ TEST_CASE("statistics: of an empty plan, and of one expert") {
 
 TEST_CASE("statistics: of a dense plan are the weights that tokens give the slots of an expert") {
   moxie::DensePlan<double> plan;
-  plan.resize(2, 1, 2, 2);
+  plan.resize(moxie::Sequences().over(2), 2, 2);
   plan.combine().eigen() << 0.5, 0.25, 0.25, 0, 0.1, 0.4, 0.2, 0.3;
   const RoutingStatistics s = routing_statistics(plan);
   CHECK(s.load[0] == doctest::Approx(1.25 / 2));

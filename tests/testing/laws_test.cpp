@@ -73,7 +73,7 @@ TEST_CASE("laws: a plan that is out of order or incomplete is noticed") {
 
 TEST_CASE("laws: a dense plan whose weights are not convex is noticed") {
   moxie::DensePlan<double> plan;
-  plan.resize(4, 2, 2, 1);
+  plan.resize(moxie::Sequences(2).over(4), 2, 1);
   plan.dispatch().eigen().setConstant(0.5);
   plan.combine().eigen().setConstant(0.5);
   const auto law = [&] { return moxie::testing::plan_is_convex(plan, 1e-12); };
@@ -172,7 +172,9 @@ enum class Bug {
   quadratic_in_dy,
   adds_to_dx,
   overwrites_gradients,
-  allocates
+  allocates,
+  masked_output,
+  masked_tokens_count
 };
 struct BrokenLayer : moxie::TopKMoE<double> {
   using Base = moxie::TopKMoE<double>;
@@ -197,13 +199,20 @@ struct BrokenLayer : moxie::TopKMoE<double> {
     if (bug == Bug::looks_at_position) {
       y(1, 2) *= 1 + 1e-9;
     }
+    if (bug == Bug::masked_output && !in.mask.empty()) {
+      y.eigen().array() += 1e-3;
+    }
+    if (bug == Bug::masked_tokens_count) {
+      y(0, 0) += 1e-9 * double(in.count());
+    }
     if (bug == Bug::allocates) {
       const Matrix<double> copy = y.eigen();
       y.eigen() = 2 * copy;
     }
   }
-  void backward(const Tokens<double>& in, RowView<const double> dy, RowView<double> dx, moxie::Parameters<double>& grads,
-                const Tape& tape, const Exec& exec = {}) const {
+  void backward(const Tokens<double>& in, RowView<const double> dy, const moxie::TokensGradient<double>& din,
+                moxie::Parameters<double>& grads, const Tape& tape, const Exec& exec = {}) const {
+    const RowView<double> dx = din.x;
     const double before = bug == Bug::adds_to_dx ? dx(3, 3) : 0;
     if (bug == Bug::overwrites_gradients) {
       grads["experts.1.up_proj.weight"].eigen().setZero();
@@ -233,6 +242,7 @@ TEST_CASE("laws: each law of a layer notices its bug") {
   const auto permuted = [&](Bug bug) {
     return moxie::testing::permuting_tokens_permutes_outputs(BrokenLayer(bug), in, dy, options);
   };
+  const auto masked = [&](Bug bug) { return moxie::testing::masked_tokens_change_nothing(BrokenLayer(bug), in, dy, options); };
   const auto linear = [&](Bug bug) { return moxie::testing::backward_is_linear(BrokenLayer(bug), in, options); };
   const auto added = [&](Bug bug) {
     return moxie::testing::backward_overwrites_dx_and_adds_to_gradients(BrokenLayer(bug), in, dy, options);
@@ -243,6 +253,9 @@ TEST_CASE("laws: each law of a layer notices its bug") {
   holds(permuted(Bug::none));
   is_broken(permuted(Bug::looks_at_position));
   is_broken(permuted(Bug::gradient_looks_at_position));
+  holds(masked(Bug::none));
+  is_broken(masked(Bug::masked_output));
+  is_broken(masked(Bug::masked_tokens_count));
   holds(linear(Bug::none));
   is_broken(linear(Bug::quadratic_in_dy));
   holds(added(Bug::none));
@@ -267,11 +280,11 @@ TEST_CASE("laws: a step that allocates is noticed") {
 TEST_CASE("laws: the check of a layer runs all of them, and finds the one that is broken") {
   const Matrix<double> x = moxie::test::random<double>(tokens, dim, 1005);
   LawOptions options;
-  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 9);
-  options.allocations = [] { return moxie::test::allocation_count.load(); };
   CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 10);
+  options.allocations = [] { return moxie::test::allocation_count.load(); };
+  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 11);
   options.permute_tokens = false;
-  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 9);
+  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 10);
   int broken = 0;
   for (const LawResult& law : moxie::testing::check_layer_laws(BrokenLayer(Bug::quadratic_in_dy), Tokens<double>{x}, options)) {
     broken += law.holds ? 0 : 1;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <moxie/core/matrix.hpp>
 #include <new>
 #include <span>
@@ -81,6 +82,9 @@ class Buffer {
 
   /// Resizes to rows·cols and returns them as a matrix.
   RowView<T> matrix(Index rows, Index cols) {
+    if (cols > 0 && rows > std::numeric_limits<Index>::max() / cols) {
+      throw std::bad_alloc();
+    }
     resize(rows * cols);
     return {data_, rows, cols};
   }

@@ -79,7 +79,7 @@ class RowView {
 
 namespace detail {
 
-/// Whether two views share an element's address range.
+/// Whether two views share an element. Views of other strides count as sharing what lies between their rows.
 template <class A, class B>
 bool overlaps(const RowView<A>& a, const RowView<B>& b) {
   if (a.size() == 0 || b.size() == 0) {
@@ -87,7 +87,23 @@ bool overlaps(const RowView<A>& a, const RowView<B>& b) {
   }
   const auto begin = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.data()); };
   const auto end = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.row(v.rows() - 1) + v.cols()); };
-  return begin(a) < end(b) && begin(b) < end(a);
+  if (begin(a) >= end(b) || begin(b) >= end(a)) {
+    return false;
+  }
+  if (a.stride() * Index{sizeof(A)} != b.stride() * Index{sizeof(B)} || a.stride() <= 0) {
+    return true;
+  }
+  // Columns of one matrix: where b begins in a's rows.
+  const auto stride = a.stride() * Index{sizeof(A)};
+  const auto shift = (Index(begin(b)) - Index(begin(a))) % stride;
+  const auto start = shift < 0 ? shift + stride : shift;
+  return start < a.cols() * Index{sizeof(A)} || start + b.cols() * Index{sizeof(B)} > stride;
+}
+
+/// Whether the rows of a view share elements, so that nothing can be written to it.
+template <class A>
+bool rows_overlap(const RowView<A>& a) {
+  return a.rows() > 1 && a.stride() < a.cols();
 }
 
 }  // namespace detail

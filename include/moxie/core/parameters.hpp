@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <map>
 #include <memory>
 #include <moxie/core/buffer.hpp>
 #include <string>
@@ -10,6 +11,13 @@
 
 namespace moxie {
 
+/// What changes a tensor.
+enum class Trained {
+  by_gradient,
+  elsewhere,  ///< its gradient is zero: a rule of its own (`update_selection_bias`), a fit (centroids), or nothing. An
+              ///< optimizer that decays weights leaves it out.
+};
+
 /// One named tensor of a layout. As a matrix it has shape[0] rows (a vector is one row, a scalar is (1,1)).
 struct TensorInfo {
   std::string name;
@@ -17,6 +25,7 @@ struct TensorInfo {
   Index offset = 0;  ///< in elements, from the start of the block
   Index rows = 1;
   Index cols = 1;
+  Trained trained = Trained::by_gradient;
 };
 
 /// Names, shapes and offsets of the parameters of a model. Weights, gradients and optimizer moments are blocks that share one.
@@ -26,19 +35,26 @@ class Layout {
  public:
   static constexpr Index granularity = 16;
 
-  /// Appends a tensor and returns its position in `tensors()`. Throws ValueError for a name that is taken.
-  Index add(std::string name, std::vector<Index> shape) {
-    detail::expect_value(find(name) < 0, "Layout::add", "there is a tensor '" + name + "' already");
+  /// Appends a tensor and returns its position in `tensors()`. Throws ValueError for a name that is taken, a
+  /// negative size, and sizes beyond any memory.
+  Index add(std::string name, std::vector<Index> shape, Trained trained = Trained::by_gradient) {
+    if (find(name) >= 0) {
+      throw ValueError("Layout::add: there is a tensor '" + name + "' already");
+    }
     TensorInfo info{std::move(name), std::move(shape), size_};
+    info.trained = trained;
     for (const Index n : info.shape) {
       detail::expect_at_least("Layout::add", info.name, n, 0);
+      detail::expect_value(n == 0 || info.cols <= largest / n, "Layout::add", "the tensor is too large for memory");
       info.cols *= n;
     }
     if (info.shape.size() > 1) {
       info.rows = info.shape.front();
       info.cols = info.rows == 0 ? 0 : info.cols / info.rows;
     }
+    detail::expect_value(info.rows * info.cols <= largest - size_, "Layout::add", "the block is too large for memory");
     size_ += (info.rows * info.cols + granularity - 1) / granularity * granularity;
+    index_.emplace(info.name, Index(tensors_.size()));
     tensors_.push_back(std::move(info));
     return Index(tensors_.size()) - 1;
   }
@@ -48,7 +64,7 @@ class Layout {
     const Index start = size_;
     tensors_.reserve(tensors_.size() + part.tensors_.size());
     for (const TensorInfo& t : part.tensors_) {
-      add(std::string(prefix) + t.name, t.shape);
+      add(std::string(prefix) + t.name, t.shape, t.trained);
     }
     MOXIE_ASSERT(size_ - start == part.size_);
     return start;
@@ -68,16 +84,15 @@ class Layout {
 
   /// The position of a name, or -1.
   Index find(std::string_view name) const {
-    for (std::size_t i = 0; i < tensors_.size(); ++i) {
-      if (tensors_[i].name == name) {
-        return Index(i);
-      }
-    }
-    return -1;
+    const auto found = index_.find(name);
+    return found == index_.end() ? -1 : found->second;
   }
 
  private:
+  static constexpr Index largest = Index{1} << 58;  // elements: what an address can count, with room for the gaps
+
   std::vector<TensorInfo> tensors_;
+  std::map<std::string, Index, std::less<>> index_;
   Index size_ = 0;
 };
 
@@ -93,6 +108,8 @@ class ParameterView {
   ParameterView(const ParameterView<U>& other) : ParameterView(other.layout(), other.data()) {}
 
   const Layout& layout() const { return *layout_; }
+  /// Whether it views nothing: made without a layout.
+  bool empty() const { return layout_ == nullptr; }
   T* data() const { return data_; }
 
   /// The tensor at a position of the layout.

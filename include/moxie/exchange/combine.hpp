@@ -24,16 +24,18 @@ void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<
 template <class Scalar>
 void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
              RowView<std::type_identity_t<Scalar>> y, const Exec& exec) {
-  const Index length = plan.sequence_length();
+  const Sequences sequences = plan.sequences();
   kernel::grouped_gemm<Scalar>(
-      plan.sequences(),
+      sequences.count(),
       [&](Index b) -> kernel::Product<Scalar> {
+        const Index first = sequences.begin(b);
+        const Index length = sequences.length(b);
         return {length,
                 h.cols(),
                 plan.slots(),
-                kernel::plain<Scalar>(plan.combine().middle_rows(b * length, length)),
+                kernel::plain<Scalar>(plan.combine().middle_rows(first, length)),
                 kernel::plain<Scalar>(h, plan.slot_rows(b)),
-                kernel::add_to<Scalar>(y.middle_rows(b * length, length))};
+                kernel::add_to<Scalar>(y.middle_rows(first, length))};
       },
       exec);  // (L,N)(N,D) -> (L,D)
 }
@@ -58,13 +60,14 @@ template <class Scalar>
 void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
                       RowView<const std::type_identity_t<Scalar>> dy, RowView<std::type_identity_t<Scalar>> dh,
                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
-  const Index length = plan.sequence_length();
+  const Sequences sequences = plan.sequences();
   const RowView<Scalar> dc = dplan.combine.matrix(plan.tokens(), plan.slots());
   kernel::grouped_gemm<Scalar>(
-      2 * plan.sequences(),
+      2 * sequences.count(),
       [&](Index i) -> kernel::Product<Scalar> {
         const Index b = i / 2;
-        const Index first = b * length;
+        const Index first = sequences.begin(b);
+        const Index length = sequences.length(b);
         if (i % 2 == 0) {  // (N,L)(L,D) -> (N,D)
           return {plan.slots(),
                   h.cols(),

@@ -20,15 +20,17 @@ template <class Scalar>
 GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
                              Buffer<Scalar>& storage, const Exec& exec) {
   const RowView<Scalar> slots = storage.matrix(plan.rows(), x.cols());
-  const Index length = plan.sequence_length();
+  const Sequences sequences = plan.sequences();
   kernel::grouped_gemm<Scalar>(
-      plan.sequences(),
+      sequences.count(),
       [&](Index b) -> kernel::Product<Scalar> {
+        const Index first = sequences.begin(b);
+        const Index length = sequences.length(b);
         return {plan.slots(),
                 x.cols(),
                 length,
-                kernel::transposed<Scalar>(plan.dispatch().middle_rows(b * length, length)),
-                kernel::plain<Scalar>(x.middle_rows(b * length, length)),
+                kernel::transposed<Scalar>(plan.dispatch().middle_rows(first, length)),
+                kernel::plain<Scalar>(x.middle_rows(first, length)),
                 kernel::replace<Scalar>(slots, plan.slot_rows(b))};
       },
       exec);  // (N,L)(L,D) -> (N,D)
@@ -55,13 +57,14 @@ template <class Scalar>
 void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
                        typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
-  const Index length = plan.sequence_length();
+  const Sequences sequences = plan.sequences();
   const RowView<Scalar> dd = dplan.dispatch.matrix(plan.tokens(), plan.slots());
   kernel::grouped_gemm<Scalar>(
-      2 * plan.sequences(),
+      2 * sequences.count(),
       [&](Index i) -> kernel::Product<Scalar> {
         const Index b = i / 2;
-        const Index first = b * length;
+        const Index first = sequences.begin(b);
+        const Index length = sequences.length(b);
         if (i % 2 == 0) {  // (L,N)(N,D) -> (L,D)
           return {length,
                   x.cols(),

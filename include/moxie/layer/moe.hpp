@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <moxie/exchange/combine.hpp>
 #include <moxie/exchange/dispatch.hpp>
 #include <moxie/expert/bank.hpp>
@@ -38,19 +40,23 @@ class Moe {
   /// What `backward` needs of a `forward`, and the routing to look at. Reused from step to step.
   class Tape {
    public:
+    /// Its tokens are those that are not masked, numbered without gaps: `row(t)` is where token t of the plan stands in x.
     const Plan& plan() const { return plan_; }
+    Index row(Index token) const { return masked_ ? unmasked_[token] : token; }
     /// The router's own record: scores and choices of `TopKRouter`, for example.
     const typename Router_::Tape& router() const { return router_; }
+    typename Router_::Tape& router() { return router_; }
     /// The balance losses of the last forward, weighted. `backward` adds their gradient with factor 1.
     double balance_loss() const { return router_.balance_loss(); }
     RoutingStatistics statistics() const { return routing_statistics(plan_); }
 
    private:
     friend class Moe;
-    static constexpr Index nothing = -1;
 
-    Index tokens_ = nothing;
-    Index sequence_length_ = 0;
+    // The layer that a forward was of; none before the first one, after one that threw, and where the tape was moved away.
+    std::shared_ptr<const Layout> layer_;
+    Index tokens_ = 0;
+    Buffer<Index> sequence_ends_;
     Plan plan_;
     typename Router_::Tape router_;
     Buffer<Scalar> slots_;
@@ -58,6 +64,13 @@ class Moe {
     Buffer<Index> shared_starts_;
     typename Experts_::Tape experts_;
     typename Experts_::Tape shared_;
+    // With a mask: the tokens that take part.
+    bool masked_ = false;
+    Buffer<Index> unmasked_;         // their rows in x
+    Buffer<Index> unmasked_starts_;  // of their sequences
+    Buffer<Scalar> unmasked_x_;
+    Buffer<Scalar> unmasked_noise_;
+    Buffer<std::int64_t> unmasked_ids_;
     // Scratch of backward: anyone may throw it away.
     mutable typename Plan::Gradient dplan_;
     mutable Workspace workspace_;
@@ -85,14 +98,15 @@ class Moe {
     if (shared_) {
       shared_offset_ = layout.add_part("", shared_->layout());
     }
-    parameters_ = Parameters<Scalar>(std::move(layout));
+    layout_ = std::make_shared<const Layout>(std::move(layout));
+    parameters_ = Parameters<Scalar>(layout_);
   }
 
   const Router_& router() const { return router_; }
   const Experts_& experts() const { return experts_; }
   Index model_dim() const { return experts_.model_dim(); }
 
-  const Layout& layout() const { return parameters_.layout(); }
+  const Layout& layout() const { return *layout_; }
   /// The layer's own block.
   Parameters<Scalar>& parameters() { return parameters_; }
   const Parameters<Scalar>& parameters() const { return parameters_; }
@@ -110,39 +124,102 @@ class Moe {
   /// A tape. The first step of a shape takes the memory it needs, and later ones reuse it; `max_tokens` is a hint.
   Tape make_tape(Index max_tokens = 0) const {
     Tape tape;
-    tape.h_.reserve(max_tokens * model_dim());
+    tape.h_.matrix(max_tokens, model_dim());
     return tape;
   }
 
-  /// y (T,D) from x (T,D), overwritten. T = 0 is legal.
+  /// y (T,D) from x (T,D), overwritten. T = 0 is legal. Rows of y that are masked become 0.
   ///
-  /// Throws ShapeError for other shapes, ValueError if x and y overlap or a logit is not finite, both before y is written.
+  /// Throws ShapeError for other shapes, ValueError if y overlaps x or the parameters, or a logit is not finite, before y
+  /// is written.
   void forward(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
     forward(parameters_.view(), in, y, tape, exec);
   }
 
-  /// From a forward's input and tape: overwrites dx (T,D), adds to the gradients of all parameters. The gradient is that of
-  /// ⟨y, dy⟩ + balance_loss.
+  /// From a forward's input and tape: overwrites dx (T,D), and the gradient of the condition where `din` has one; adds to the
+  /// gradients of all parameters. The gradient is that of ⟨y, dy⟩ + balance_loss. Rows of dx that are masked become 0.
   ///
-  /// Throws ShapeError for other shapes or a block of another layout, ValueError if the tape holds no forward of this many
-  /// tokens or dx overlaps x or dy, before anything is written.
-  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, RowView<Scalar> dx, ParameterView<Scalar> grads,
-                const Tape& tape, const Exec& exec = {}) const {
-    backward(parameters_.view(), in, dy, dx, grads, tape, exec);
+  /// Throws ShapeError for other shapes or a block of another layout, ValueError if the tape holds no forward of this layer
+  /// (or a copy of it) and input, or what is written overlaps what is read, before anything is written.
+  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, const TokensGradient<Scalar>& din,
+                ParameterView<Scalar> grads, const Tape& tape, const Exec& exec = {}) const {
+    backward(parameters_.view(), in, dy, din, grads, tape, exec);
   }
 
   /// The same over a block of parameters that lives elsewhere (one block for a whole model).
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
+               const Exec& exec = {}) const {
     const std::string& where = forward_name_;
     detail::expect_tokens(where, in, model_dim());
     detail::expect_shape(where, "y", y, in.count(), model_dim());
     detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
-    expect_layout(where, p.layout());
+    detail::expect_value(!detail::rows_overlap(y), where, "the rows of y overlap");
+    expect_layout(where, p);
+    detail::expect_value(!detail::overlaps(block_of(p), y), where, "y overlaps the parameters");
 
-    tape.tokens_ = Tape::nothing;
+    tape.layer_.reset();
+    tape.masked_ = !in.mask.empty();
+    if (tape.masked_) {
+      leave_out_masked(in, tape);
+      const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
+      Workspace& workspace = tape.workspace_;
+      const Workspace::Frame frame(workspace);
+      const RowView<Scalar> part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
+      run(p, unmasked, part, tape, exec);
+      scatter(part, y, tape);
+    } else {
+      run(p, in, y, tape, exec);
+    }
+    tape.layer_ = layout_;
+    tape.tokens_ = in.count();
+    tape.sequence_ends_.resize(in.sequences.count());
+    in.sequences.for_each([&](Index b, Index, Index end) { tape.sequence_ends_[b] = end; });
+  }
+
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, const Exec& exec = {}) const {
+    const std::string& where = backward_name_;
+    detail::expect_tokens(where, in, model_dim());
+    detail::expect_shape(where, "dy", dy, in.count(), model_dim());
+    detail::expect_shape(where, "dx", din.x, in.count(), model_dim());
+    if (din.condition.rows() != 0) {
+      detail::expect_shape(where, "dcondition", din.condition, in.condition.rows(), in.condition.cols());
+    }
+    detail::expect_value(!detail::overlaps(in.x, din.x) && !detail::overlaps(dy, din.x), where, "dx overlaps x or dy");
+    detail::expect_value(!detail::rows_overlap(din.x), where, "the rows of dx overlap");
+    detail::expect_value(tape.layer_ == layout_, where, "the tape holds no forward of this layer");
+    detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
+    expect_layout(where, p);
+    expect_layout(where, grads);
+    detail::expect_value(!detail::overlaps(block_of(p), block_of(grads)) && !detail::overlaps(block_of(p), din.x) &&
+                             !detail::overlaps(block_of(grads), din.x),
+                         where, "parameters, gradients and dx overlap");
+
+    if (din.condition.rows() != 0) {
+      din.condition.eigen().setZero();
+    }
+    if (!tape.masked_) {
+      run_backward(p, in, dy, din, grads, tape, exec);
+      return;
+    }
+    const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
+    Workspace& workspace = tape.workspace_;
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> dy_part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
+    const RowView<Scalar> dx_part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
+    for (Index i = 0; i < unmasked.count(); ++i) {
+      std::copy_n(dy.row(tape.unmasked_[i]), model_dim(), dy_part.row(i));
+    }
+    run_backward(p, unmasked, dy_part, {dx_part, din.condition}, grads, tape, exec);
+    scatter(dx_part, din.x, tape);
+  }
+
+ private:
+  /// The three steps, over tokens that are not masked; the arguments have been checked.
+  void run(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
     router_.route(router_part(p), in, tape.plan_, tape.router_, tape.workspace_, exec);
     if (tape.plan_.tokens() != in.count() || tape.plan_.experts() != experts_.experts()) {
-      throw ValueError(where + ": the router planned " + std::to_string(tape.plan_.tokens()) + " tokens and " +
+      throw ValueError(forward_name_ + ": the router planned " + std::to_string(tape.plan_.tokens()) + " tokens and " +
                        std::to_string(tape.plan_.experts()) + " experts, expected " + std::to_string(in.count()) + " and " +
                        std::to_string(experts_.experts()));
     }
@@ -155,22 +232,10 @@ class Moe {
       y.eigen().setZero();
     }
     combine(tape.plan_, h, y, exec);
-    tape.tokens_ = in.count();
-    tape.sequence_length_ = in.sequence_length;
   }
 
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy, RowView<Scalar> dx,
-                ParameterView<Scalar> grads, const Tape& tape, const Exec& exec) const {
-    const std::string& where = backward_name_;
-    detail::expect_tokens(where, in, model_dim());
-    detail::expect_shape(where, "dy", dy, in.count(), model_dim());
-    detail::expect_shape(where, "dx", dx, in.count(), model_dim());
-    detail::expect_value(!detail::overlaps(in.x, dx) && !detail::overlaps(dy, dx), where, "dx overlaps x or dy");
-    detail::expect_value(tape.tokens_ == in.count() && tape.sequence_length_ == in.sequence_length, where,
-                         "the tape holds no forward of this many tokens and sequences");
-    expect_layout(where, p.layout());
-    expect_layout(where, grads.layout());
-
+  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
+                    const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, const Exec& exec) const {
     Workspace& workspace = tape.workspace_;
     const Workspace::Frame frame(workspace);
     const GroupedRows<Scalar> rows = rows_of(tape, in);
@@ -180,19 +245,90 @@ class Moe {
     combine_backward(tape.plan_, h, dy, dh, tape.dplan_, exec);
     experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), tape.experts_, workspace, exec);
     if (shared_) {
-      shared_->backward(shared_part(p), all_rows(in, tape), dy, dx, shared_part(grads), tape.shared_, workspace, exec);
+      shared_->backward(shared_part(p), all_rows(in, tape), dy, din.x, shared_part(grads), tape.shared_, workspace, exec);
     } else {
-      dx.eigen().setZero();
+      din.x.eigen().setZero();
     }
-    dispatch_backward(tape.plan_, in.x, drows, dx, tape.dplan_, exec);
-    router_.backward(router_part(p), in, tape.plan_, tape.dplan_, dx, router_part(grads), tape.router_, workspace, exec);
+    dispatch_backward(tape.plan_, in.x, drows, din.x, tape.dplan_, exec);
+    router_.backward(router_part(p), in, tape.plan_, tape.dplan_, din, router_part(grads), tape.router_, workspace, exec);
   }
 
- private:
-  void expect_layout(const std::string& where, const Layout& layout) const {
-    if (!detail::same_layout(layout, parameters_.layout())) {
+  /// Copies what is known of the tokens that are not masked into the tape. The router, the experts and the losses then work on
+  /// shorter sequences, and nothing of a masked token is ever read.
+  void leave_out_masked(const Tokens<Scalar>& in, Tape& tape) const {
+    const auto kept = Index(in.mask.size()) - Index(std::count(in.mask.begin(), in.mask.end(), std::uint8_t{0}));
+    tape.unmasked_.resize(kept);
+    tape.unmasked_starts_.resize(in.sequences.count() + 1);
+    tape.unmasked_starts_[0] = 0;
+    Index next = 0;
+    in.sequences.for_each([&](Index b, Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        if (in.mask[std::size_t(t)] != 0) {
+          tape.unmasked_[next++] = t;
+        }
+      }
+      tape.unmasked_starts_[b + 1] = next;
+    });
+    const RowView<Scalar> x = tape.unmasked_x_.matrix(kept, model_dim());
+    const RowView<Scalar> noise = tape.unmasked_noise_.matrix(in.noise.rows() != 0 ? kept : 0, in.noise.cols());
+    tape.unmasked_ids_.resize(in.ids.empty() ? 0 : kept);
+    for (Index i = 0; i < kept; ++i) {
+      const Index t = tape.unmasked_[i];
+      std::copy_n(in.x.row(t), model_dim(), x.row(i));
+      if (noise.rows() != 0) {
+        std::copy_n(in.noise.row(t), noise.cols(), noise.row(i));
+      }
+      if (!in.ids.empty()) {
+        tape.unmasked_ids_[i] = in.ids[std::size_t(t)];
+      }
+    }
+  }
+  Tokens<Scalar> unmasked_tokens(const Tokens<Scalar>& in, const Tape& tape) const {
+    const Index kept = tape.unmasked_.size();
+    Tokens<Scalar> out = in;
+    out.x = tape.unmasked_x_.view(kept, model_dim());
+    out.sequences = Sequences(tape.unmasked_starts_.span()).over(kept);
+    out.mask = {};
+    out.rows = tape.unmasked_.span();
+    out.ids = tape.unmasked_ids_.span();
+    out.noise = tape.unmasked_noise_.view(in.noise.rows() != 0 ? kept : 0, in.noise.cols());
+    return out;
+  }
+  /// The rows of `part` to their places in `whole`, zeros elsewhere.
+  static void scatter(RowView<const Scalar> part, RowView<Scalar> whole, const Tape& tape) {
+    whole.eigen().setZero();
+    for (Index i = 0; i < part.rows(); ++i) {
+      std::copy_n(part.row(i), part.cols(), whole.row(tape.unmasked_[i]));
+    }
+  }
+
+  static bool is_forward_of(const Tape& tape, const Tokens<Scalar>& in) {
+    if (tape.tokens_ != in.count() || tape.masked_ == in.mask.empty() || tape.sequence_ends_.size() != in.sequences.count()) {
+      return false;
+    }
+    for (Index b = 0; b < in.sequences.count(); ++b) {
+      if (tape.sequence_ends_[b] != in.sequences.end(b)) {
+        return false;
+      }
+    }
+    Index next = 0;
+    for (Index t = 0; t < Index(in.mask.size()); ++t) {
+      if (in.mask[std::size_t(t)] != 0 && (next == tape.unmasked_.size() || tape.unmasked_[next++] != t)) {
+        return false;
+      }
+    }
+    return next == tape.unmasked_.size() || !tape.masked_;
+  }
+
+  template <class T>
+  void expect_layout(const std::string& where, ParameterView<T> p) const {
+    if (p.empty() || !detail::same_layout(p.layout(), *layout_)) {
       throw ShapeError(where + ": the parameters or gradients have another layout than the layer");
     }
+  }
+  template <class T>
+  static RowView<const Scalar> block_of(ParameterView<T> p) {
+    return {p.data(), 1, p.layout().size()};
   }
 
   template <class T>
@@ -236,6 +372,7 @@ class Moe {
   Index router_offset_ = 0;
   Index experts_offset_ = 0;
   Index shared_offset_ = 0;
+  std::shared_ptr<const Layout> layout_;  // what tapes know the layer by; copies of the layer share it
   Parameters<Scalar> parameters_;
 };
 

@@ -5,25 +5,9 @@
 
 namespace moxie {
 
-/// Options of `SharedExpertMoE`: those of `TopKMoE`, and the shared experts.
+/// Options of `SharedExpertMoE`: those of `TopKMoE`, with `shared`.
 template <class ExpertConfig>
-struct SharedExpertMoEConfig {
-  Index model_dim = 0;
-  Index experts = 0;
-  Index top_k = 1;
-  ExpertConfig expert = {};
-  /// All shared experts together: n of width H' are one feed-forward of hidden_dim n·H' (DiT-MoE: 2·D).
-  ExpertConfig shared = {};
-  TopKOrder order = TopKOrder::softmax_top_k;
-  bool normalize = false;
-  double scale = 1;
-  Balance balance = {};
-  bool allow_constant_weights = false;
-
-  TopKRouterConfig router() const {
-    return {model_dim, experts, top_k, order, normalize, scale, balance, allow_constant_weights};
-  }
-};
+using SharedExpertMoEConfig = TopKMoEConfig<ExpertConfig>;
 
 /// DiT-MoE's block: top-k and a feed-forward that every token passes, not gated.
 ///

@@ -15,6 +15,8 @@ struct SoftMoEConfig {
   Index slots_per_expert = 1;
   ExpertConfig expert = {};
   bool normalize = true;
+  Mixing dispatch = Mixing::learned;
+  Mixing combine = Mixing::learned;
 };
 
 /// Soft MoE: Y = C f(Dᵀ X), fully differentiable, no token is dropped and no expert is idle.
@@ -27,9 +29,10 @@ class SoftMoE : public Moe<SoftRouter<Scalar>, Experts, Scalar> {
   using Config = SoftMoEConfig<typename Experts::Config>;
 
   explicit SoftMoE(const Config& config)
-      : Moe<SoftRouter<Scalar>, Experts, Scalar>(
-            SoftRouter<Scalar>({config.model_dim, config.experts, config.slots_per_expert, config.normalize}),
-            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "SoftMoE") {}
+      : Moe<SoftRouter<Scalar>, Experts, Scalar>(SoftRouter<Scalar>({config.model_dim, config.experts, config.slots_per_expert,
+                                                                     config.normalize, config.dispatch, config.combine}),
+                                                 Experts(config.experts, config.model_dim, config.expert), std::nullopt,
+                                                 "SoftMoE") {}
 };
 
 }  // namespace moxie

@@ -7,38 +7,55 @@
 
 namespace moxie {
 
-/// Options of `TopKMoE`; the meaning of each is `TopKRouterConfig`'s.
+/// Options of `TopKMoE` and `SharedExpertMoE`. Those of the router mean what `TopKRouterConfig` says.
 template <class ExpertConfig>
 struct TopKMoEConfig {
   Index model_dim = 0;
   Index experts = 0;
   Index top_k = 1;
   ExpertConfig expert = {};
+  /// `SharedExpertMoE` alone: all shared experts together, n of width H' are one feed-forward of hidden_dim n·H' (DiT-MoE:
+  /// 2·D).
+  ExpertConfig shared = {};
   TopKOrder order = TopKOrder::softmax_top_k;
   bool normalize = false;
   double scale = 1;
   Balance balance = {};
   bool allow_constant_weights = false;
+  Score score = Score::softmax;
+  ExpertGroups groups = {};
+  bool selection_bias = false;
+  Capacity capacity = {};
+  GateNoise noise = {};
 
   TopKRouterConfig router() const {
-    return {model_dim, experts, top_k, order, normalize, scale, balance, allow_constant_weights};
+    return {model_dim, experts, top_k,          order,    normalize, scale, balance, allow_constant_weights,
+            score,     groups,  selection_bias, capacity, noise};
   }
 };
 
-/// Sparse top-k: every token goes to its K best experts, without capacity.
+/// Sparse top-k: every token goes to its K best experts.
 ///
 ///     y_t = Σ_{i in top-K} w_ti f_i(x_t)
 ///
-/// See `TopKRouter` for w and the balance losses, and the bank (`SwiGluExperts` unless another is named) for f.
+/// See `TopKRouter` for w, the balance losses, and the options that make it V-MoE, GShard, Switch, Mixtral or DeepSeek; and the
+/// bank
+/// (`SwiGluExperts` unless another is named) for f.
 template <class Scalar, class Experts = SwiGluExperts<Scalar>>
 class TopKMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
  public:
   using Config = TopKMoEConfig<typename Experts::Config>;
 
+  /// Throws what `TopKRouter` and the bank throw, and ValueError if shared experts are asked for.
   explicit TopKMoE(const Config& config)
       : Moe<TopKRouter<Scalar>, Experts, Scalar>(TopKRouter<Scalar>(config.router()),
                                                  Experts(config.experts, config.model_dim, config.expert), std::nullopt,
-                                                 "TopKMoE") {}
+                                                 "TopKMoE") {
+    if constexpr (std::equality_comparable<typename Experts::Config>) {
+      detail::expect_value(config.shared == typename Experts::Config{}, "TopKMoE",
+                           "shared experts are SharedExpertMoE's; this layer has none");
+    }
+  }
 };
 
 }  // namespace moxie

@@ -2,64 +2,341 @@
 #pragma once
 
 #include <cstdint>
-#include <moxie/core/matrix.hpp>
+#include <moxie/core/sequences.hpp>
+#include <moxie/core/wide_sum.hpp>
+#include <moxie/core/workspace.hpp>
+#include <moxie/loss/entropy.hpp>
+#include <moxie/loss/importance.hpp>
+#include <moxie/loss/load.hpp>
+#include <moxie/loss/z.hpp>
+#include <span>
+#include <vector>
 
 namespace moxie {
 
-/// Weights of the balance losses of a layer; 0 switches one off.
+/// Weights of the balance losses of a router; 0 switches one off, any combine: `{.expert_level = 0.01, .z = 1e-3}`.
+///
+/// s are the probabilities of a token (softmax scores, or sigmoid scores divided by their sum), f_i = E/(K T) · #{t : i chosen}
+/// and P_i = mean_t s_ti. Tokens and sequences are those that are not masked; sequences without tokens do not count.
 struct Balance {
-  double expert_level = 0;    ///< over all tokens of the batch (DiT-MoE, DeepSeekMoE, Switch with top-1)
+  double expert_level = 0;    ///< Σ_i f_i P_i over the batch (DeepSeekMoE eq. 12 to 14, DiT-MoE, Switch with K = 1)
   double sequence_level = 0;  ///< the same in every sequence, then the mean over sequences
+  double device_level = 0;    ///< Σ_d mean_{i in d} f_i · Σ_{i in d} P_i (DeepSeekMoE eq. 15 to 17)
+  double gshard = 0;          ///< E Σ_i f_i P_i of first choices alone, in every sequence (GShard, vmoe)
+  double importance = 0;      ///< `importance_loss`, without noise, in every sequence
+  double load = 0;            ///< `load_loss` in every sequence; only in training with noise on the logits
+  double z = 0;               ///< mean over tokens of `z_loss`, without noise
+  double mean_entropy = 0;    ///< -H(mean_t s_t): the batch uses all experts (LIMoE's global loss)
+  double token_entropy = 0;   ///< mean_t H(s_t): each token is certain of its expert (LIMoE's local loss)
+  Index devices = 1;          ///< device_level: equal groups of consecutive experts
+  /// f counts the K best scores, as the papers' formula says; true: the experts that were chosen, which are others under a
+  /// selection bias or a limit on groups. Without these there is no difference.
+  bool count_chosen = false;
+
+  bool any() const { return z > 0 || load > 0 || of_probabilities(); }
+  bool of_probabilities() const {
+    return expert_level > 0 || sequence_level > 0 || device_level > 0 || gshard > 0 || importance > 0 || mean_entropy > 0 ||
+           token_entropy > 0;
+  }
+  /// Throws ValueError for a negative weight, NaN, or devices that do not divide the experts.
+  void expect_valid(std::string_view where, Index experts) const {
+    for (const double w :
+         {expert_level, sequence_level, device_level, gshard, importance, load, z, mean_entropy, token_entropy}) {
+      detail::expect_value(std::isfinite(w) && w >= 0, where, "balance weights must not be negative, infinite or NaN");
+    }
+    detail::expect_value(devices >= 1 && experts % devices == 0, where, "balance.devices must divide the number of experts");
+  }
 };
 
-/// The balance loss of B groups of n = T / B consecutive tokens (one group: expert level; a group a sequence: sequence level).
-///
-///     f_bi = E / (K n) · #{t in b : i chosen},   P_bi = 1/n Σ_{t in b} s_ti,   loss = 1/B Σ_b Σ_i f_bi P_bi
-///
-/// DeepSeekMoE (Dai et al. 2024), equations 12 to 14; DiT-MoE's MoEGate. It is 1 for uniform scores or balanced counts.
-/// `scores` (T,E) are probabilities of each token over all experts, `counts` (B,E) integers. Summed in double, in order of
-/// tokens. 0 for an empty batch.
-template <class Scalar>
-double balance_loss(RowView<const Scalar> scores, RowView<const std::int64_t> counts, Index top_k) {
-  const Index groups = counts.rows();
-  const Index experts = counts.cols();
-  if (scores.rows() == 0) {
-    return 0;
+/// What the losses of a batch are made of: sums and counts, no means, so that those of micro-batches add up to those of the
+/// whole batch, and the loss of the sum is the loss of the whole. Counts are exact, sums are `WideSum`s.
+struct BalanceTotals {
+  std::int64_t tokens = 0;
+  std::int64_t pairs = 0;                            ///< T·K
+  std::int64_t sequences = 0;                        ///< that have tokens
+  std::vector<std::int64_t> counts;                  ///< E: how often each expert was chosen
+  std::vector<WideSum> scores;                       ///< E: Σ_t s_ti
+  WideSum sequence_level, gshard, importance, load;  ///< Σ over sequences
+  WideSum z, token_entropy;                          ///< Σ over tokens
+
+  void clear(Index experts) {
+    std::vector<std::int64_t> kept_counts = std::move(counts);  // their memory
+    std::vector<WideSum> kept_scores = std::move(scores);
+    *this = {};
+    counts = std::move(kept_counts);
+    scores = std::move(kept_scores);
+    counts.assign(std::size_t(experts), 0);
+    scores.assign(std::size_t(experts), {});
   }
-  const Index n = scores.rows() / groups;
-  double loss = 0;
-  for (Index b = 0; b < groups; ++b) {
-    double group = 0;
-    for (Index i = 0; i < experts; ++i) {
-      if (counts(b, i) == 0) {
-        continue;
-      }
-      double sum = 0;
-      for (Index t = b * n; t < (b + 1) * n; ++t) {
-        sum += double(scores(t, i));
-      }
-      group += double(counts(b, i)) * sum;
+
+  /// Adds the totals of another micro-batch. Throws ShapeError for another number of experts.
+  BalanceTotals& operator+=(const BalanceTotals& other) {
+    if (counts.empty()) {
+      return *this = other;
     }
-    loss += group;
+    if (counts.size() != other.counts.size()) {
+      throw ShapeError("BalanceTotals: totals of " + std::to_string(other.counts.size()) + " experts, expected " +
+                       std::to_string(counts.size()));
+    }
+    tokens += other.tokens;
+    pairs += other.pairs;
+    sequences += other.sequences;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      counts[i] += other.counts[i];
+      scores[i] += other.scores[i];
+    }
+    sequence_level += other.sequence_level;
+    gshard += other.gshard;
+    importance += other.importance;
+    load += other.load;
+    z += other.z;
+    token_entropy += other.token_entropy;
+    return *this;
   }
-  return loss * double(experts) / (double(top_k) * double(n) * double(n) * double(groups));
+
+  /// f_i, 0 for no tokens.
+  double frequency(std::size_t expert) const {
+    return pairs == 0 ? 0 : double(counts.size()) * double(counts[expert]) / double(pairs);
+  }
+  /// mean f over the experts of a device.
+  double device_frequency(Index device, Index devices) const {
+    const std::size_t size = counts.size() / std::size_t(devices);
+    double sum = 0;
+    for (std::size_t i = 0; i < size; ++i) {
+      sum += frequency(std::size_t(device) * size + i);
+    }
+    return sum / double(size);
+  }
+  /// P_i, 0 for no tokens.
+  double probability(std::size_t expert) const { return tokens == 0 ? 0 : scores[expert].value() / double(tokens); }
+
+  /// The weighted sum of all losses.
+  double loss(const Balance& weights) const {
+    if (tokens == 0) {
+      return 0;
+    }
+    const double n = double(tokens);
+    const double b = double(sequences);
+    double expert_level = 0;
+    double device_level = 0;
+    double mean_entropy = 0;
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      const double p = probability(i);
+      const auto device = Index(i * std::size_t(weights.devices) / counts.size());
+      expert_level += frequency(i) * p;
+      device_level += weights.device_level > 0 ? device_frequency(device, weights.devices) * p : 0;
+      mean_entropy -= p > 0 ? p * std::log(p) : 0;
+    }
+    return weights.expert_level * expert_level + weights.device_level * device_level +
+           (weights.sequence_level * sequence_level.value() + weights.gshard * gshard.value() +
+            weights.importance * importance.value() + weights.load * load.value()) /
+               b +
+           (weights.z * z.value() + weights.token_entropy * token_entropy.value()) / n - weights.mean_entropy * mean_entropy;
+  }
+};
+
+/// What the balance losses look at, of T tokens.
+template <class Scalar>
+struct BalanceInput {
+  Sequences sequences;
+  Index top_k = 1;
+  RowView<const Scalar> probabilities;        ///< (T,E) of the logits that select; needed if `Balance::of_probabilities()`
+  RowView<const Scalar> clean_probabilities;  ///< (T,E) of the logits without noise
+  RowView<const Scalar> logits;               ///< (T,E) without noise
+  RowView<const Scalar> noisy_logits;         ///< (T,E) that select
+  std::span<const Index> best;                ///< T·K: the K largest noisy logits of each token, in decreasing order
+  std::span<const Index> counted;             ///< T·K: what f counts
+  double deviation = 0;                       ///< of the noise on a logit; 0: none, and no load loss
+};
+
+/// Where their gradient goes: added to each, all (T,E).
+template <class Scalar>
+struct BalanceGradient {
+  RowView<Scalar> probabilities;
+  RowView<Scalar> clean_probabilities;
+  RowView<Scalar> logits;
+  RowView<Scalar> noisy_logits;
+};
+
+namespace detail {
+
+/// E/(K n²) Σ_i count_i Σ_t p_ti of the tokens [begin, end), and with `weight` its gradient instead: dp_ti += weight E/(K n²)
+/// count_i. Counts every `stride`-th of the chosen from the first, `k` a token.
+template <class Scalar>
+struct FrequencyLoss {
+  RowView<const Scalar> probabilities;
+  std::span<const Index> chosen;
+  Index k;       // counted choices of a token
+  Index stride;  // choices of a token
+
+  void count(Index begin, Index end, RowView<double> counts) const {
+    counts.eigen().setZero();
+    for (Index t = begin; t < end; ++t) {
+      for (Index j = 0; j < k; ++j) {
+        counts(0, chosen[std::size_t(t * stride + j)]) += 1;
+      }
+    }
+  }
+  double value(Index begin, Index end, RowView<double> counts) const {
+    count(begin, end, counts);
+    double sum = 0;
+    for (Index t = begin; t < end; ++t) {
+      for (Index i = 0; i < counts.cols(); ++i) {
+        sum += counts(0, i) * double(probabilities(t, i));
+      }
+    }
+    return sum * factor(begin, end, counts);
+  }
+  void add_gradient(Index begin, Index end, double weight, RowView<Scalar> dp, RowView<double> counts) const {
+    count(begin, end, counts);
+    for (Index t = begin; t < end; ++t) {
+      for (Index i = 0; i < counts.cols(); ++i) {
+        dp(t, i) += Scalar(weight * factor(begin, end, counts) * counts(0, i));
+      }
+    }
+  }
+  double factor(Index begin, Index end, RowView<double> counts) const {
+    const double n = double(end - begin);
+    return double(counts.cols()) / (double(k) * n * n);
+  }
+};
+
+template <class Scalar>
+FrequencyLoss<Scalar> sequence_level_loss(const BalanceInput<Scalar>& in) {
+  return {in.probabilities, in.counted, in.top_k, in.top_k};
+}
+template <class Scalar>
+FrequencyLoss<Scalar> gshard_loss(const BalanceInput<Scalar>& in) {
+  return {in.probabilities, in.best, 1, in.top_k};
 }
 
-/// Adds weight · ∂loss/∂s_ti = weight · f_bi / (B n) to `dscores` (T,E); counts are constants.
+/// θ_t of the tokens [begin, end): the K-th largest noisy logit.
 template <class Scalar>
-void balance_loss_backward(RowView<const std::int64_t> counts, Index top_k, double weight, RowView<Scalar> dscores) {
-  const Index groups = counts.rows();
-  const Index experts = counts.cols();
-  if (dscores.rows() == 0) {
-    return;
+RowView<Scalar> thresholds(const BalanceInput<Scalar>& in, Index begin, Index end, Workspace& workspace) {
+  const RowView<Scalar> threshold = workspace.matrix<Scalar>(1, end - begin);
+  for (Index t = begin; t < end; ++t) {
+    threshold(0, t - begin) = in.noisy_logits(t, in.best[std::size_t((t + 1) * in.top_k - 1)]);
   }
-  const Index n = dscores.rows() / groups;
-  const double factor = weight * double(experts) / (double(top_k) * double(n) * double(n) * double(groups));
-  for (Index t = 0; t < dscores.rows(); ++t) {
-    for (Index i = 0; i < experts; ++i) {
-      dscores(t, i) += static_cast<Scalar>(factor * double(counts(t / n, i)));
+  return threshold;
+}
+
+template <class T>
+std::span<T> row_span(RowView<T> m, Index row = 0) {
+  return {m.row(row), std::size_t(m.cols())};
+}
+
+}  // namespace detail
+
+/// Adds the totals of a batch. O(T (E + K)) for each loss that is on, in order of tokens.
+template <class Scalar>
+void add_balance_totals(const Balance& weights, const BalanceInput<Scalar>& in, Index experts, BalanceTotals& totals,
+                        Workspace& workspace) {
+  const Workspace::Frame frame(workspace);
+  const RowView<double> scratch = workspace.matrix<double>(1, experts);
+  totals.tokens += in.sequences.tokens();
+  totals.pairs += in.sequences.tokens() * in.top_k;
+  totals.sequences += in.sequences.nonempty();
+  for (const Index e : in.counted) {
+    ++totals.counts[std::size_t(e)];
+  }
+  const bool sums = weights.expert_level > 0 || weights.device_level > 0 || weights.mean_entropy > 0;
+  for (Index t = 0; t < in.sequences.tokens(); ++t) {
+    for (Index i = 0; sums && i < experts; ++i) {
+      totals.scores[std::size_t(i)] += double(in.probabilities(t, i));
+    }
+    if (weights.z > 0) {
+      totals.z += z_loss(detail::row_span(in.logits, t));
+    }
+    if (weights.token_entropy > 0) {
+      totals.token_entropy += entropy(detail::row_span(in.probabilities, t));
     }
   }
+  in.sequences.for_each([&](Index, Index begin, Index end) {
+    if (begin == end) {
+      return;
+    }
+    const Workspace::Frame sequence_frame(workspace);
+    if (weights.sequence_level > 0) {
+      totals.sequence_level += detail::sequence_level_loss(in).value(begin, end, scratch);
+    }
+    if (weights.gshard > 0) {
+      totals.gshard += detail::gshard_loss(in).value(begin, end, scratch);
+    }
+    if (weights.importance > 0) {
+      totals.importance +=
+          importance_loss<Scalar>(in.clean_probabilities.middle_rows(begin, end - begin), detail::row_span(scratch));
+    }
+    if (weights.load > 0 && in.deviation > 0) {
+      const RowView<const Scalar> threshold = detail::thresholds(in, begin, end, workspace);
+      totals.load += load_loss<Scalar>(in.logits.middle_rows(begin, end - begin), detail::row_span(threshold), in.deviation,
+                                       detail::row_span(scratch));
+    }
+  });
+}
+
+/// Adds the gradient of `totals.loss(weights)` with respect to what this batch put into the totals; counts are constants. The
+/// totals may be those of several micro-batches: each then gets its part of the gradient of the whole.
+template <class Scalar>
+void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, const BalanceTotals& totals,
+                      const BalanceGradient<Scalar>& gradient, Workspace& workspace) {
+  const Workspace::Frame frame(workspace);
+  const Index experts = Index(totals.counts.size());
+  const double n = double(totals.tokens);
+  const double b = double(totals.sequences);
+  const RowView<double> scratch = workspace.matrix<double>(1, experts);
+  // ∂/∂s_ti of the losses of the whole batch is the same for every t.
+  const RowView<double> of_batch = workspace.matrix<double>(1, experts);
+  for (Index i = 0; i < experts; ++i) {
+    const auto e = std::size_t(i);
+    const double p = totals.probability(e);
+    of_batch(0, i) = weights.expert_level * totals.frequency(e) / n;
+    if (weights.device_level > 0) {
+      of_batch(0, i) += weights.device_level * totals.device_frequency(i * weights.devices / experts, weights.devices) / n;
+    }
+    if (weights.mean_entropy > 0) {
+      of_batch(0, i) += weights.mean_entropy * (std::log(std::max(p, std::numeric_limits<double>::min())) + 1) / n;
+    }
+  }
+  const bool sums = weights.expert_level > 0 || weights.device_level > 0 || weights.mean_entropy > 0;
+  for (Index t = 0; t < in.sequences.tokens(); ++t) {
+    for (Index i = 0; sums && i < experts; ++i) {
+      gradient.probabilities(t, i) += Scalar(of_batch(0, i));
+    }
+    if (weights.z > 0) {
+      z_loss_backward(detail::row_span(in.logits, t), weights.z / n, detail::row_span(gradient.logits, t));
+    }
+    if (weights.token_entropy > 0) {
+      entropy_backward(detail::row_span(in.probabilities, t), weights.token_entropy / n,
+                       detail::row_span(gradient.probabilities, t));
+    }
+  }
+  in.sequences.for_each([&](Index, Index begin, Index end) {
+    if (begin == end) {
+      return;
+    }
+    const Workspace::Frame sequence_frame(workspace);
+    const Index length = end - begin;
+    if (weights.sequence_level > 0) {
+      detail::sequence_level_loss(in).add_gradient(begin, end, weights.sequence_level / b, gradient.probabilities, scratch);
+    }
+    if (weights.gshard > 0) {
+      detail::gshard_loss(in).add_gradient(begin, end, weights.gshard / b, gradient.probabilities, scratch);
+    }
+    if (weights.importance > 0) {
+      importance_loss_backward(in.clean_probabilities.middle_rows(begin, length), weights.importance / b,
+                               gradient.clean_probabilities.middle_rows(begin, length), detail::row_span(scratch));
+    }
+    if (weights.load > 0 && in.deviation > 0) {
+      const RowView<const Scalar> threshold = detail::thresholds(in, begin, end, workspace);
+      const RowView<Scalar> dthreshold = workspace.matrix<Scalar>(1, length);
+      dthreshold.eigen().setZero();
+      load_loss_backward(in.logits.middle_rows(begin, length), detail::row_span(threshold), in.deviation, weights.load / b,
+                         gradient.logits.middle_rows(begin, length), detail::row_span(dthreshold), detail::row_span(scratch));
+      for (Index t = begin; t < end; ++t) {
+        gradient.noisy_logits(t, in.best[std::size_t((t + 1) * in.top_k - 1)]) += dthreshold(0, t - begin);
+      }
+    }
+  });
 }
 
 }  // namespace moxie

@@ -4,6 +4,7 @@
 #include <concepts>
 #include <cstdint>
 #include <moxie/core/buffer.hpp>
+#include <moxie/core/sequences.hpp>
 #include <span>
 #include <vector>
 
@@ -32,6 +33,8 @@ class SparsePlan {
   template <std::invocable<Index> TokenOf>
   void build(Index tokens, Index experts, TokenOf&& token_of, std::span<const Index> expert, std::span<const Scalar> weight) {
     const Index pairs = Index(expert.size());
+    detail::expect_at_least("SparsePlan::build", "tokens", tokens, 0);
+    detail::expect_at_least("SparsePlan::build", "experts", experts, 0);
     detail::expect_value(weight.size() == expert.size(), "SparsePlan::build", "as many weights as experts expected");
     for (Index p = 0; p < pairs; ++p) {
       const Index e = expert[std::size_t(p)];
@@ -136,13 +139,14 @@ class SparsePlan {
 
 /// A dense plan (Soft MoE): every slot mixes all tokens of its sequence, every token mixes all slots.
 ///
-/// With B sequences of L tokens and N = E·S slots, both matrices are (T,N), rows in token order, slot e·S + s in column e·S +
-/// s:
+/// With N = E·S slots, both matrices are (T,N), rows in token order, slot e·S + s in column e·S + s; of sequence b, of L_b
+/// tokens:
 ///
-///     dispatch:  X̃_b = D_bᵀ X_b    (N,L)(L,D) -> (N,D), columns of D_b sum to 1
-///     combine:   Y_b = C_b Ỹ_b     (L,N)(N,D) -> (L,D), rows of C_b sum to 1
+///     dispatch:  X̃_b = D_bᵀ X_b    (N,L_b)(L_b,D) -> (N,D), columns of D_b sum to 1
+///     combine:   Y_b = C_b Ỹ_b     (L_b,N)(N,D) -> (L_b,D), rows of C_b sum to 1
 ///
-/// The B·N slot rows are grouped by expert for the bank: slot s of expert e in sequence b is row (e·B + b)·S + s.
+/// The B·N slot rows are grouped by expert for the bank: slot s of expert e in sequence b is row (e·B + b)·S + s. A sequence
+/// without tokens has slots of zeros.
 template <class Scalar_>
 class DensePlan {
  public:
@@ -154,13 +158,16 @@ class DensePlan {
   };
 
   /// Sets the shape; the router then fills `dispatch()` and `combine()`.
-  void resize(Index tokens, Index sequences, Index experts, Index slots_per_expert) {
-    tokens_ = tokens;
-    sequences_ = sequences;
+  void resize(const Sequences& division, Index experts, Index slots_per_expert) {
+    const Index sequences = division.count();
+    tokens_ = division.tokens();
     experts_ = experts;
     slots_ = slots_per_expert;
-    dispatch_.resize(tokens * experts * slots_per_expert);
-    combine_.resize(tokens * experts * slots_per_expert);
+    sequence_starts_.resize(sequences + 1);
+    sequence_starts_[0] = 0;
+    division.for_each([&](Index b, Index, Index end) { sequence_starts_[b + 1] = end; });
+    dispatch_.resize(tokens_ * slots());
+    combine_.resize(tokens_ * slots());
     expert_starts_.resize(experts + 1);
     for (Index e = 0; e <= experts; ++e) {
       expert_starts_[e] = e * sequences * slots_per_expert;
@@ -175,13 +182,13 @@ class DensePlan {
 
   Index tokens() const { return tokens_; }
   Index experts() const { return experts_; }
-  Index sequences() const { return sequences_; }
-  Index sequence_length() const { return sequences_ == 0 ? 0 : tokens_ / sequences_; }
+  /// How the tokens divide into sequences, as `resize` was told.
+  Sequences sequences() const { return Sequences(sequence_starts_.span()).over(tokens_); }
   Index slots_per_expert() const { return slots_; }
   /// N = E·S, the slots of one sequence.
   Index slots() const { return experts_ * slots_; }
   /// R = B·N.
-  Index rows() const { return sequences_ * slots(); }
+  Index rows() const { return slot_rows_.size(); }
   std::span<const Index> expert_starts() const { return expert_starts_.span(); }
   /// The row of each slot of sequence b, N indices.
   const Index* slot_rows(Index b) const { return slot_rows_.data() + b * slots(); }
@@ -192,9 +199,9 @@ class DensePlan {
 
  private:
   Index tokens_ = 0;
-  Index sequences_ = 0;
   Index experts_ = 0;
   Index slots_ = 0;
+  Buffer<Index> sequence_starts_;
   Buffer<Index> expert_starts_;
   Buffer<Index> slot_rows_;
   Buffer<Scalar> dispatch_;

@@ -51,18 +51,57 @@ void softmax_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowVie
   });
 }
 
+/// In place: s = 1 / (1 + exp(-z)).
+template <class Scalar>
+void sigmoid_rows(RowView<Scalar> z, const Exec& exec) {
+  exec.parallel_ranges(z.rows(), 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      kernel::map(
+          z.cols(), z.row(t),
+          [](auto v) {
+            using V = decltype(v);
+            return V(1) / (V(1) + kernel::exp(-v));
+          },
+          z.row(t));
+    }
+  });
+}
+
+/// The adjoint of the sigmoid, in place: ds -> dz, dz = ds s (1 - s).
+template <class Scalar>
+void sigmoid_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
+  exec.parallel_ranges(s.rows(), 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      kernel::map(
+          s.cols(), ds.row(t), [](auto d, auto v) { return d * v * (decltype(v)(1) - v); }, ds.row(t), s.row(t));
+    }
+  });
+}
+
 namespace detail {
 
-/// Throws ValueError that names the first token with a NaN or infinite logit.
-template <class Scalar>
-void expect_finite_logits(std::string_view where, RowView<const Scalar> z) {
+/// Calls `f(t)` for every row, 64 a task.
+template <class F>
+void for_each_row(Index rows, const Exec& exec, F&& f) {
+  exec.parallel_ranges(rows, 64, [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      f(t);
+    }
+  });
+}
+
+/// Throws ValueError that names the first token (or whatever `what` says) with a NaN or infinite logit. `row_of(i)` is its
+/// number.
+template <class Scalar, class RowOf>
+void expect_finite_logits(std::string_view where, RowView<const Scalar> z, RowOf&& row_of, std::string_view what = "token") {
   for (Index t = 0; t < z.rows(); ++t) {
     Scalar sum = 0;  // 0·x is 0 for finite x and NaN otherwise
     for (Index i = 0; i < z.cols(); ++i) {
       sum += Scalar(0) * z(t, i);
     }
     if (!(sum == Scalar(0))) {
-      throw ValueError(std::string(where) + ": the logits of token " + std::to_string(t) + " are not finite");
+      throw ValueError(std::string(where) + ": the logits of " + std::string(what) + " " + std::to_string(row_of(t)) +
+                       " are not finite");
     }
   }
 }

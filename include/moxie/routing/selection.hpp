@@ -2,25 +2,86 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <moxie/core/matrix.hpp>
 
 namespace moxie {
 
 /// The K largest of n scores in decreasing order, ties to the lower index: `chosen[0..K)`. Insertion into K kept candidates,
-/// O(nK) at worst and near O(n) for random scores. Scores must not be NaN; K <= n.
-template <class Scalar>
-void select_top_k(const Scalar* score, Index n, Index k, Index* chosen) {
+/// O(nK) at worst and near O(n) for random scores. Scores must not be NaN; 1 <= K <= n. `score(i)` may also be a function of i.
+template <class Score>
+void select_top_k(const Score& score, Index n, Index k, Index* chosen) {
+  const auto at = [&](Index i) {
+    if constexpr (std::is_invocable_v<const Score&, Index>) {
+      return score(i);
+    } else {
+      return score[i];
+    }
+  };
   Index kept = 0;
   for (Index i = 0; i < n; ++i) {
-    if (kept == k && !(score[i] > score[chosen[k - 1]])) {
+    if (kept == k && !(at(i) > at(chosen[k - 1]))) {
       continue;
     }
     Index place = kept < k ? kept++ : k - 1;
-    for (; place > 0 && score[i] > score[chosen[place - 1]]; --place) {
+    for (; place > 0 && at(i) > at(chosen[place - 1]); --place) {
       chosen[place] = chosen[place - 1];
     }
     chosen[place] = i;
   }
+}
+
+/// The K largest of n scores in decreasing order, ties to the lower index, for a K that is not small: `order` has room for n,
+/// and begins with the K best. O(n log K). Scores must not be NaN; K <= n. `score(i)` is a function of i.
+template <class Score>
+void partial_sort_top_k(const Score& score, Index n, Index k, Index* order) {
+  for (Index i = 0; i < n; ++i) {
+    order[i] = i;
+  }
+  std::partial_sort(order, order + k, order + n,
+                    [&](Index a, Index b) { return score(a) > score(b) || (score(a) == score(b) && a < b); });
+}
+
+/// What a group of experts is judged by.
+enum class GroupScore {
+  top_2_sum,  ///< the sum of its two largest scores (DeepSeek-V3)
+  largest,    ///< its largest score (DeepSeek-V2)
+};
+
+/// Group-limited selection: the experts are G equal groups of consecutive ones, and a token may choose from its best groups
+/// alone (DeepSeek-V2, V3: the groups are devices or nodes). `count = 1` does not limit.
+struct ExpertGroups {
+  Index count = 1;   ///< G, divides E
+  Index chosen = 1;  ///< groups that a token may choose from
+  GroupScore score = GroupScore::top_2_sum;
+};
+
+/// The K largest of those n scores that are in the best groups, ties to the lower index, of groups too. `score` is overwritten
+/// where a group is left out. `group_score` and `group` are scratch for G numbers. Scores must be finite.
+template <class Scalar>
+void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups& groups, Scalar* group_score, Index* group,
+                            Index* chosen) {
+  const Index size = n / groups.count;
+  for (Index g = 0; g < groups.count; ++g) {
+    const Scalar* s = score + g * size;
+    Scalar first = s[0];
+    Scalar second = -std::numeric_limits<Scalar>::infinity();
+    for (Index i = 1; i < size; ++i) {
+      second = std::max(second, std::min(first, s[i]));
+      first = std::max(first, s[i]);
+    }
+    group_score[g] = groups.score == GroupScore::largest || size == 1 ? first : first + second;
+  }
+  select_top_k(group_score, groups.count, groups.chosen, group);
+  std::sort(group, group + groups.chosen);
+  for (Index g = 0, next = 0; g < groups.count; ++g) {
+    if (next < groups.chosen && group[next] == g) {
+      ++next;
+    } else {
+      std::fill_n(score + g * size, size, -std::numeric_limits<Scalar>::infinity());
+    }
+  }
+  select_top_k(score, n, k, chosen);
 }
 
 }  // namespace moxie

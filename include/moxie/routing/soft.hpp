@@ -7,12 +7,21 @@
 
 namespace moxie {
 
+/// Where the weights of one side of Soft MoE come from; all but `learned` are the paper's ablations (section 3.6).
+enum class Mixing {
+  learned,   ///< the softmax of the logits
+  uniform,   ///< 1 over the number of tokens (dispatch) or slots (combine)
+  identity,  ///< slot n is token n: needs as many tokens in every sequence as there are slots
+};
+
 struct SoftRouterConfig {
   Index model_dim = 0;
   Index experts = 0;
   Index slots_per_expert = 1;
   /// logits = l2norm(x) (scale · l2norm(Φ))ᵀ with a learned scale; false: logits = x Φᵀ, Algorithm 1 of the paper as printed.
   bool normalize = true;
+  Mixing dispatch = Mixing::learned;
+  Mixing combine = Mixing::learned;
 };
 
 /// Soft MoE: every slot is a convex combination of all tokens of its sequence, every token one of all slots.
@@ -20,8 +29,9 @@ struct SoftRouterConfig {
 ///     Z = l2norm(X) (g · l2norm(Φ))ᵀ,   D = softmax over tokens (columns of Z),   C = softmax over slots (rows of Z)
 ///
 /// Puigcerver et al. 2023, section 2.1, Algorithms 1 and 2; l2norm(v) = v / √(Σ v² + 1e-6), ε inside the root. Slots mix the
-/// tokens as they are, not normalized. Not causal: each output depends on all tokens of its sequence. Parameters: `phi.weight`
-/// (E·S,D), a row a slot, and `scale` (). Cost: 2TDN for the logits, N = E·S.
+/// tokens as they are, not normalized. Not causal: each output depends on all tokens of its sequence. Sequences may differ in
+/// length, and have no tokens. Parameters: `phi.weight` (E·S,D), a row a slot, and `scale` (); none if nothing is learned.
+/// Cost: 2TDN for the logits, N = E·S.
 template <class Scalar_>
 class SoftRouter {
  public:
@@ -48,8 +58,11 @@ class SoftRouter {
     detail::expect_at_least(where, "model_dim", config.model_dim, 1);
     detail::expect_at_least(where, "experts", config.experts, 1);
     detail::expect_at_least(where, "slots_per_expert", config.slots_per_expert, 1);
-    phi_ = layout_.add("phi.weight", {slots(), config.model_dim});
-    if (config.normalize) {
+    detail::expect_value(config.slots_per_expert <= (Index{1} << 40) / config.experts, where, "there are too many slots");
+    if (learned()) {
+      phi_ = layout_.add("phi.weight", {slots(), config.model_dim});
+    }
+    if (normalized()) {
       scale_ = layout_.add("scale", {});
     }
   }
@@ -63,67 +76,85 @@ class SoftRouter {
 
   /// Φ normal with deviation 1/√D, scale 1.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
-    rng.fill_normal(p[phi_], 1 / std::sqrt(double(config_.model_dim)));
-    if (config_.normalize) {
+    if (learned()) {
+      rng.fill_normal(p[phi_], 1 / std::sqrt(double(config_.model_dim)));
+    }
+    if (normalized()) {
       p[scale_](0, 0) = Scalar(1);
     }
   }
 
-  /// Throws ValueError naming the first token whose norm or logits are not finite.
+  /// Throws ValueError naming the first token whose norm or logits are not finite, and for `in.top_k`, which slots do not have;
+  /// ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
              const Exec& exec) const {
-    const Index tokens = in.count();
-    RowView<const Scalar> x = in.x;
-    RowView<const Scalar> phi = p[phi_];
-    Scalar scale = 1;
-    if (config_.normalize) {
-      x = normalized(x, tape.x_, tape.x_factor_, exec);
-      for (Index t = 0; t < tokens; ++t) {
-        if (!(tape.x_factor_[t] > 0)) {
-          throw ValueError("SoftRouter::route: token " + std::to_string(t) + " is not finite, or its norm is not");
+    detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
+    if (config_.dispatch == Mixing::identity || config_.combine == Mixing::identity) {
+      in.sequences.for_each([&](Index b, Index begin, Index end) {
+        if (end - begin != slots()) {
+          throw ShapeError("SoftRouter::route: sequence " + std::to_string(b) + " has " + std::to_string(end - begin) +
+                           " tokens, expected one for each of the " + std::to_string(slots()) + " slots");
         }
-      }
-      phi = normalized(phi, tape.phi_, tape.phi_factor_, exec);
-      scale = p[scale_](0, 0);
+      });
     }
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> z = workspace.matrix<Scalar>(tokens, slots());
-    kernel::gemm<Scalar>({tokens, slots(), config_.model_dim, kernel::plain<Scalar>(x), kernel::transposed<Scalar>(phi),
-                          kernel::replace<Scalar>(z)},
-                         exec);  // (T,D)(D,N) -> (T,N)
-    if (config_.normalize) {
-      z.eigen() *= scale;
+    const RowView<Scalar> z = learned() ? workspace.matrix<Scalar>(in.count(), slots()) : RowView<Scalar>();
+    if (learned()) {
+      logits(p, in, z, tape, exec);
     }
-    detail::expect_finite_logits<Scalar>("SoftRouter::route", z);
-    plan.resize(tokens, in.sequences(), config_.experts, config_.slots_per_expert);
-    plan.combine().eigen() = z.eigen();
-    softmax_rows(plan.combine(), exec);
-    const RowView<Scalar> d = plan.dispatch();
-    exec.parallel_for(plan.sequences(),
-                      [&](Index b) { softmax_columns(z.middle_rows(b * in.length(), in.length()), d.row(b * in.length())); });
+    plan.resize(in.sequences, config_.experts, config_.slots_per_expert);
+    if (config_.combine == Mixing::learned) {
+      plan.combine().eigen() = z.eigen();
+      softmax_rows(plan.combine(), exec);
+    }
+    exec.parallel_for(in.sequences.count(), [&](Index b) {
+      const Index begin = in.sequences.begin(b);
+      const Index length = in.sequences.length(b);
+      if (length == 0) {
+        return;
+      }
+      if (config_.combine != Mixing::learned) {
+        set_constant(config_.combine, Scalar(1) / Scalar(slots()), plan.combine().middle_rows(begin, length));
+      }
+      if (config_.dispatch == Mixing::learned) {
+        softmax_columns(z.middle_rows(begin, length), plan.dispatch().row(begin));
+      } else {
+        set_constant(config_.dispatch, Scalar(1) / Scalar(length), plan.dispatch().middle_rows(begin, length));
+      }
+    });
   }
 
   /// Both softmaxes back to dZ, then dX̂ = g dZ Φ̂, dΦ̂ = g dZᵀ X̂, dg = ⟨dZᵀ X̂, Φ̂⟩, and through both normalizations.
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                RowView<Scalar> dx, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace, const Exec& exec) const {
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
+                const Exec& exec) const {
+    if (!learned()) {
+      return;
+    }
     const Index tokens = in.count();
     const Index dim = config_.model_dim;
     const Index n = slots();
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> dz = workspace.matrix<Scalar>(tokens, n);
-    dz.eigen() = dplan.combine.view(tokens, n).eigen();
-    softmax_rows_backward(plan.combine(), dz, exec);
-    const RowView<const Scalar> dd = dplan.dispatch.view(tokens, n);
-    exec.parallel_for(plan.sequences(), [&](Index b) {
-      const Index first = b * in.length();
-      add_softmax_columns_backward(plan.dispatch().middle_rows(first, in.length()), dd.row(first), dz.row(first));
-    });
+    if (config_.combine == Mixing::learned) {
+      dz.eigen() = dplan.combine.view(tokens, n).eigen();
+      softmax_rows_backward(plan.combine(), dz, exec);
+    } else {
+      dz.eigen().setZero();
+    }
+    if (config_.dispatch == Mixing::learned) {
+      const RowView<const Scalar> dd = dplan.dispatch.view(tokens, n);
+      exec.parallel_for(in.sequences.count(), [&](Index b) {
+        const Index first = in.sequences.begin(b);
+        add_softmax_columns_backward(plan.dispatch().middle_rows(first, in.sequences.length(b)), dd.row(first), dz.row(first));
+      });
+    }
     if (!config_.normalize) {
       kernel::gemm<Scalar>(
           {n, dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x), kernel::add_to<Scalar>(dp[phi_])},
           exec);  // (N,T)(T,D) -> (N,D)
       kernel::gemm<Scalar>(
-          {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[phi_]), kernel::add_to<Scalar>(dx)},
+          {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[phi_]), kernel::add_to<Scalar>(din.x)},
           exec);  // (T,N)(N,D) -> (T,D)
       return;
     }
@@ -140,10 +171,43 @@ class SoftRouter {
         exec);  // (T,N)(N,D) -> (T,D)
     dp[scale_](0, 0) += kernel::dot(n * dim, dphi_hat.data(), phi_hat.data());
     add_normalized_backward(phi_hat, tape.phi_factor_, dphi_hat, scale, dp[phi_], exec);
-    add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, dx, exec);
+    add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, din.x, exec);
   }
 
  private:
+  bool learned() const { return config_.dispatch == Mixing::learned || config_.combine == Mixing::learned; }
+  bool normalized() const { return learned() && config_.normalize; }
+
+  void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape, const Exec& exec) const {
+    RowView<const Scalar> x = in.x;
+    RowView<const Scalar> phi = p[phi_];
+    if (config_.normalize) {
+      x = normalized(x, tape.x_, tape.x_factor_, exec);
+      for (Index t = 0; t < in.count(); ++t) {
+        if (!(tape.x_factor_[t] > 0)) {
+          throw ValueError("SoftRouter::route: token " + std::to_string(in.row(t)) + " is not finite, or its norm is not");
+        }
+      }
+      phi = normalized(phi, tape.phi_, tape.phi_factor_, exec);
+    }
+    kernel::gemm<Scalar>({in.count(), slots(), config_.model_dim, kernel::plain<Scalar>(x), kernel::transposed<Scalar>(phi),
+                          kernel::replace<Scalar>(z)},
+                         exec);  // (T,D)(D,N) -> (T,N)
+    if (config_.normalize) {
+      z.eigen() *= p[scale_](0, 0);
+    }
+    detail::expect_finite_logits<Scalar>("SoftRouter::route", z, [&](Index t) { return in.row(t); });
+  }
+
+  /// The weights of one sequence that are not learned.
+  static void set_constant(Mixing mixing, Scalar uniform, RowView<Scalar> weights) {
+    if (mixing == Mixing::identity) {
+      weights.eigen().setIdentity();
+    } else {
+      weights.eigen().setConstant(uniform);
+    }
+  }
+
   /// Rows v · r with r = 1 / √(Σ v² + 1e-6).
   static RowView<const Scalar> normalized(RowView<const Scalar> v, Buffer<Scalar>& out, Buffer<Scalar>& factor,
                                           const Exec& exec) {

@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moxie/kernel/gemm.hpp>
 #include <moxie/loss/balance.hpp>
+#include <moxie/routing/capacity.hpp>
+#include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
-#include <moxie/routing/score.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie {
 
+/// What makes scores of logits.
+enum class Score {
+  softmax,  ///< over all experts
+  sigmoid,  ///< each expert for itself (DeepSeek-V3)
+};
+
 /// Which comes first.
 enum class TopKOrder {
-  softmax_top_k,  ///< softmax over all experts, then the K largest (V-MoE, DeepSeekMoE, DiT-MoE)
-  top_k_softmax,  ///< the K largest logits, then softmax over those (Mixtral): the same as `normalize`
+  softmax_top_k,  ///< scores of all experts, then the K largest (V-MoE, DeepSeekMoE, DiT-MoE)
+  top_k_softmax,  ///< the K largest logits, then softmax over those (Mixtral): the same as softmax scores with `normalize`
 };
 
 struct TopKRouterConfig {
@@ -25,15 +31,33 @@ struct TopKRouterConfig {
   Balance balance = {};
   /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn from the balance loss alone.
   bool allow_constant_weights = false;
+  Score score = Score::softmax;
+  ExpertGroups groups = {};     ///< a limit on the groups that a token may choose from (DeepSeek-V2, V3)
+  bool selection_bias = false;  ///< s + b selects, s weighs (DeepSeek-V3): `update_selection_bias` moves b
+  Capacity capacity = {};       ///< room of an expert in each sequence (Switch, GShard, V-MoE); none: nothing is dropped
+  GateNoise noise = {};         ///< in training (Switch, V-MoE)
 };
 
-/// Token choice: a linear gate, every token takes its K best experts, without capacity.
+/// Token choice: a linear gate, every token takes its K best experts.
 ///
-///     z = x Wgᵀ,  s = softmax(z),  chosen = K largest z (ties: the lower index)
-///     w = scale · s,  or normalized: w = scale · s / (Σ_chosen s + 1e-20)
+///     z  = x Wgᵀ (+ noise),   s = softmax(z) or sigmoid(z)
+///     chosen = the K largest z; or s + b, from the best groups of experts        ties: the lower index
+///     w = γ s,  or normalized: w = γ s / (Σ_chosen s + 1e-20)
 ///
-/// Sources: V-MoE (Riquelme et al. 2021), DeepSeekMoE (Dai et al. 2024) eq. 10 and 11; the other order: Mixtral (Jiang et al.
-/// 2024), section 2. Parameter: `gate.weight` (E,D). Gate, softmax and weights in `Scalar`. Cost: 2TDE + O(TEK).
+/// then, with a capacity, every expert keeps the first C of those that chose it, and the others are dropped: their weight is
+/// not given to other choices.
+///
+/// | system | options |
+/// |---|---|
+/// | V-MoE (Riquelme et al. 2021) | `.capacity = {1.05, .multiple_of = 4, .priority = Priority::weight}, .noise = {.logits =
+/// 1}` | | GShard (Lepikhin et al. 2020) | `.top_k = 2, .normalize = true, .capacity = {2}, .balance = {.gshard = 0.01}` | |
+/// Switch (Fedus et al. 2021) | `.top_k = 1, .capacity = {1.25}, .noise = {.jitter = 0.01}, .balance = {.expert_level = 0.01}`
+/// | | Mixtral (Jiang et al. 2024) | `.order = TopKOrder::top_k_softmax` | | DeepSeekMoE (Dai et al. 2024), DiT-MoE | `.balance
+/// = {.expert_level = 0.01}` | | DeepSeek-V3 (2024) | `.normalize, .scale = 2.5, .score = Score::sigmoid, .groups = {8, 4},
+/// .selection_bias = true` |
+///
+/// Parameters: `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E), which no gradient trains. Gate,
+/// scores and weights in `Scalar`. Cost: 2TDE + O(TEK).
 template <class Scalar_>
 class TopKRouter {
  public:
@@ -43,46 +67,74 @@ class TopKRouter {
 
   class Tape {
    public:
-    /// s, (T,E): the softmax over all experts.
+    /// s, (T,E): the scores of all experts.
     RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
-    /// The K experts of every token in decreasing order of score, T·K indices.
+    /// z, (T,E), without noise.
+    RowView<const Scalar> logits() const { return gate_.logits(); }
+    /// The K experts of every token in decreasing order of what selects, T·K indices; dropped ones too.
     std::span<const Index> choices() const { return chosen_.span(); }
+    /// The place of every choice at its expert, T·K; empty without a capacity. Choices with place >= C are dropped.
+    std::span<const Index> places() const { return place_.span(); }
+    /// K of this forward.
+    Index top_k() const { return top_k_; }
     /// Weighted sum of the balance losses; `backward` adds its gradient.
-    double balance_loss() const { return balance_loss_; }
+    double balance_loss() const { return totals_.loss(balance_); }
+    /// What the losses are made of. To accumulate over micro-batches, add those of all forwards up, and give each tape the sum
+    /// before its backward.
+    const BalanceTotals& balance_totals() const { return totals_; }
+    void set_balance_totals(const BalanceTotals& totals) { totals_ = totals; }
+    /// Adds the gradient (T,E) of a loss of one's own on `scores()`, for the next backward; the next forward forgets it. Throws
+    /// ShapeError.
+    void add_score_gradient(RowView<const Scalar> dscores) {
+      detail::expect_shape("TopKRouter::Tape::add_score_gradient", "dscores", dscores, tokens_, experts_);
+      if (dscores_.size() == 0) {
+        dscores_.assign(tokens_ * experts_, Scalar(0));
+      }
+      RowView<Scalar>(dscores_.data(), tokens_, experts_).eigen() += dscores.eigen();
+    }
 
    private:
     friend class TopKRouter;
     Index tokens_ = 0;
     Index experts_ = 0;
+    Index top_k_ = 0;
+    typename Gate<Scalar>::Tape gate_;
     Buffer<Scalar> scores_;
+    Buffer<Scalar> probabilities_;        // sigmoid scores over their sum, for the losses
+    Buffer<Scalar> clean_probabilities_;  // of the logits without noise
     Buffer<Index> chosen_;
+    Buffer<Index> best_;  // the K largest logits, where a bias or groups choose others
+    Buffer<Index> place_;
+    Buffer<Index> assigned_;
+    Buffer<Index> order_;
+    Buffer<Index> taken_;
     Buffer<Scalar> weights_;
-    Buffer<std::int64_t> counts_;           // (1,E)
-    Buffer<std::int64_t> sequence_counts_;  // (B,E)
-    Index sequences_ = 0;
-    double balance_loss_ = 0;
+    Buffer<Scalar> dscores_;
+    Balance balance_;
+    BalanceTotals totals_;
   };
 
-  /// Throws ValueError for sizes below 1, K > E, a negative balance weight, and weights that would be constant.
-  explicit TopKRouter(const Config& config) : config_(config) {
+  /// Throws ValueError for sizes below 1, K > E, groups that do not divide the experts or hold fewer than K, weights of losses
+  /// below 0, a capacity or noise that is not a number, and weights that would be constant.
+  explicit TopKRouter(const Config& config)
+      : config_(config), gate_("TopKRouter", config.model_dim, config.experts, config.noise) {
     constexpr std::string_view where = "TopKRouter";
-    detail::expect_at_least(where, "model_dim", config.model_dim, 1);
-    detail::expect_at_least(where, "experts", config.experts, 1);
     detail::expect_at_least(where, "top_k", config.top_k, 1);
-    if (config.top_k > config.experts) {
-      throw ValueError("TopKRouter: top_k is " + std::to_string(config.top_k) + ", expected at most the " +
-                       std::to_string(config.experts) + " experts");
+    detail::expect_value(std::isfinite(Scalar(config.scale)), where, "scale is not finite");
+    config.balance.expect_valid(where, config.experts);
+    detail::expect_capacity(where, config.capacity);
+    const ExpertGroups& groups = config.groups;
+    detail::expect_value(groups.count >= 1 && config.experts % groups.count == 0, where,
+                         "groups.count must divide the number of experts");
+    detail::expect_value(groups.chosen >= 1 && groups.chosen <= groups.count, where,
+                         "groups.chosen must be between 1 and groups.count");
+    detail::expect_value(config.score == Score::softmax || config.order == TopKOrder::softmax_top_k, where,
+                         "top_k_softmax is an order of softmax scores");
+    expect_top_k(where, config.top_k);
+    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim});
+    if (config.selection_bias) {
+      bias_ = layout_.add("gate.e_score_correction_bias", {config.experts}, Trained::elsewhere);
     }
-    detail::expect_value(std::isfinite(config.scale), where, "scale is not finite");
-    detail::expect_value(config.balance.expert_level >= 0 && config.balance.sequence_level >= 0, where,
-                         "balance weights must not be negative or NaN");
-    detail::expect_value(
-        config.top_k > 1 || config.experts == 1 || config.allow_constant_weights ||
-            !(config.normalize || config.order == TopKOrder::top_k_softmax),
-        where,
-        "with top_k = 1, normalized weights are always 1 and the gate gets no gradient from the output; choose "
-        "normalize = false with softmax_top_k, or set allow_constant_weights");
-    gate_ = layout_.add("gate.weight", {config.experts, config.model_dim});
   }
 
   const Config& config() const { return config_; }
@@ -90,145 +142,303 @@ class TopKRouter {
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
 
-  /// Uniform on ±1/√D (Kaiming uniform with a = √5, as the reference).
+  /// The gate as `Gate` says, the selection bias zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
-    const double bound = 1 / std::sqrt(double(config_.model_dim));
-    rng.fill_uniform(p[gate_], -bound, bound);
-  }
-
-  /// Throws ValueError naming the first token whose logits are not finite.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& exec) const {
-    const Index tokens = in.count();
-    const Index experts = config_.experts;
-    const Index k = config_.top_k;
-    tape.tokens_ = tokens;
-    tape.experts_ = experts;
-    const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
-    kernel::gemm<Scalar>({tokens, experts, config_.model_dim, kernel::plain<Scalar>(in.x), kernel::transposed<Scalar>(p[gate_]),
-                          kernel::replace<Scalar>(s)},
-                         exec);  // (T,D)(D,E) -> (T,E)
-    detail::expect_finite_logits<Scalar>("TopKRouter::route", s);
-    tape.chosen_.resize(tokens * k);
-    tape.weights_.resize(tokens * k);
-    // Of the logits, not of the scores: rounding the softmax makes ties that the logits do not have.
-    for_each_row(tokens, exec, [&](Index t) { select_top_k(s.row(t), experts, k, tape.chosen_.data() + t * k); });
-    softmax_rows(s, exec);
-    for_each_row(tokens, exec, [&](Index t) {
-      const Index* chosen = tape.chosen_.data() + t * k;
-      const Scalar factor = Scalar(config_.scale) / normalizer(s.row(t), chosen);
-      for (Index j = 0; j < k; ++j) {
-        tape.weights_[t * k + j] = factor * s(t, chosen[j]);
-      }
-    });
-    plan.build(tokens, experts, k, tape.chosen_.span(), tape.weights_.span());
-    count(in, tape);
-  }
-
-  /// dw -> ds (and the balance losses' ds) -> dz; dWg += dzᵀ x, dx += dz Wg. Choices and counts are constants.
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                RowView<Scalar> dx, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const Index tokens = in.count();
-    const Index experts = config_.experts;
-    const Index k = config_.top_k;
-    const Workspace::Frame frame(workspace);
-    const RowView<const Scalar> s = tape.scores();
-    const RowView<Scalar> dz = workspace.matrix<Scalar>(tokens, experts);
-    const RowView<Scalar> dw = workspace.matrix<Scalar>(tokens, k);
-    dz.eigen().setZero();
-    dw.eigen().setZero();
-    for (Index r = 0; r < plan.rows(); ++r) {
-      dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
+    gate_.initialize(p[weight_], rng);
+    if (config_.selection_bias) {
+      p[bias_].eigen().setZero();
     }
-    if (!normalized()) {
-      for_each_row(tokens, exec, [&](Index t) {
-        for (Index j = 0; j < k; ++j) {
-          dz(t, tape.chosen_[t * k + j]) = dw(t, j);  // ds so far
+  }
+
+  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
+             const Exec& exec) const {
+    constexpr std::string_view where = "TopKRouter::route";
+    const Index tokens = in.count();
+    const Index experts = config_.experts;
+    const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
+    if (in.top_k > 0) {
+      expect_top_k(where, k);
+    }
+    if (config_.capacity.limited()) {
+      in.sequences.for_each([&](Index, Index begin, Index end) {  // throws before anything is written
+        if (begin < end) {
+          expert_capacity((end - begin) * k, experts, config_.capacity);
         }
       });
     }
-    if (config_.balance.expert_level > 0) {
-      balance_loss_backward(tape.counts_.view(1, experts), k, config_.balance.expert_level, dz);
+    if (config_.selection_bias) {
+      detail::expect_value(p[bias_].eigen().allFinite(), where, "the selection bias is not finite");
     }
-    if (config_.balance.sequence_level > 0) {
-      balance_loss_backward(tape.sequence_counts_.view(tape.sequences_, experts), k, config_.balance.sequence_level, dz);
+    tape.tokens_ = tokens;
+    tape.experts_ = experts;
+    tape.top_k_ = k;
+    tape.balance_ = config_.balance;
+    tape.dscores_.resize(0);
+    gate_.forward(where, p[weight_], in, tape.gate_, exec);
+    const RowView<const Scalar> z = tape.gate_.noisy_logits();
+    const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
+    s.eigen() = z.eigen();
+    config_.score == Score::softmax ? softmax_rows(s, exec) : sigmoid_rows(s, exec);
+
+    tape.chosen_.resize(tokens * k);
+    select(p, z, s, k, tape, workspace, exec);
+    tape.weights_.resize(tokens * k);
+    detail::for_each_row(tokens, exec, [&](Index t) {
+      const Index* chosen = tape.chosen_.data() + t * k;
+      const Scalar n = normalizer(s.row(t), chosen, k);
+      for (Index j = 0; j < k; ++j) {
+        tape.weights_[t * k + j] = Scalar(config_.scale) * (s(t, chosen[j]) / n);  // s / n first: exactly 1 where K = 1
+      }
+    });
+    std::span<const Index> assigned = tape.chosen_.span();
+    tape.place_.resize(0);
+    if (config_.capacity.limited()) {
+      assign_places<Scalar>(in.sequences, experts, k, config_.capacity, tape.chosen_.span(), tape.weights_.span(), tape.place_,
+                            tape.assigned_, tape.order_, tape.taken_);
+      assigned = tape.assigned_.span();
     }
-    softmax_rows_backward(s, dz, exec);
-    if (normalized()) {
-      for_each_row(tokens, exec,
-                   [&](Index t) { add_normalized_gradient(s.row(t), tape.chosen_.data() + t * k, dw.row(t), dz.row(t)); });
+    plan.build(tokens, experts, k, assigned, tape.weights_.span());
+    take_losses(in, tape, workspace, exec);
+  }
+
+  /// dw -> ds, with what the balance losses and `add_score_gradient` give ds -> dz; then `Gate::backward`. Choices, places and
+  /// counts are constants; a dropped choice has no gradient.
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
+                const Exec& exec) const {
+    const Index tokens = in.count();
+    const Index experts = config_.experts;
+    const Index k = tape.top_k_;
+    const Workspace::Frame frame(workspace);
+    const RowView<const Scalar> s = tape.scores();
+    const auto zeros = [&](Index cols) {
+      const RowView<Scalar> m = workspace.matrix<Scalar>(tokens, cols);
+      m.eigen().setZero();
+      return m;
+    };
+    const RowView<Scalar> dz = zeros(experts);  // first ∂/∂probabilities, then ∂/∂scores, then ∂/∂logits
+    const RowView<Scalar> dw = zeros(k);
+    for (Index r = 0; r < plan.rows(); ++r) {
+      dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
     }
-    kernel::gemm<Scalar>({experts, config_.model_dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x),
-                          kernel::add_to<Scalar>(dp[gate_])},
-                         exec);  // (E,T)(T,D) -> (E,D)
-    kernel::gemm<Scalar>({tokens, config_.model_dim, experts, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[gate_]),
-                          kernel::add_to<Scalar>(dx)},
-                         exec);  // (T,E)(E,D) -> (T,D)
+    const bool separate = config_.balance.any();
+    const RowView<Scalar> dlogits = separate ? zeros(experts) : RowView<Scalar>();
+    if (separate) {
+      const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
+      const RowView<Scalar> dclean = clean ? zeros(experts) : dz;
+      balance_backward<Scalar>(config_.balance, losses_of(in, tape), tape.totals_, {dz, dclean, dlogits, dlogits}, workspace);
+      if (clean) {
+        to_logits(tape.clean_probabilities_.view(tokens, experts), tape.gate_.logits(), dclean, exec);
+        dlogits.eigen() += dclean.eigen();
+      }
+    }
+    if (config_.score == Score::sigmoid && config_.balance.of_probabilities()) {
+      probabilities_backward(tape.probabilities_.view(tokens, experts), s, dz, exec);
+    }
+    if (tape.dscores_.size() > 0) {
+      dz.eigen() += tape.dscores_.view(tokens, experts).eigen();
+    }
+    const bool softmax = config_.score == Score::softmax;
+    if (!normalized() || !softmax) {
+      detail::for_each_row(
+          tokens, exec, [&](Index t) { add_weight_gradient(s.row(t), tape.chosen_.data() + t * k, k, dw.row(t), dz.row(t)); });
+    }
+    softmax ? softmax_rows_backward(s, dz, exec) : sigmoid_rows_backward(s, dz, exec);
+    if (normalized() && softmax) {
+      detail::for_each_row(tokens, exec, [&](Index t) {
+        add_softmax_weight_gradient(s.row(t), tape.chosen_.data() + t * k, k, dw.row(t), dz.row(t));
+      });
+    }
+    if (separate) {
+      dz.eigen() += dlogits.eigen();
+    }
+    gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
   }
 
  private:
-  template <class F>
-  static void for_each_row(Index rows, const Exec& exec, F&& f) {
-    exec.parallel_ranges(rows, 64, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        f(t);
-      }
-    });
+  void expect_top_k(std::string_view where, Index k) const {
+    if (k > config_.experts) {
+      throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
+                       std::to_string(config_.experts) + " experts");
+    }
+    const Index reachable = config_.experts / config_.groups.count * config_.groups.chosen;
+    if (k > reachable) {
+      throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
+                       std::to_string(reachable) + " experts of " + std::to_string(config_.groups.chosen) + " groups");
+    }
+    detail::expect_value(
+        k > 1 || config_.experts == 1 || config_.allow_constant_weights || !normalized(), where,
+        "with top_k = 1, normalized weights are always 1 and the gate gets no gradient from the output; choose "
+        "normalize = false with softmax_top_k, or set allow_constant_weights");
   }
 
   /// Softmax over the chosen logits is their scores divided by the sum of these: both orders are one computation.
   bool normalized() const { return config_.normalize || config_.order == TopKOrder::top_k_softmax; }
+  /// Whether other experts than those of the K largest logits may be chosen.
+  bool biased() const { return config_.selection_bias || config_.groups.chosen < config_.groups.count; }
+
+  void select(ParameterView<const Scalar> p, RowView<const Scalar> z, RowView<const Scalar> s, Index k, Tape& tape,
+              Workspace& workspace, const Exec& exec) const {
+    const Index experts = config_.experts;
+    // Of the logits, not of the scores: rounding the softmax makes ties that the logits do not have.
+    const auto best_of = [&](Buffer<Index>& chosen) {
+      detail::for_each_row(z.rows(), exec, [&](Index t) { select_top_k(z.row(t), experts, k, chosen.data() + t * k); });
+    };
+    if (!biased()) {
+      best_of(tape.chosen_);
+      return;
+    }
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> score = workspace.matrix<Scalar>(z.rows(), experts);
+    const RowView<Scalar> group_score = workspace.matrix<Scalar>(z.rows(), config_.groups.count);
+    const RowView<Index> group = workspace.matrix<Index>(z.rows(), config_.groups.count);
+    detail::for_each_row(z.rows(), exec, [&](Index t) {
+      for (Index e = 0; e < experts; ++e) {
+        score(t, e) = s(t, e) + (config_.selection_bias ? p[bias_](0, e) : Scalar(0));
+      }
+      select_top_k_in_groups(score.row(t), experts, k, config_.groups, group_score.row(t), group.row(t),
+                             tape.chosen_.data() + t * k);
+    });
+    if (config_.balance.any()) {
+      tape.best_.resize(z.rows() * k);
+      best_of(tape.best_);
+    }
+  }
 
   /// What the chosen scores are divided by: n = Σ_chosen s + 1e-20, or 1.
-  Scalar normalizer(const Scalar* s, const Index* chosen) const {
+  Scalar normalizer(const Scalar* s, const Index* chosen, Index k) const {
     if (!normalized()) {
       return Scalar(1);
     }
     Scalar sum = 0;
-    for (Index j = 0; j < config_.top_k; ++j) {
+    for (Index j = 0; j < k; ++j) {
       sum += s[chosen[j]];
     }
     return sum + Scalar(1e-20);
   }
 
-  /// The weights w_j = s_j / n are a softmax over the chosen logits alone: dz_j += w_j (dw_j - Σ_i dw_i w_i). Straight to the
-  /// logits, so that experts that were not chosen get exactly nothing.
-  void add_normalized_gradient(const Scalar* s, const Index* chosen, const Scalar* dw, Scalar* dz) const {
-    const Scalar n = normalizer(s, chosen);
+  /// w_j = s_j:      ds_j += dw_j;
+  /// w_j = s_j / n:  ds_j += (dw_j - Σ_i dw_i s_i / n) / n.
+  void add_weight_gradient(const Scalar* s, const Index* chosen, Index k, const Scalar* dw, Scalar* ds) const {
+    const Scalar n = normalizer(s, chosen, k);
     Scalar dot = 0;
-    for (Index j = 0; j < config_.top_k; ++j) {
+    for (Index j = 0; normalized() && j < k; ++j) {
       dot += dw[j] * s[chosen[j]] / n;
     }
-    for (Index j = 0; j < config_.top_k; ++j) {
+    for (Index j = 0; j < k; ++j) {
+      ds[chosen[j]] += (dw[j] - dot) / n;
+    }
+  }
+
+  /// The weights w_j = s_j / n are a softmax over the chosen logits alone: dz_j += w_j (dw_j - Σ_i dw_i w_i). Straight to the
+  /// logits, so that experts that were not chosen get exactly nothing.
+  void add_softmax_weight_gradient(const Scalar* s, const Index* chosen, Index k, const Scalar* dw, Scalar* dz) const {
+    const Scalar n = normalizer(s, chosen, k);
+    Scalar dot = 0;
+    for (Index j = 0; j < k; ++j) {
+      dot += dw[j] * s[chosen[j]] / n;
+    }
+    for (Index j = 0; j < k; ++j) {
       dz[chosen[j]] += s[chosen[j]] / n * (dw[j] - dot);
     }
   }
 
-  /// Counts the choices and takes the balance losses.
-  void count(const Tokens<Scalar>& in, Tape& tape) const {
-    const Index experts = config_.experts;
-    const Index k = config_.top_k;
-    tape.balance_loss_ = 0;
-    tape.sequences_ = in.sequences();
-    const auto tally = [&](Buffer<std::int64_t>& counts, Index groups, double weight) {
-      counts.assign(groups * experts, 0);
-      const Index per_group = groups == 0 ? 1 : in.count() * k / groups;
-      for (Index i = 0; i < in.count() * k; ++i) {
-        ++counts[i / per_group * experts + tape.chosen_[i]];
+  /// p_i = s_i / (Σ_j s_j + 1e-20), of sigmoid scores.
+  static void probabilities(RowView<const Scalar> s, RowView<Scalar> p, const Exec& exec) {
+    detail::for_each_row(s.rows(), exec, [&](Index t) {
+      const Scalar n = sum_of(s, t);
+      for (Index i = 0; i < s.cols(); ++i) {
+        p(t, i) = s(t, i) / n;
       }
-      tape.balance_loss_ += weight * balance_loss<Scalar>(tape.scores(), counts.view(groups, experts), k);
-    };
-    if (config_.balance.expert_level > 0) {
-      tally(tape.counts_, 1, config_.balance.expert_level);
+    });
+  }
+  /// In place: dp -> ds, ds_i = (dp_i - Σ_j dp_j p_j) / (Σ_j s_j + 1e-20).
+  static void probabilities_backward(RowView<const Scalar> p, RowView<const Scalar> s, RowView<Scalar> dp, const Exec& exec) {
+    detail::for_each_row(s.rows(), exec, [&](Index t) {
+      const Scalar n = sum_of(s, t);
+      const Scalar dot = kernel::dot(s.cols(), dp.row(t), p.row(t));
+      for (Index i = 0; i < s.cols(); ++i) {
+        dp(t, i) = (dp(t, i) - dot) / n;
+      }
+    });
+  }
+  static Scalar sum_of(RowView<const Scalar> s, Index t) {
+    Scalar sum = 0;
+    for (Index i = 0; i < s.cols(); ++i) {
+      sum += s(t, i);
     }
-    if (config_.balance.sequence_level > 0) {
-      tally(tape.sequence_counts_, tape.sequences_, config_.balance.sequence_level);
+    return sum + Scalar(1e-20);
+  }
+
+  /// In place: the gradient of probabilities that came from these logits, without noise -> dz.
+  void to_logits(RowView<const Scalar> p, RowView<const Scalar> z, RowView<Scalar> dp, const Exec& exec) const {
+    if (config_.score == Score::softmax) {
+      softmax_rows_backward(p, dp, exec);
+      return;
     }
+    detail::for_each_row(z.rows(), exec, [&](Index t) {
+      Scalar n = Scalar(1e-20);
+      for (Index i = 0; i < z.cols(); ++i) {
+        n += sigmoid(z(t, i));
+      }
+      const Scalar dot = kernel::dot(z.cols(), dp.row(t), p.row(t));
+      for (Index i = 0; i < z.cols(); ++i) {
+        const Scalar s = sigmoid(z(t, i));
+        dp(t, i) = (dp(t, i) - dot) / n * s * (1 - s);
+      }
+    });
+  }
+  static Scalar sigmoid(Scalar z) { return 1 / (1 + std::exp(-z)); }
+
+  BalanceInput<Scalar> losses_of(const Tokens<Scalar>& in, const Tape& tape) const {
+    const Balance& balance = config_.balance;
+    const bool sigmoid_scores = config_.score == Score::sigmoid;
+    BalanceInput<Scalar> out;
+    out.sequences = in.sequences;
+    out.top_k = tape.top_k_;
+    if (balance.of_probabilities()) {
+      out.probabilities = sigmoid_scores ? tape.probabilities_.view(tape.tokens_, tape.experts_) : tape.scores();
+    }
+    if (balance.importance > 0) {
+      out.clean_probabilities =
+          tape.gate_.noisy() ? tape.clean_probabilities_.view(tape.tokens_, tape.experts_) : out.probabilities;
+    }
+    out.logits = tape.gate_.logits();
+    out.noisy_logits = tape.gate_.noisy_logits();
+    out.best = biased() ? tape.best_.span() : tape.chosen_.span();
+    out.counted = balance.count_chosen ? tape.chosen_.span() : out.best;
+    out.deviation = tape.gate_.noisy() ? gate_.deviation() : 0;
+    return out;
+  }
+
+  void take_losses(const Tokens<Scalar>& in, Tape& tape, Workspace& workspace, const Exec& exec) const {
+    const Balance& balance = config_.balance;
+    tape.totals_.clear(config_.experts);
+    if (!balance.any()) {
+      return;
+    }
+    if (config_.score == Score::sigmoid && balance.of_probabilities()) {
+      probabilities(tape.scores(), tape.probabilities_.matrix(tape.tokens_, tape.experts_), exec);
+    }
+    if (tape.gate_.noisy() && balance.importance > 0) {
+      const RowView<Scalar> clean = tape.clean_probabilities_.matrix(tape.tokens_, tape.experts_);
+      clean.eigen() = tape.gate_.logits().eigen();
+      if (config_.score == Score::softmax) {
+        softmax_rows(clean, exec);
+      } else {
+        sigmoid_rows(clean, exec);
+        probabilities(clean, clean, exec);
+      }
+    }
+    add_balance_totals(balance, losses_of(in, tape), config_.experts, tape.totals_, workspace);
   }
 
   Config config_;
+  Gate<Scalar> gate_;
   Layout layout_;
-  Index gate_ = 0;
+  Index weight_ = 0;
+  Index bias_ = 0;
 };
 
 }  // namespace moxie

@@ -127,8 +127,8 @@ bool same_selection(const DensePlan<Scalar>& /*a*/, const DensePlan<Scalar>& /*b
 
 }  // namespace detail
 
-/// The gradients of a whole layer against differences of loss = ⟨y, dy⟩ + balance_loss: of x, then of every parameter tensor,
-/// one report each.
+/// The gradients of a whole layer against differences of loss = ⟨y, dy⟩ + balance_loss: of x, of the condition if there is one,
+/// then of every parameter tensor that a gradient trains, one report each.
 ///
 /// The layer's own parameters are used and stay as they are. Backward takes what was selected as constant, so a layer with
 /// top-k is compared only where moving an element by 2h leaves the plan as it is; other elements are counted as skipped (choose
@@ -137,15 +137,18 @@ template <class Layer>
 std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Tokens<double>& in, RowView<const double> dy,
                                                   const Exec& exec = {}, const GradientOptions& options = {}) {
   Matrix<double> x = in.x.eigen();
+  Matrix<double> condition = in.condition.eigen();
+  Matrix<double> dcondition(condition.rows(), condition.cols());
   Tokens<double> moved = in;
   moved.x = x;
+  moved.condition = condition;
   Parameters<double> parameters = layer.parameters();
   Parameters<double> grads = parameters.zeros_like();
   Matrix<double> y(x.rows(), x.cols());
   Matrix<double> dx(x.rows(), x.cols());
   auto tape = layer.make_tape(x.rows());
   layer.forward(parameters, moved, y, tape, exec);
-  layer.backward(parameters, moved, dy, dx, grads, tape, exec);
+  layer.backward(parameters, moved, dy, {dx, dcondition}, grads, tape, exec);
 
   const auto plan = tape.plan();
   const auto loss = [&] {
@@ -154,8 +157,15 @@ std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Toke
                                                      : std::numeric_limits<double>::quiet_NaN();
   };
   std::vector<GradientReport> reports{check_gradient(loss, x, dx, options, "x")};
-  zip([&](const TensorInfo& info, RowView<double> value,
-          RowView<double> gradient) { reports.push_back(check_gradient(loss, value, gradient, options, info.name)); },
+  if (condition.rows() != 0) {
+    reports.push_back(check_gradient(loss, condition, dcondition, options, "condition"));
+  }
+  zip(
+      [&](const TensorInfo& info, RowView<double> value, RowView<double> gradient) {
+        if (info.trained == Trained::by_gradient) {
+          reports.push_back(check_gradient(loss, value, gradient, options, info.name));
+        }
+      },
       parameters, grads);
   return reports;
 }

@@ -42,6 +42,8 @@ struct LawOptions {
   std::vector<int> threads = {1, 2, 7};
   /// False for a router that looks at a token's position.
   bool permute_tokens = true;
+  /// False for a router that needs sequences of one length.
+  bool mask_tokens = true;
   /// How many allocations the program has made so far. Without it the law of no allocations is not checked.
   std::function<std::size_t()> allocations = {};
 };
@@ -145,7 +147,7 @@ Matrix<Scalar> gathered(const GroupedRows<Scalar>& rows) {
 /// All that a step of a layer computes.
 template <class Scalar>
 struct Step {
-  Matrix<Scalar> y, dx;
+  Matrix<Scalar> y, dx, dcondition;
   Parameters<Scalar> grads;
   double balance_loss;
 };
@@ -155,42 +157,74 @@ template <class Layer, class Scalar = typename Layer::Scalar>
 Step<Scalar> step(const Layer& layer, const Tokens<Scalar>& in, RowView<const std::type_identity_t<Scalar>> dy,
                   const Exec& exec) {
   const auto nan = Matrix<Scalar>::Constant(in.x.rows(), in.x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
-  Step<Scalar> s{nan, nan, layer.parameters().zeros_like(), 0};
+  const auto nans =
+      Matrix<Scalar>::Constant(in.condition.rows(), in.condition.cols(), std::numeric_limits<Scalar>::quiet_NaN());
+  Step<Scalar> s{nan, nan, nans, layer.parameters().zeros_like(), 0};
   auto tape = layer.make_tape(in.count());
   layer.forward(in, s.y, tape, exec);
-  layer.backward(in, dy, s.dx, s.grads, tape, exec);
+  layer.backward(in, dy, {s.dx, s.dcondition}, s.grads, tape, exec);
   s.balance_loss = tape.balance_loss();
   return s;
 }
 
 template <class Scalar>
 bool same_bits(const Step<Scalar>& a, const Step<Scalar>& b) {
-  bool same = same_bits<Scalar>(a.y, b.y) && same_bits<Scalar>(a.dx, b.dx) &&
+  bool same = same_bits<Scalar>(a.y, b.y) && same_bits<Scalar>(a.dx, b.dx) && same_bits<Scalar>(a.dcondition, b.dcondition) &&
               std::memcmp(&a.balance_loss, &b.balance_loss, sizeof(double)) == 0;
   zip([&](const TensorInfo&, RowView<const Scalar> u, RowView<const Scalar> v) { same = same && same_bits(u, v); }, a.grads,
       b.grads);
   return same;
 }
 
-/// max |a - b| / max |b| of a step's dx and gradients, the worst tensor.
+/// max |a - b| / max |b| of a step's input and parameter gradients, the worst tensor.
 template <class Scalar>
 double gradient_distance(const Step<Scalar>& a, const Step<Scalar>& b) {
-  double worst = distance<Scalar>(a.dx, b.dx);
+  double worst = worse(distance<Scalar>(a.dx, b.dx), distance<Scalar>(a.dcondition, b.dcondition));
   zip([&](const TensorInfo&, RowView<const Scalar> u, RowView<const Scalar> v) { worst = worse(worst, distance(u, v)); },
       a.grads, b.grads);
   return worst;
 }
 
-/// 0, ..., n-1 in random order (Fisher and Yates), each sequence of `length` for itself.
-inline std::vector<Index> permutation(Index n, Index length, const Rng& rng) {
-  std::vector<Index> p(static_cast<std::size_t>(n));
+/// 0, ..., n-1 in random order (Fisher and Yates), each sequence for itself.
+inline std::vector<Index> permutation(const Sequences& sequences, const Rng& rng) {
+  std::vector<Index> p(static_cast<std::size_t>(sequences.tokens()));
   std::iota(p.begin(), p.end(), Index{0});
-  for (Index i = 0; i < n; ++i) {
-    const Index first = i / length * length;
-    std::swap(p[std::size_t(i)], p[std::size_t(first + rng.below(i - first + 1, std::uint64_t(i)))]);
-  }
+  sequences.for_each([&](Index, Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      std::swap(p[std::size_t(i)], p[std::size_t(begin + rng.below(i - begin + 1, std::uint64_t(i)))]);
+    }
+  });
   return p;
 }
+
+/// The rows of `in` in that order, which may leave some out; the sequences are the caller's to set. Holds what `tokens` views.
+template <class Scalar>
+struct Reordered {
+  Matrix<Scalar> x, noise;
+  std::vector<std::uint8_t> mask;
+  std::vector<std::int64_t> ids;
+  Tokens<Scalar> tokens;
+
+  Reordered(const Tokens<Scalar>& in, const std::vector<Index>& order, const Sequences& sequences)
+      : x(rows_at<Scalar>(order, in.x)), tokens(in) {
+    for (const Index t : order) {
+      if (!in.mask.empty()) {
+        mask.push_back(in.mask[std::size_t(t)]);
+      }
+      if (!in.ids.empty()) {
+        ids.push_back(in.ids[std::size_t(t)]);
+      }
+    }
+    if (in.noise.rows() != 0) {
+      noise = rows_at<Scalar>(order, in.noise);
+    }
+    tokens.x = x;
+    tokens.noise = noise;
+    tokens.mask = mask;
+    tokens.ids = ids;
+    tokens.sequences = sequences.over(x.rows());
+  }
+};
 
 }  // namespace detail
 
@@ -238,19 +272,18 @@ LawResult plan_is_sorted_and_complete(const Plan& plan, Index proposed) {
 template <class Scalar>
 LawResult plan_is_convex(const DensePlan<Scalar>& plan, double tolerance) {
   double error = 0;
-  const Index length = plan.sequence_length();
   const auto d = plan.dispatch();
   const auto c = plan.combine();
-  for (Index b = 0; b < plan.sequences(); ++b) {
-    for (Index n = 0; n < plan.slots(); ++n) {
+  plan.sequences().for_each([&](Index, Index begin, Index end) {
+    for (Index n = 0; n < plan.slots() && begin < end; ++n) {
       double sum = 0;
-      for (Index t = b * length; t < (b + 1) * length; ++t) {
+      for (Index t = begin; t < end; ++t) {
         error = detail::worse(error, -double(d(t, n)));
         sum += double(d(t, n));
       }
       error = detail::worse(error, std::abs(sum - 1));
     }
-  }
+  });
   for (Index t = 0; t < plan.tokens(); ++t) {
     double sum = 0;
     for (Index n = 0; n < plan.slots(); ++n) {
@@ -413,7 +446,7 @@ LawResult bits_do_not_depend_on_threads(const Layer& layer, const Tokens<Scalar>
       const Exec exec{.threads = threads};
       layer.forward(in, again.y, tape, exec);
       again.grads.set_zero();
-      layer.backward(in, dy, again.dx, again.grads, tape, exec);
+      layer.backward(in, dy, {again.dx, again.dcondition}, again.grads, tape, exec);
       again.balance_loss = tape.balance_loss();
       if (!detail::same_bits(first, again)) {
         return detail::stated("layer: the same bits for any number of threads and from run to run", false,
@@ -428,19 +461,60 @@ LawResult bits_do_not_depend_on_threads(const Layer& layer, const Tokens<Scalar>
 template <class Layer, class Scalar = typename Layer::Scalar>
 LawResult permuting_tokens_permutes_outputs(const Layer& layer, const Tokens<Scalar>& in,
                                             RowView<const std::type_identity_t<Scalar>> dy, const LawOptions& options = {}) {
-  const auto order = detail::permutation(in.count(), std::max<Index>(in.length(), 1), options.rng.split(7));
-  const Matrix<Scalar> x = detail::rows_at<Scalar>(order, in.x);
+  const auto order = detail::permutation(in.sequences, options.rng.split(7));
+  const detail::Reordered<Scalar> permuted(in, order, in.sequences);
   const Matrix<Scalar> dy_permuted = detail::rows_at<Scalar>(order, dy);
-  Tokens<Scalar> permuted = in;
-  permuted.x = x;
   detail::Step<Scalar> plain = detail::step(layer, in, dy, options.exec);
-  const detail::Step<Scalar> moved = detail::step(layer, permuted, dy_permuted, options.exec);
+  const detail::Step<Scalar> moved = detail::step(layer, permuted.tokens, dy_permuted, options.exec);
   plain.y = detail::rows_at<Scalar>(order, plain.y);
   plain.dx = detail::rows_at<Scalar>(order, plain.dx);
   const double error =
       detail::worse(detail::worse(detail::distance<Scalar>(moved.y, plain.y), detail::gradient_distance(moved, plain)),
                     std::abs(moved.balance_loss - plain.balance_loss));
   return detail::measured("layer: permuting tokens permutes outputs", error, detail::tolerance<Scalar>(options));
+}
+
+/// A masked token changes nothing: outputs, gradients and losses have the bits that they have without its row, its own output
+/// and gradient are zero, and it may hold NaN. Masks a third of the tokens, drawn with `options.rng`, and those that `in`
+/// masks.
+template <class Layer, class Scalar = typename Layer::Scalar>
+LawResult masked_tokens_change_nothing(const Layer& layer, const Tokens<Scalar>& in,
+                                       RowView<const std::type_identity_t<Scalar>> dy, const LawOptions& options = {}) {
+  const std::string law = "layer: a masked token changes nothing";
+  std::vector<std::uint8_t> mask(std::size_t(in.count()));
+  std::vector<Index> kept;
+  std::vector<Index> starts{0};
+  Matrix<Scalar> x = in.x.eigen();
+  Matrix<Scalar> spoilt_dy = dy.eigen();
+  in.sequences.for_each([&](Index, Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const bool was = in.mask.empty() || in.mask[std::size_t(t)] != 0;
+      mask[std::size_t(t)] = was && options.rng.split(6).uniform(std::uint64_t(t)) >= 1.0 / 3 ? 1 : 0;
+      if (mask[std::size_t(t)] != 0) {
+        kept.push_back(t);
+      } else {
+        x.row(t).setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+        spoilt_dy.row(t).setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+      }
+    }
+    starts.push_back(Index(kept.size()));
+  });
+  Tokens<Scalar> masked = in;
+  masked.x = x;
+  masked.mask = mask;
+  detail::Reordered<Scalar> without(in, kept, starts);
+  without.tokens.mask = {};
+  const Matrix<Scalar> dy_without = detail::rows_at<Scalar>(kept, dy);
+  const detail::Step<Scalar> expected = detail::step(layer, without.tokens, dy_without, options.exec);
+  detail::Step<Scalar> found = detail::step<Layer, Scalar>(layer, masked, spoilt_dy, options.exec);
+  for (Index t = 0; t < in.count(); ++t) {
+    if (mask[std::size_t(t)] == 0 && !(found.y.row(t).isZero(0) && found.dx.row(t).isZero(0))) {
+      return detail::stated(law, false, "the output or gradient of masked token " + std::to_string(t) + " is not zero");
+    }
+  }
+  found.y = detail::rows_at<Scalar>(kept, found.y);
+  found.dx = detail::rows_at<Scalar>(kept, found.dx);
+  return detail::stated(law, detail::same_bits(found, expected), "something has other bits than without the token's row");
 }
 
 /// Backward is linear in dy, but for the balance losses' part, which does not depend on it:
@@ -459,6 +533,7 @@ LawResult backward_is_linear(const Layer& layer, const Tokens<Scalar>& in, const
   const detail::Step<Scalar> of_zero = detail::step(layer, in, zero, options.exec);
   // a g(u) + b g(v) + (1 - a - b) g(0)
   parts.dx = Scalar(2) * parts.dx - Scalar(0.5) * of_v.dx - Scalar(0.5) * of_zero.dx;
+  parts.dcondition = Scalar(2) * parts.dcondition - Scalar(0.5) * of_v.dcondition - Scalar(0.5) * of_zero.dcondition;
   parts.grads.flat() = Scalar(2) * parts.grads.flat() - Scalar(0.5) * of_v.grads.flat() - Scalar(0.5) * of_zero.grads.flat();
   return detail::measured("layer: backward is linear in dy", detail::gradient_distance(sum, parts),
                           detail::tolerance<Scalar>(options));
@@ -476,9 +551,9 @@ LawResult backward_overwrites_dx_and_adds_to_gradients(const Layer& layer, const
   layer.forward(in, added.y, tape, options.exec);
   const Scalar start = 3;
   added.grads.flat() = start;
-  layer.backward(in, dy, added.dx, added.grads, tape, options.exec);
-  if (!detail::same_bits<Scalar>(added.dx, once.dx)) {
-    return detail::stated(law, false, "dx depends on what was in it");
+  layer.backward(in, dy, {added.dx, added.dcondition}, added.grads, tape, options.exec);
+  if (!detail::same_bits<Scalar>(added.dx, once.dx) || !detail::same_bits<Scalar>(added.dcondition, once.dcondition)) {
+    return detail::stated(law, false, "dx or dcondition depends on what was in it");
   }
   once.grads.flat() += start;
   return detail::measured(law, detail::gradient_distance(added, once), detail::tolerance<Scalar>(options));
@@ -541,6 +616,9 @@ std::vector<LawResult> check_layer_laws(const Layer& layer, const Tokens<typenam
   results.push_back(bits_do_not_depend_on_threads(layer, in, dy, options));
   if (options.permute_tokens) {
     results.push_back(permuting_tokens_permutes_outputs(layer, in, dy, options));
+  }
+  if (options.mask_tokens) {
+    results.push_back(masked_tokens_change_nothing(layer, in, dy, options));
   }
   results.push_back(backward_is_linear(layer, in, options));
   results.push_back(backward_overwrites_dx_and_adds_to_gradients(layer, in, dy, options));

@@ -310,6 +310,13 @@ TEST_CASE("load_data_set: reads Fashion-MNIST's files, and never passes over dam
   CHECK_THROWS_AS(dit::load_data_set(dir.path), std::runtime_error);
 }
 
+TEST_CASE("load_data_set: reads files that are not compressed") {
+  const TemporaryDirectory dir;
+  write_plain(dir.path / "train-images-idx3-ubyte", idx({2, 4, 4}, Bytes(32, '\xFF')));
+  write_plain(dir.path / "train-labels-idx1-ubyte", idx({2}, Bytes("\x09\x05", 2)));
+  CHECK(dit::load_data_set(dir.path).labels == std::vector<std::int64_t>{9, 5});
+}
+
 TEST_CASE("fashion_mnist: 6000 images of each of ten classes") {
   if (!fs::exists(dit::fashion_mnist_directory)) {
     MESSAGE("skipped: dataset-fashion-mnist is not installed");

@@ -66,16 +66,16 @@ TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for 
     CAPTURE(feed_forward);
     const dit::TrainingConfig config = small_config(feed_forward);
     dit::with_model(config, [&](const auto& model) {
-      dit::Training whole(config, model, names);
+      dit::Training whole(config, model, names, 10);
       for (int i = 0; i < 7; ++i) {
         whole.step(data.pixels, data.labels, Exec{1});
       }
-      dit::Training first(config, model, names);
+      dit::Training first(config, model, names, 10);
       for (int i = 0; i < 4; ++i) {
         first.step(data.pixels, data.labels, Exec{2});
       }
       first.save(folder / "checkpoint");
-      dit::Training second(config, model, names);
+      dit::Training second(config, model, names, 10);
       second.load(moxie::SafetensorsFile(folder / "checkpoint"));
       CHECK(second.steps() == 4);
       for (int i = 0; i < 3; ++i) {
@@ -99,7 +99,7 @@ TEST_CASE("Training: learns two classes, and guided samples show the class that 
   config.batch = 32;
   config.ema_decay = 0.98;
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names);
+    dit::Training training(config, model, names, 10);
     for (int i = 0; i < 1000; ++i) {
       training.step(data.pixels, data.labels, Exec{1});
     }
@@ -123,7 +123,7 @@ TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing chan
   const Images data;
   const dit::TrainingConfig config = small_config();
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names);
+    dit::Training training(config, model, names, 10);
     training.step(data.pixels, data.labels, Exec{1});
     training.save(folder / "good");
     CHECK(dit::config_of(moxie::SafetensorsFile(folder / "good")).json() == config.json());
@@ -132,10 +132,14 @@ TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing chan
     dit::TrainingConfig wider = config;
     wider.hidden_dim = 7;
     dit::with_model(wider, [&](const auto& other) {
-      dit::Training(wider, other, names).save(folder / "wider");
+      dit::Training(wider, other, names, 10).save(folder / "wider");
       return 0;
     });
     CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "wider")), moxie::SafetensorsError);
+    dit::Training(config, model, {"left", "top"}, 10).save(folder / "other classes");
+    CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "other classes")), moxie::SafetensorsError);
+    dit::Training(config, model, names, 11).save(folder / "other images");
+    CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "other images")), moxie::SafetensorsError);
     moxie::save_parameters(folder / "foreign", training.averages());
     CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "foreign")), moxie::SafetensorsError);
     CHECK_THROWS_AS(dit::config_of(moxie::SafetensorsFile(folder / "foreign")), moxie::SafetensorsError);
@@ -154,7 +158,7 @@ TEST_CASE("Training: a loss that is not finite stops the run and leaves the weig
   Images data;
   const dit::TrainingConfig config = small_config();
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names);
+    dit::Training training(config, model, names, 10);
     training.step(data.pixels, data.labels, Exec{1});
     const Parameters<float> before = training.averages();
     data.pixels.setConstant(std::numeric_limits<float>::quiet_NaN());

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+
+namespace moxie {
+
+/// A sum of doubles with twice their precision: value + rest, where the rest is what rounding the value left (Knuth's two-sum;
+/// Dekker 1971). How the terms are grouped changes it by 2^-105 of their size, so sums of micro-batches, added up, round to the
+/// sum of the whole batch.
+class WideSum {
+ public:
+  WideSum& operator+=(double x) {
+    const double sum = value_ + x;
+    const double part = sum - value_;
+    rest_ += (value_ - (sum - part)) + (x - part);
+    value_ = sum;
+    return *this;
+  }
+  WideSum& operator+=(const WideSum& other) {
+    *this += other.value_;
+    rest_ += other.rest_;
+    return *this;
+  }
+  double value() const { return value_ + rest_; }
+
+ private:
+  double value_ = 0;
+  double rest_ = 0;
+};
+
+}  // namespace moxie

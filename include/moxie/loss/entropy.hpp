@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+
+namespace moxie {
+
+/// H(p) = -Σ_i p_i ln p_i in nats; 0 ln 0 = 0. ln E for a uniform p, 0 for a certain one.
+template <class Scalar>
+double entropy(std::span<const Scalar> p) {
+  double sum = 0;
+  for (const Scalar x : p) {
+    sum -= x > 0 ? double(x) * std::log(double(x)) : 0;
+  }
+  return sum;
+}
+
+/// Adds weight · ∂H/∂p_i = -weight · (ln p_i + 1) to `dp`, with the logarithm of the smallest number for p_i = 0, where the
+/// derivative has no limit.
+template <class Scalar>
+void entropy_backward(std::span<const std::type_identity_t<Scalar>> p, double weight, std::span<Scalar> dp) {
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    dp[i] -= Scalar(weight * (std::log(std::max(double(p[i]), double(std::numeric_limits<Scalar>::min()))) + 1));
+  }
+}
+
+}  // namespace moxie

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/core/matrix.hpp>
+#include <span>
+
+namespace moxie {
+
+/// The squared coefficient of variation of n numbers, (deviation / mean)², with the population's deviation; 0 if all are zero.
+inline double squared_variation(std::span<const double> v) {
+  const double n = double(v.size());
+  double mean = 0;
+  for (const double x : v) {
+    mean += x / n;
+  }
+  double variance = 0;
+  for (const double x : v) {
+    variance += (x - mean) * (x - mean) / n;
+  }
+  return mean == 0 ? 0 : variance / (mean * mean);
+}
+
+/// ∂/∂v_i = 2 / (n mean²) ((v_i - mean) - variance / mean), overwriting v.
+inline void squared_variation_backward(std::span<double> v) {
+  const double n = double(v.size());
+  double mean = 0;
+  for (const double x : v) {
+    mean += x / n;
+  }
+  double variance = 0;
+  for (const double x : v) {
+    variance += (x - mean) * (x - mean) / n;
+  }
+  for (double& x : v) {
+    x = mean == 0 ? 0 : 2 / (n * mean * mean) * ((x - mean) - variance / mean);
+  }
+}
+
+/// The importance loss of a group of tokens: CV² of Σ_t p_ti over the experts i, `probabilities` (n,E) without noise.
+///
+/// Shazeer et al. 2017, equation 7; V-MoE (Riquelme et al. 2021), appendix A.2. 0 for equal importance, E - 1 for one expert
+/// alone. `scratch` holds E numbers.
+template <class Scalar>
+double importance_loss(RowView<const Scalar> probabilities, std::span<double> scratch) {
+  std::fill(scratch.begin(), scratch.end(), 0.0);
+  for (Index t = 0; t < probabilities.rows(); ++t) {
+    for (Index i = 0; i < probabilities.cols(); ++i) {
+      scratch[std::size_t(i)] += double(probabilities(t, i));
+    }
+  }
+  return squared_variation(scratch);
+}
+
+/// Adds weight · ∂loss/∂p_ti to `dprobabilities` (n,E).
+template <class Scalar>
+void importance_loss_backward(RowView<const std::type_identity_t<Scalar>> probabilities, double weight,
+                              RowView<Scalar> dprobabilities, std::span<double> scratch) {
+  importance_loss<Scalar>(probabilities, scratch);
+  squared_variation_backward(scratch);
+  for (Index t = 0; t < probabilities.rows(); ++t) {
+    for (Index i = 0; i < probabilities.cols(); ++i) {
+      dprobabilities(t, i) += Scalar(weight * scratch[std::size_t(i)]);
+    }
+  }
+}
+
+}  // namespace moxie

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+#include <moxie/core/matrix.hpp>
+#include <moxie/loss/importance.hpp>
+#include <numbers>
+#include <span>
+
+namespace moxie {
+
+/// The load loss of a group of n tokens: CV² of Σ_t P(expert i would win again at token t, with fresh noise), over the experts.
+///
+///     θ_t = the K-th largest noisy logit of token t,   P_ti = Φ((z_ti - θ_t) / σ)
+///
+/// A load that has a gradient, unlike the counts: Shazeer et al. 2017, equations 8 to 11, as V-MoE (Riquelme et al. 2021,
+/// appendix A.2) has it. `logits` (n,E) without noise, `threshold` (n) θ_t, `deviation` σ > 0 of a logit's noise. `scratch`
+/// holds E numbers.
+template <class Scalar>
+double load_loss(RowView<const Scalar> logits, std::span<const Scalar> threshold, double deviation, std::span<double> scratch) {
+  std::fill(scratch.begin(), scratch.end(), 0.0);
+  for (Index t = 0; t < logits.rows(); ++t) {
+    for (Index i = 0; i < logits.cols(); ++i) {
+      const double u = (double(logits(t, i)) - double(threshold[std::size_t(t)])) / deviation;
+      scratch[std::size_t(i)] += 0.5 * std::erfc(-u / std::numbers::sqrt2);
+    }
+  }
+  return squared_variation(scratch);
+}
+
+/// Adds weight · ∂loss/∂z_ti to `dlogits` (n,E), and weight · ∂loss/∂θ_t to `dthreshold` (n), with the normal density φ:
+///
+///     g_i = ∂CV²/∂load_i,   ∂/∂z_ti = g_i φ(u_ti) / σ,   ∂/∂θ_t = -Σ_i g_i φ(u_ti) / σ
+template <class Scalar>
+void load_loss_backward(RowView<const std::type_identity_t<Scalar>> logits,
+                        std::span<const std::type_identity_t<Scalar>> threshold, double deviation, double weight,
+                        RowView<Scalar> dlogits, std::span<Scalar> dthreshold, std::span<double> scratch) {
+  load_loss<Scalar>(logits, threshold, deviation, scratch);
+  squared_variation_backward(scratch);
+  const double density = weight / (deviation * std::sqrt(2 * std::numbers::pi));
+  for (Index t = 0; t < logits.rows(); ++t) {
+    double sum = 0;
+    for (Index i = 0; i < logits.cols(); ++i) {
+      const double u = (double(logits(t, i)) - double(threshold[std::size_t(t)])) / deviation;
+      const double d = scratch[std::size_t(i)] * density * std::exp(-0.5 * u * u);
+      dlogits(t, i) += Scalar(d);
+      sum += d;
+    }
+    dthreshold[std::size_t(t)] -= Scalar(sum);
+  }
+}
+
+}  // namespace moxie

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <moxie/core/matrix.hpp>
+#include <span>
+
+namespace moxie {
+
+/// ln Σ_i exp z_i, from the largest logit.
+template <class Scalar>
+double log_sum_exp(std::span<const Scalar> z) {
+  const double largest = double(*std::max_element(z.begin(), z.end()));
+  double sum = 0;
+  for (const Scalar x : z) {
+    sum += std::exp(double(x) - largest);
+  }
+  return largest + std::log(sum);
+}
+
+/// The z-loss of one token, (ln Σ_i exp z_i)²: keeps logits small, so that rounding does not decide the softmax.
+///
+/// ST-MoE (Zoph et al. 2022), equation 5, which takes the mean over tokens. (ln E)² for logits of zero.
+template <class Scalar>
+double z_loss(std::span<const Scalar> logits) {
+  const double value = log_sum_exp(logits);
+  return value * value;
+}
+
+/// Adds weight · ∂loss/∂z_i = weight · 2 ln Σ exp z · softmax(z)_i to `dlogits`.
+template <class Scalar>
+void z_loss_backward(std::span<const std::type_identity_t<Scalar>> logits, double weight, std::span<Scalar> dlogits) {
+  const double value = log_sum_exp(logits);
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    dlogits[i] += Scalar(weight * 2 * value * std::exp(double(logits[i]) - value));
+  }
+}
+
+}  // namespace moxie

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <moxie/routing/router.hpp>
+#include <moxie/routing/score.hpp>
+#include <moxie/routing/selection.hpp>
+#include <numeric>
+#include <vector>
+
+namespace moxie {
+
+struct ClusterRouterConfig {
+  Index feature_dim = 0;  ///< F
+  Index experts = 0;
+  Index top_k = 1;
+  double temperature = 1;  ///< τ
+  /// True: the feature of a token is its own row of x. False: a sequence has one, its row of `Tokens::condition`.
+  bool of_tokens = false;
+};
+
+/// Cluster routing: each expert belongs to a cluster of the data, and near clusters are mixed.
+///
+///     p(k | h) ∝ exp(-‖h - μ_k‖² / τ)
+///     chosen = the K largest p, ties to the lower index;   w_k = p_k / Σ_chosen p
+///
+/// c-BTM (Gururangan et al. 2023), equation 2: h is a fixed feature of the sequence (or token), so there is no gradient to it,
+/// and the centroids μ come from `balanced_k_means`, not from training. Parameter: `centroids` (E,F). Cost: 3BEF + O(TK).
+template <class Scalar_>
+class ClusterRouter {
+ public:
+  using Scalar = Scalar_;
+  using Plan = SparsePlan<Scalar>;
+  using Config = ClusterRouterConfig;
+
+  class Tape {
+   public:
+    /// p (B,E), or (T,E) for features of tokens.
+    RowView<const Scalar> scores() const { return scores_.view(features_, experts_); }
+    double balance_loss() const { return 0; }
+
+   private:
+    friend class ClusterRouter;
+    Index features_ = 0;
+    Index experts_ = 0;
+    Buffer<Scalar> scores_;
+    Buffer<Index> expert_;
+    Buffer<Scalar> weight_;
+  };
+
+  /// Throws ValueError for sizes below 1, K > E, and a temperature that is not above 0.
+  explicit ClusterRouter(const Config& config) : config_(config) {
+    constexpr std::string_view where = "ClusterRouter";
+    detail::expect_at_least(where, "feature_dim", config.feature_dim, 1);
+    detail::expect_at_least(where, "experts", config.experts, 1);
+    detail::expect_at_least(where, "top_k", config.top_k, 1);
+    detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
+    detail::expect_value(config.temperature > 0 && std::isfinite(config.temperature), where, "the temperature must be above 0");
+    centroids_ = layout_.add("centroids", {config.experts, config.feature_dim}, Trained::elsewhere);
+  }
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  Index experts() const { return config_.experts; }
+  Index model_dim() const { return config_.of_tokens ? config_.feature_dim : -1; }
+  /// Standard normal: a placeholder, until `balanced_k_means` has fitted them.
+  void initialize(ParameterView<Scalar> p, const Rng& rng) const { rng.fill_normal(p[centroids_]); }
+
+  /// Throws ShapeError if the condition is not (B,F), ValueError naming the first token or sequence with a distance that is not
+  /// finite.
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
+             const Exec& exec) const {
+    constexpr std::string_view where = "ClusterRouter::route";
+    const Index experts = config_.experts;
+    const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
+    const RowView<const Scalar> features = config_.of_tokens ? in.x : in.condition;
+    detail::expect_value(k <= experts, where, "top_k is more than there are experts");
+    detail::expect_shape(where, config_.of_tokens ? "x" : "condition", features,
+                         config_.of_tokens ? in.count() : in.sequences.count(), config_.feature_dim);
+    tape.features_ = features.rows();
+    tape.experts_ = experts;
+    const RowView<Scalar> s = tape.scores_.matrix(features.rows(), experts);
+    detail::for_each_row(features.rows(), exec, [&](Index i) {
+      for (Index e = 0; e < experts; ++e) {
+        Scalar distance = 0;
+        for (Index f = 0; f < config_.feature_dim; ++f) {
+          const Scalar d = features(i, f) - p[centroids_](e, f);
+          distance += d * d;
+        }
+        s(i, e) = -distance / Scalar(config_.temperature);
+      }
+    });
+    detail::expect_finite_logits<Scalar>(
+        where, s, [&](Index i) { return config_.of_tokens ? in.row(i) : i; }, config_.of_tokens ? "token" : "sequence");
+    tape.expert_.resize(in.count() * k);
+    tape.weight_.resize(in.count() * k);
+    // The K nearest of one feature, and its softmax over them alone, for the tokens [begin, end).
+    const auto assign = [&](Index feature, Index begin, Index end) {
+      if (begin == end) {
+        return;
+      }
+      Index* chosen = tape.expert_.data() + begin * k;
+      Scalar* weight = tape.weight_.data() + begin * k;
+      select_top_k(s.row(feature), experts, k, chosen);
+      Scalar sum = 0;
+      for (Index j = 0; j < k; ++j) {
+        weight[j] = std::exp(s(feature, chosen[j]) - s(feature, chosen[0]));
+        sum += weight[j];
+      }
+      for (Index j = 0; j < k; ++j) {
+        weight[j] /= sum;
+      }
+      for (Index t = begin + 1; t < end; ++t) {
+        std::copy_n(chosen, k, tape.expert_.data() + t * k);
+        std::copy_n(weight, k, tape.weight_.data() + t * k);
+      }
+    };
+    if (config_.of_tokens) {
+      detail::for_each_row(in.count(), exec, [&](Index t) { assign(t, t, t + 1); });
+    } else {
+      in.sequences.for_each(assign);
+    }
+    softmax_rows(s, exec);
+    plan.build(in.count(), experts, k, tape.expert_.span(), tape.weight_.span());
+  }
+
+  /// Nothing: features are fixed, and centroids are fitted.
+  void backward(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& /*in*/, const Plan& /*plan*/,
+                const typename Plan::Gradient& /*dplan*/, const TokensGradient<Scalar>& /*din*/, ParameterView<Scalar> /*dp*/,
+                const Tape& /*tape*/, Workspace& /*workspace*/, const Exec& /*exec*/) const {}
+
+ private:
+  Config config_;
+  Layout layout_;
+  Index centroids_ = 0;
+};
+
+/// What `balanced_k_means` finds.
+template <class Scalar>
+struct BalancedClusters {
+  Matrix<Scalar> centroids;       ///< (E,F)
+  std::vector<Index> assignment;  ///< N: the cluster of each feature
+  double distance = 0;            ///< mean squared distance to the centroid
+  int iterations = 0;             ///< until nothing moved, or the limit
+};
+
+/// Clusters of equal size: k-means in which no cluster takes more than ⌈N/E⌉ features (c-BTM, section 2.1).
+///
+/// Starts from k-means++ (Arthur and Vassilvitskii 2007) drawn with `rng`. Each iteration assigns pairs (feature, cluster) from
+/// the nearest to the farthest while there is room, ties to the lower feature, then the lower cluster, and moves each centroid
+/// to its mean. Greedy, not optimal: c-BTM solves the assignment itself. Distances in double. O(iterations · N E (F + log NE)).
+///
+/// Throws ValueError for fewer features than clusters, or one that is not finite.
+template <class Scalar>
+BalancedClusters<Scalar> balanced_k_means(RowView<const Scalar> features, Index clusters, const Rng& rng, int iterations = 50) {
+  const Index n = features.rows();
+  const Index dim = features.cols();
+  detail::expect_at_least("balanced_k_means", "clusters", clusters, 1);
+  detail::expect_value(n >= clusters, "balanced_k_means", "there are fewer features than clusters");
+  detail::expect_value(features.eigen().allFinite(), "balanced_k_means", "a feature is not finite");
+  Matrix<double> centroids(clusters, dim);
+  const auto distance = [&](Index i, Index c) {
+    double sum = 0;
+    for (Index f = 0; f < dim; ++f) {
+      const double d = double(features(i, f)) - centroids(c, f);
+      sum += d * d;
+    }
+    return sum;
+  };
+
+  std::vector<double> nearest(std::size_t(n), std::numeric_limits<double>::infinity());
+  for (Index c = 0; c < clusters; ++c) {
+    Index chosen = rng.below(n, 0);
+    if (c > 0) {
+      const double total = std::accumulate(nearest.begin(), nearest.end(), 0.0);
+      double left = rng.uniform(std::uint64_t(c)) * total;
+      chosen = 0;
+      while (chosen < n - 1 && (left -= nearest[std::size_t(chosen)]) >= 0) {
+        ++chosen;
+      }
+    }
+    centroids.row(c) = features.eigen().row(chosen).template cast<double>();
+    for (Index i = 0; i < n; ++i) {
+      nearest[std::size_t(i)] = std::min(nearest[std::size_t(i)], distance(i, c));
+    }
+  }
+
+  struct Pair {
+    double distance;
+    Index feature, cluster;
+  };
+  std::vector<Pair> pairs(std::size_t(n * clusters));
+  BalancedClusters<Scalar> result;
+  const Index room = (n + clusters - 1) / clusters;
+  for (bool moved = true; moved && result.iterations < std::max(iterations, 1); ++result.iterations) {
+    for (Index i = 0; i < n; ++i) {
+      for (Index c = 0; c < clusters; ++c) {
+        pairs[std::size_t(i * clusters + c)] = {distance(i, c), i, c};
+      }
+    }
+    std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
+      return std::tie(a.distance, a.feature, a.cluster) < std::tie(b.distance, b.feature, b.cluster);
+    });
+    std::vector<Index> assignment(std::size_t(n), -1);
+    std::vector<Index> size(std::size_t(clusters), 0);
+    double total = 0;
+    for (const Pair& pair : pairs) {
+      Index& own = assignment[std::size_t(pair.feature)];
+      if (own < 0 && size[std::size_t(pair.cluster)] < room) {
+        own = pair.cluster;
+        ++size[std::size_t(pair.cluster)];
+        total += pair.distance;
+      }
+    }
+    result.distance = total / double(n);
+    moved = assignment != result.assignment;
+    result.assignment = std::move(assignment);
+    if (moved) {
+      Matrix<double> sums = Matrix<double>::Zero(clusters, dim);
+      for (Index i = 0; i < n; ++i) {
+        sums.row(result.assignment[std::size_t(i)]) += features.eigen().row(i).template cast<double>();
+      }
+      for (Index c = 0; c < clusters; ++c) {
+        if (size[std::size_t(c)] > 0) {
+          centroids.row(c) = sums.row(c) / double(size[std::size_t(c)]);
+        }
+      }
+    }
+  }
+  result.centroids = centroids.template cast<Scalar>();
+  return result;
+}
+
+}  // namespace moxie

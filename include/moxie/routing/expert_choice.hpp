@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/routing/capacity.hpp>
+#include <moxie/routing/gate.hpp>
+#include <moxie/routing/router.hpp>
+#include <moxie/routing/selection.hpp>
+
+namespace moxie {
+
+struct ExpertChoiceRouterConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  /// C of each sequence of L tokens, ⌈L · factor / E⌉, and never more than L: `factor` is the mean number of experts a token.
+  Capacity capacity = {.factor = 1};
+  GateNoise noise = {};  ///< in training
+};
+
+/// Expert choice: every expert takes its C best tokens of each sequence, so the load is even by construction; a token may get
+/// no expert, or all.
+///
+///     s = softmax(x Wgᵀ (+ noise)) over the experts        (T,E)
+///     of sequence b, expert i takes the C_b tokens with the largest s_ti, ties to the lower token;   w_ti = s_ti
+///
+/// Zhou et al. 2022, section 3.2. It looks at all tokens of a sequence, so it is not causal. Pair numbers count sequences, then
+/// experts, then choices. Parameter: `gate.weight` (E,D). Cost: 2TDE + O(T E log C).
+template <class Scalar_>
+class ExpertChoiceRouter {
+ public:
+  using Scalar = Scalar_;
+  using Plan = SparsePlan<Scalar>;
+  using Config = ExpertChoiceRouterConfig;
+
+  class Tape {
+   public:
+    /// s (T,E).
+    RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
+    /// The tokens that were taken: of each sequence, of each expert, the best first.
+    std::span<const Index> choices() const { return token_.span(); }
+    /// Balanced by construction.
+    double balance_loss() const { return 0; }
+
+   private:
+    friend class ExpertChoiceRouter;
+    Index tokens_ = 0;
+    Index experts_ = 0;
+    typename Gate<Scalar>::Tape gate_;
+    Buffer<Scalar> scores_;
+    Buffer<Index> token_;
+    Buffer<Index> expert_;
+    Buffer<Scalar> weight_;
+    Buffer<Index> first_;  // the first pair of each sequence
+    Buffer<Index> order_;  // (E,T)
+  };
+
+  /// Throws ValueError for sizes below 1 and a capacity or noise that is not a number.
+  explicit ExpertChoiceRouter(const Config& config)
+      : config_(config), gate_("ExpertChoiceRouter", config.model_dim, config.experts, config.noise) {
+    detail::expect_capacity("ExpertChoiceRouter", config.capacity);
+    detail::expect_value(config.capacity.limited(), "ExpertChoiceRouter", "the capacity factor must be above 0");
+    detail::expect_value(config.capacity.priority == Priority::order, "ExpertChoiceRouter",
+                         "experts choose by score; there is no priority to set");
+    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim});
+  }
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  Index experts() const { return config_.experts; }
+  Index model_dim() const { return config_.model_dim; }
+  void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
+
+  /// C of a sequence of that many tokens. Throws ValueError for a capacity below 1.
+  Index capacity(Index tokens) const {
+    return tokens == 0 ? 0 : std::min(tokens, expert_capacity(tokens, config_.experts, config_.capacity));
+  }
+
+  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k`, which experts do not have.
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
+             const Exec& exec) const {
+    constexpr std::string_view where = "ExpertChoiceRouter::route";
+    const Index experts = config_.experts;
+    detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
+    tape.first_.resize(in.sequences.count() + 1);
+    tape.first_[0] = 0;
+    in.sequences.for_each(
+        [&](Index b, Index begin, Index end) { tape.first_[b + 1] = tape.first_[b] + experts * capacity(end - begin); });
+    tape.tokens_ = in.count();
+    tape.experts_ = experts;
+    gate_.forward(where, p[weight_], in, tape.gate_, exec);
+    const RowView<Scalar> s = tape.scores_.matrix(in.count(), experts);
+    s.eigen() = tape.gate_.noisy_logits().eigen();
+    softmax_rows(s, exec);
+
+    const Index pairs = tape.first_[in.sequences.count()];
+    tape.token_.resize(pairs);
+    tape.expert_.resize(pairs);
+    tape.weight_.resize(pairs);
+    const RowView<Index> order = tape.order_.matrix(experts, in.count());
+    exec.parallel_for(experts, [&](Index e) {
+      in.sequences.for_each([&](Index b, Index begin, Index end) {
+        const Index room = capacity(end - begin);
+        Index* best = order.row(e) + begin;
+        partial_sort_top_k([&](Index i) { return s(begin + i, e); }, end - begin, room, best);
+        for (Index c = 0; c < room; ++c) {
+          const Index pair = tape.first_[b] + e * room + c;
+          tape.token_[pair] = begin + best[c];
+          tape.expert_[pair] = e;
+          tape.weight_[pair] = s(begin + best[c], e);
+        }
+      });
+    });
+    plan.build(
+        in.count(), experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
+  }
+
+  /// ds_ti = dw_ti where expert i took token t, through the softmax; then `Gate::backward`. What was taken is constant.
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
+                const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
+    dz.eigen().setZero();
+    for (Index r = 0; r < plan.rows(); ++r) {
+      const Index pair = plan.pair(r);
+      dz(tape.token_[pair], tape.expert_[pair]) = dplan.weight[r];
+    }
+    softmax_rows_backward(tape.scores(), dz, exec);
+    gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
+  }
+
+ private:
+  Config config_;
+  Gate<Scalar> gate_;
+  Layout layout_;
+  Index weight_ = 0;
+};
+
+}  // namespace moxie

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/core/parameters.hpp>
+#include <moxie/core/workspace.hpp>
+#include <moxie/kernel/gemm.hpp>
+#include <moxie/routing/score.hpp>
+#include <moxie/routing/tokens.hpp>
+
+namespace moxie {
+
+/// What training adds to a gate so that experts are explored; nothing where `Tokens::training` is false.
+struct GateNoise {
+  double logits = 0;  ///< σ: (σ/E) N(0,1) is added to every logit (V-MoE, section 3.1)
+  double jitter = 0;  ///< ε: the gate's input is multiplied by U(1-ε, 1+ε), element by element (Switch)
+};
+
+/// The linear gate: a logit for each token and expert.
+///
+///     z  = (x ⊙ j) Wgᵀ        j = 1, or U(1-ε, 1+ε) in training           (T,D)(D,E) -> (T,E)
+///     z' = z + (σ/E) N(0,1)   in training
+///
+/// Backward, with dz = ∂/∂z + ∂/∂z': dWg += dzᵀ (x ⊙ j), dx += (dz Wg) ⊙ j. Cost: 2TDE forward, 4TDE backward.
+template <class Scalar>
+class Gate {
+ public:
+  class Tape {
+   public:
+    /// z (T,E), without noise.
+    RowView<const Scalar> logits() const { return logits_.view(tokens_, experts_); }
+    /// z' (T,E): what selects. The same as `logits` without noise.
+    RowView<const Scalar> noisy_logits() const { return noisy_ ? noisy_logits_.view(tokens_, experts_) : logits(); }
+    bool noisy() const { return noisy_; }
+
+   private:
+    friend class Gate;
+    Index tokens_ = 0;
+    Index experts_ = 0;
+    bool noisy_ = false;
+    bool jittered_ = false;
+    Buffer<Scalar> logits_;
+    Buffer<Scalar> noisy_logits_;
+    Buffer<Scalar> factor_;  // j
+    Buffer<Scalar> input_;   // x ⊙ j
+  };
+
+  /// Throws ValueError for sizes below 1, and noise that is negative, not finite, or a jitter above 1.
+  Gate(std::string_view where, Index model_dim, Index experts, const GateNoise& noise)
+      : model_dim_(model_dim), experts_(experts), noise_(noise) {
+    detail::expect_at_least(where, "model_dim", model_dim, 1);
+    detail::expect_at_least(where, "experts", experts, 1);
+    detail::expect_value(std::isfinite(noise.logits) && noise.logits >= 0, where,
+                         "noise.logits must be finite and not negative");
+    detail::expect_value(noise.jitter >= 0 && noise.jitter <= 1, where, "noise.jitter must be between 0 and 1");
+  }
+
+  Index model_dim() const { return model_dim_; }
+  Index experts() const { return experts_; }
+  /// The deviation of the noise on a logit, σ/E.
+  double deviation() const { return noise_.logits / double(experts_); }
+
+  /// Uniform on ±1/√D (Kaiming uniform with a = √5, as DiT-MoE's reference).
+  void initialize(RowView<Scalar> weight, const Rng& rng) const {
+    const double bound = 1 / std::sqrt(double(model_dim_));
+    rng.fill_uniform(weight, -bound, bound);
+  }
+
+  /// Fills the tape. Throws ValueError that names the first token whose logits are not finite.
+  void forward(std::string_view where, RowView<const Scalar> weight, const Tokens<Scalar>& in, Tape& tape,
+               const Exec& exec) const {
+    tape.tokens_ = in.count();
+    tape.experts_ = experts_;
+    tape.noisy_ = in.training && noise_.logits > 0;
+    tape.jittered_ = in.training && noise_.jitter > 0;
+    if (tape.noisy_ && in.noise.rows() != 0) {
+      detail::expect_shape(where, "noise", in.noise, in.count(), experts_);
+    }
+    const RowView<Scalar> z = tape.logits_.matrix(in.count(), experts_);
+    kernel::gemm<Scalar>({in.count(), experts_, model_dim_, kernel::plain<Scalar>(input(in, tape, exec)),
+                          kernel::transposed<Scalar>(weight), kernel::replace<Scalar>(z)},
+                         exec);  // (T,D)(D,E) -> (T,E)
+    const auto row_of = [&](Index t) { return in.row(t); };
+    detail::expect_finite_logits<Scalar>(where, z, row_of);
+    if (tape.noisy_) {
+      const RowView<Scalar> noisy = tape.noisy_logits_.matrix(in.count(), experts_);
+      const Rng rng = in.rng.split(1);
+      detail::for_each_row(in.count(), exec, [&](Index t) {
+        for (Index e = 0; e < experts_; ++e) {
+          const double n = in.noise.rows() != 0 ? double(in.noise(t, e)) : rng.normal(std::uint64_t(t * experts_ + e));
+          noisy(t, e) = z(t, e) + Scalar(deviation() * n);
+        }
+      });
+      detail::expect_finite_logits<Scalar>(where, noisy, row_of);
+    }
+  }
+
+  /// From the sum of the gradients of z and z'.
+  void backward(RowView<const Scalar> weight, const Tokens<Scalar>& in, RowView<const Scalar> dz, RowView<Scalar> dx,
+                RowView<Scalar> dweight, const Tape& tape, Workspace& workspace, const Exec& exec) const {
+    const RowView<const Scalar> x = tape.jittered_ ? tape.input_.view(in.count(), model_dim_) : in.x;
+    kernel::gemm<Scalar>({experts_, model_dim_, in.count(), kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x),
+                          kernel::add_to<Scalar>(dweight)},
+                         exec);  // (E,T)(T,D) -> (E,D)
+    const auto add_input_gradient = [&](kernel::Destination<Scalar> to) {
+      kernel::gemm<Scalar>({in.count(), model_dim_, experts_, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(weight), to},
+                           exec);  // (T,E)(E,D) -> (T,D)
+    };
+    if (!tape.jittered_) {
+      add_input_gradient(kernel::add_to<Scalar>(dx));
+      return;
+    }
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> dinput = workspace.matrix<Scalar>(in.count(), model_dim_);
+    add_input_gradient(kernel::replace<Scalar>(dinput));
+    const RowView<const Scalar> factor = tape.factor_.view(in.count(), model_dim_);
+    detail::for_each_row(in.count(), exec, [&](Index t) {
+      dx.middle_rows(t, 1).eigen() += dinput.middle_rows(t, 1).eigen().cwiseProduct(factor.middle_rows(t, 1).eigen());
+    });
+  }
+
+ private:
+  RowView<const Scalar> input(const Tokens<Scalar>& in, Tape& tape, const Exec& exec) const {
+    if (!tape.jittered_) {
+      return in.x;
+    }
+    const RowView<Scalar> factor = tape.factor_.matrix(in.count(), model_dim_);
+    const RowView<Scalar> input = tape.input_.matrix(in.count(), model_dim_);
+    const Rng rng = in.rng.split(0);
+    detail::for_each_row(in.count(), exec, [&](Index t) {
+      for (Index d = 0; d < model_dim_; ++d) {
+        factor(t, d) = Scalar(1 + noise_.jitter * (2 * rng.uniform(std::uint64_t(t * model_dim_ + d)) - 1));
+        input(t, d) = in.x(t, d) * factor(t, d);
+      }
+    });
+    return input;
+  }
+
+  Index model_dim_;
+  Index experts_;
+  GateNoise noise_;
+};
+
+}  // namespace moxie

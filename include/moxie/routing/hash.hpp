@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/routing/router.hpp>
+
+namespace moxie {
+
+struct HashRouterConfig {
+  Index experts = 0;
+  std::uint64_t seed = 0;  ///< of the hash: another seed, another assignment
+};
+
+/// Hash routing: the expert of a token is a hash of its id, so nothing is learned and the assignment never changes.
+///
+///     expert_t = hash(id_t) mod E,   w = 1
+///
+/// Roller et al. 2021. The hash is the counter-based generator at the id, modulo E. Needs `Tokens::ids`. No parameters, no
+/// gradient. O(T).
+template <class Scalar_>
+class HashRouter : public FixedRouter<Scalar_> {
+ public:
+  using Scalar = Scalar_;
+  using Base = FixedRouter<Scalar>;
+  using typename Base::Plan;
+  using Config = HashRouterConfig;
+
+  class Tape : public Base::Tape {
+    friend class HashRouter;
+    Buffer<Index> expert_;
+    Buffer<Scalar> weight_;
+  };
+
+  /// Throws ValueError for no experts.
+  explicit HashRouter(const Config& config) : config_(config) {
+    detail::expect_at_least("HashRouter", "experts", config.experts, 1);
+  }
+
+  const Config& config() const { return config_; }
+  Index experts() const { return config_.experts; }
+  /// The expert of an id.
+  Index expert_of(std::int64_t id) const {
+    return Index(Rng(config_.seed).bits(static_cast<std::uint64_t>(id)) % std::uint64_t(config_.experts));
+  }
+
+  /// Throws ValueError if there are no ids, or for `in.top_k` above 1.
+  void route(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
+             const Exec& /*exec*/) const {
+    detail::expect_value(Index(in.ids.size()) == in.count(), "HashRouter::route", "the tokens have no ids; set Tokens::ids");
+    detail::expect_value(in.top_k <= 1, "HashRouter::route", "a hash chooses one expert; top_k cannot be more");
+    tape.expert_.resize(in.count());
+    for (Index t = 0; t < in.count(); ++t) {
+      tape.expert_[t] = expert_of(in.ids[std::size_t(t)]);
+    }
+    tape.weight_.assign(in.count(), Scalar(1));
+    plan.build(in.count(), config_.experts, 1, tape.expert_.span(), tape.weight_.span());
+  }
+
+ private:
+  Config config_;
+};
+
+}  // namespace moxie
