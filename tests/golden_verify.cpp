@@ -13,6 +13,7 @@
 #include "golden_verify/ditmoe_block.hpp"
 #include "golden_verify/golden_case.hpp"
 #include "golden_verify/softmoe.hpp"
+#include "golden_verify/switchdit.hpp"
 #include "golden_verify/vmoe.hpp"
 
 namespace {
@@ -35,6 +36,8 @@ constexpr std::array families{
     Family{"expert_choice", golden::verify_expert_choice<double>, golden::verify_expert_choice<float>},
     Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
     Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},
+    Family{"switchdit_prior", golden::verify_switchdit_prior<double>, golden::verify_switchdit_prior<float>},
+    Family{"switchdit_taskmoe", golden::verify_switchdit_taskmoe<double>, golden::verify_switchdit_taskmoe<float>},
     Family{"topk_capacity", golden::verify_topk_capacity<double>, golden::verify_topk_capacity<float>},
 };
 

@@ -28,6 +28,8 @@ Matrix<S> derivative(const Matrix<S>& x) {
   return y;
 }
 
+double relu(double x) { return x > 0 ? x : 0; }
+
 // n points of [-range, range], 0 among them.
 template <class S>
 Matrix<S> points(Index n, double range) {
@@ -52,8 +54,9 @@ void check_values(double (*expected)(double)) {
   CHECK(y(0, 1000) == S(0));  // f(0) = 0
 }
 
+// `kink`: half the width of what is left out around 0, where a derivative jumps.
 template <class Activation>
-void check_derivative() {
+void check_derivative(double kink = 0) {
   for (const double range : {6.0, 20.0}) {
     Matrix<double> x = points<double>(401, range);
     const Matrix<double> d = derivative<Activation>(x);
@@ -61,6 +64,9 @@ void check_derivative() {
     // One element at a time: a sum over all would round by its size.
     for (Index i = 0; i < x.cols(); ++i) {
       Matrix<double> point = x.middleCols(i, 1);
+      if (std::abs(point(0, 0)) < kink) {
+        continue;
+      }
       const Matrix<double> slope = d.middleCols(i, 1);
       const auto f = [&] { return value<Activation>(point)(0, 0); };
       const auto report = moxie::testing::check_gradient(f, point, slope, {.step = 1e-3});
@@ -77,9 +83,31 @@ TEST_CASE_TEMPLATE("GELU, tanh: is the approximation", S, float, double) {
   check_values<moxie::GeluTanh, S>(&reference::gelu_tanh);
 }
 
+TEST_CASE_TEMPLATE("ReLU: is max(x, 0)", S, float, double) { check_values<moxie::Relu, S>(&relu); }
+TEST_CASE_TEMPLATE("ReLU squared: is max(x, 0)²", S, float, double) {
+  check_values<moxie::ReluSquared, S>([](double x) { return relu(x) * relu(x); });
+}
+
 TEST_CASE("SiLU: the derivative matches central differences") { check_derivative<moxie::Silu>(); }
 TEST_CASE("GELU: the derivative matches central differences") { check_derivative<moxie::GeluErf>(); }
 TEST_CASE("GELU, tanh: the derivative matches central differences") { check_derivative<moxie::GeluTanh>(); }
+
+TEST_CASE("ReLU: the derivative matches central differences away from 0") { check_derivative<moxie::Relu>(1e-2); }
+TEST_CASE("ReLU squared: the derivative matches central differences away from 0") {
+  check_derivative<moxie::ReluSquared>(1e-2);
+}
+
+TEST_CASE_TEMPLATE("ReLU, ReLU squared: the derivative at 0 is 0, and NaN stays NaN", S, float, double) {
+  Matrix<S> x(1, 3);
+  x << S(0), S(-0.0), std::numeric_limits<S>::quiet_NaN();
+  for (const Matrix<S>& d : {derivative<moxie::Relu>(x), derivative<moxie::ReluSquared>(x)}) {
+    CHECK(d(0, 0) == S(0));
+    CHECK(d(0, 1) == S(0));
+  }
+  for (const Matrix<S>& y : {value<moxie::Relu>(x), value<moxie::ReluSquared>(x)}) {
+    CHECK(std::isnan(y(0, 2)));
+  }
+}
 
 TEST_CASE("GELU: the approximation is one") {
   const Matrix<double> x = points<double>(601, 6);
@@ -105,6 +133,7 @@ TEST_CASE_TEMPLATE("activations: far out they are 0 or x, their slopes 0 or 1, a
   check(moxie::Silu{});
   check(moxie::GeluErf{});
   check(moxie::GeluTanh{});
+  check(moxie::Relu{});
 }
 
 }  // namespace

@@ -20,15 +20,35 @@ TEST_CASE_TEMPLATE("GLU experts: rows are (silu(x Wgᵀ) ⊙ x Wuᵀ) Wdᵀ of t
       [](const auto& p, const std::string& name, const reference::Vector& x) { return reference::swiglu(p, name, x); });
 }
 
+// (act(x Wgᵀ) ⊙ x Wuᵀ) Wdᵀ.
+auto glu(double (*activation)(double)) {
+  return [activation](const auto& p, const std::string& name, const reference::Vector& x) {
+    const reference::Vector gate = reference::tensor(p, name + "gate_proj.weight") * x;
+    const reference::Vector up = reference::tensor(p, name + "up_proj.weight") * x;
+    return reference::Vector(reference::tensor(p, name + "down_proj.weight") * gate.unaryExpr(activation).cwiseProduct(up));
+  };
+}
+
+TEST_CASE_TEMPLATE("GLU experts: GEGLU and ReGLU are the same with another activation", S, float, double) {
+  check_forward(moxie::GegluTanhExperts<S>(experts, dim, {hidden}), glu(&reference::gelu_tanh));
+  check_forward(moxie::GegluErfExperts<S>(experts, dim, {hidden}), glu(&reference::gelu_erf));
+  check_forward(moxie::ReGluExperts<S>(experts, dim, {hidden}), glu([](double x) { return x > 0 ? x : 0; }));
+}
+
 TEST_CASE("GLU experts: backward matches central differences, and adds to gradients") {
   check_backward(moxie::SwiGluExperts<double>(experts, dim, {hidden}));
-  check_backward(moxie::GluExperts<double, moxie::GeluErf>(experts, dim, {hidden}));
+  check_backward(moxie::GegluTanhExperts<double>(experts, dim, {hidden}));
+  check_backward(moxie::GegluErfExperts<double>(experts, dim, {hidden}));
+  check_backward(moxie::ReGluExperts<double>(experts, dim, {hidden}));
 }
 
 TEST_CASE_TEMPLATE("GLU experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::SwiGluExperts<S>(3, dim, {hidden}));
   check_laws(moxie::SwiGluExperts<S>(1, 1, {1}));
   check_laws(moxie::SwiGluExperts<S>(2, 33, {70}));
+  check_laws(moxie::GegluTanhExperts<S>(3, dim, {hidden}));
+  check_laws(moxie::GegluErfExperts<S>(3, dim, {hidden}));
+  check_laws(moxie::ReGluExperts<S>(3, dim, {hidden}));
 }
 
 TEST_CASE("GLU experts: tensors are named and shaped as in the reference") {

@@ -21,17 +21,23 @@ TEST_CASE_TEMPLATE("MLP experts: rows are act(x W1ᵀ + b1) W2ᵀ + b2 of their 
                 [](const auto& p, const std::string& name, const reference::Vector& x) {
                   return reference::mlp(p, name, x, &reference::gelu_erf);
                 });
+  check_forward(moxie::ReluSquaredExperts<S>(experts, dim, {hidden}),
+                [](const auto& p, const std::string& name, const reference::Vector& x) {
+                  return reference::mlp(p, name, x, [](double a) { return a > 0 ? a * a : 0; });
+                });
 }
 
 TEST_CASE("MLP experts: backward matches central differences, and adds to gradients") {
   check_backward(moxie::GeluTanhExperts<double>(experts, dim, {hidden}));
   check_backward(moxie::GeluErfExperts<double>(experts, dim, {hidden}));
+  check_backward(moxie::ReluSquaredExperts<double>(experts, dim, {hidden}));
 }
 
 TEST_CASE_TEMPLATE("MLP experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::GeluTanhExperts<S>(3, dim, {hidden}));
   check_laws(moxie::GeluErfExperts<S>(1, 1, {1}));
   check_laws(moxie::GeluErfExperts<S>(2, 33, {70}));
+  check_laws(moxie::ReluSquaredExperts<S>(3, dim, {hidden}));
 }
 
 TEST_CASE("MLP experts: tensors are named and shaped as said") {

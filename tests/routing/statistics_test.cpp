@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <moxie/layer/top_k_moe.hpp>
 #include <moxie/routing/statistics.hpp>
+#include <sstream>
 #include <support.hpp>
 
 namespace {
 
 using moxie::Index;
+using moxie::Matrix;
 using moxie::routing_statistics;
 using moxie::RoutingStatistics;
 
@@ -67,6 +70,78 @@ TEST_CASE("statistics: of a dense plan are the weights that tokens give the slot
   CHECK(s.max_violation == doctest::Approx(0.25));
   CHECK(s.dead_experts == 0);
   CHECK(s.dropped == 0);
+}
+
+TEST_CASE("recorder: counts assignments by key, over batches, without masked and dropped ones") {
+  const moxie::TopKMoE<double> layer({.model_dim = 3, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 2}, .capacity = {1}});
+  moxie::TopKMoE<double> trained = layer;
+  trained.initialize(moxie::Rng(1));
+  const Matrix<double> x = moxie::test::random<double>(10, 3, 651);
+  const std::vector<std::uint8_t> mask{1, 1, 0, 1, 1, 1, 0, 1, 1, 1};
+  const std::vector<Index> key{0, 1, 2, 0, 1, 2, 0, 1, 2, 0};
+  moxie::Tokens<double> in(x);
+  in.mask = mask;
+  Matrix<double> y(10, 3);
+  auto tape = trained.make_tape();
+  trained.forward(in, y, tape);
+  moxie::RoutingRecorder recorder(3, 4);
+  recorder.add(tape, key);
+  recorder.add(tape, key);
+  Matrix<std::int64_t> expected = Matrix<std::int64_t>::Zero(3, 4);
+  for (Index e = 0; e < 4; ++e) {
+    for (Index r = tape.plan().expert_starts()[std::size_t(e)]; r < tape.plan().expert_starts()[std::size_t(e + 1)]; ++r) {
+      expected(key[std::size_t(tape.row(tape.plan().token(r)))], e) += 2;
+    }
+  }
+  CHECK(recorder.counts() == expected);
+  CHECK(recorder.counts().sum() == 2 * tape.plan().rows());
+  CHECK(tape.plan().dropped() > 0);
+  CHECK(recorder.shares().rowwise().sum().isOnes(1e-12));
+  std::ostringstream csv;
+  recorder.write_csv(csv);
+  CHECK(csv.str().starts_with("key,expert_0,expert_1,expert_2,expert_3\n0,"));
+  CHECK(std::ranges::count(csv.str(), '\n') == 4);
+}
+
+TEST_CASE("recorder: keys and plans that do not fit are refused, and nothing is counted") {
+  moxie::SparsePlan<float> plan;
+  plan.build(2, 3, 1, std::vector<Index>{0, 2}, std::vector<float>{1, 1});
+  moxie::RoutingRecorder recorder(2, 3);
+  CHECK_THROWS_AS(recorder.add(plan, std::vector<Index>{0}), moxie::ShapeError);
+  CHECK_THROWS_AS(recorder.add(plan, std::vector<Index>{0, 2}), moxie::ValueError);
+  CHECK_THROWS_AS(recorder.add(plan, std::vector<Index>{-1, 0}), moxie::ValueError);
+  CHECK_THROWS_AS(moxie::RoutingRecorder(2, 4).add(plan, std::vector<Index>{0, 0}), moxie::ShapeError);
+  CHECK_THROWS_AS(moxie::RoutingRecorder(0, 4), moxie::ValueError);
+  CHECK(recorder.counts().isZero());
+  CHECK(recorder.shares().isZero());
+  recorder.add(plan, std::vector<Index>{0, 1});
+  CHECK(recorder.counts()(1, 2) == 1);
+}
+
+TEST_CASE("statistics: are a line of CSV") {
+  moxie::SparsePlan<float> plan;
+  plan.build(2, 2, 1, std::vector<Index>{0, 0}, std::vector<float>{1, 1});
+  std::ostringstream csv;
+  moxie::write_csv_header(csv, moxie::routing_statistics(plan));
+  moxie::write_csv(csv, 7, moxie::routing_statistics(plan));
+  CHECK(csv.str() == "step,max_violation,entropy,dropped,dead_experts,load_0,load_1\n7,1,0,0,1,1,0\n");
+}
+
+TEST_CASE("soft similarity: 1 for equal weights, 0 for identity, and within one sequence alone") {
+  moxie::DensePlan<double> plan;
+  plan.resize(moxie::Sequences(2).over(4), 2, 1);
+  plan.dispatch().eigen().setConstant(0.5);
+  plan.combine().eigen() << 1, 0, 0, 1, 1, 0, 0, 1;
+  const moxie::SoftSimilarity s = moxie::soft_similarity(plan);
+  CHECK(s.dispatch.mean == doctest::Approx(1));
+  CHECK(s.dispatch.least == doctest::Approx(1));
+  CHECK(s.combine.mean == 0);
+  CHECK(s.combine.largest == 0);
+  plan.combine().eigen() << 1, 0, 1, 1, 1, 0, 0, 1;
+  CHECK(moxie::soft_similarity(plan).combine.largest == doctest::Approx(std::sqrt(0.5)));
+  CHECK(moxie::soft_similarity(plan).combine.mean == doctest::Approx(std::sqrt(0.5) / 2));
+  plan.resize(moxie::Sequences(), 2, 1);
+  CHECK(moxie::soft_similarity(plan).dispatch.mean == 0);
 }
 
 }  // namespace

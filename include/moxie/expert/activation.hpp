@@ -22,6 +22,35 @@ struct Silu {
   }
 };
 
+/// max(x, 0), NaN of NaN. The derivative at 0, where there is none, is defined to be 0.
+struct Relu {
+  template <class V>
+  static V value(V x) {
+    const V zero = kernel::constant<V>(0);
+    return kernel::select(x <= zero, zero, x);
+  }
+  /// 1 where x > 0, 0 elsewhere.
+  template <class V>
+  static V derivative(V x) {
+    const V zero = kernel::constant<V>(0);
+    return kernel::select(x > zero, kernel::constant<V>(1), zero);
+  }
+};
+
+/// max(x, 0)², NaN of NaN. Squared ReLU: So et al. 2021, "Primer". Differentiable everywhere, 0 at 0.
+struct ReluSquared {
+  template <class V>
+  static V value(V x) {
+    const V positive = Relu::value(x);
+    return positive * positive;
+  }
+  /// 2 max(x, 0).
+  template <class V>
+  static V derivative(V x) {
+    return kernel::constant<V>(2) * Relu::value(x);
+  }
+};
+
 /// x Φ(x) with the normal distribution function Φ. Hendrycks and Gimpel 2016.
 struct GeluErf {
   template <class V>

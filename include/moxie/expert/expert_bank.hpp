@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <array>
 #include <moxie/expert/bank.hpp>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace moxie {
@@ -23,8 +25,11 @@ concept Expert = std::copyable<X> && std::constructible_from<X, Index, const typ
   expert.backward(p, x, x, h, dp);
 };
 
-/// A bank of E equal experts of a user's own, by looping: rows are gathered, experts run in parallel, each on one thread. What
-/// an expert throws is thrown to the caller. Tensors: `experts.e.` + the expert's own names.
+/// A bank of experts of a user's own, by looping: rows are gathered, experts run in parallel, each on one thread. What an
+/// expert throws is thrown to the caller. Tensors: `experts.e.` + the expert's own names.
+///
+/// The experts are E equal ones, or one for each config of a list, which may differ in width, or in kind with `OneOfExpert`.
+/// Tape: RD. Cost: what the experts cost, an expert on one thread.
 template <class Expert_>
 class ExpertBank {
   static_assert(Expert<Expert_>, "ExpertBank: the type is not an Expert; the requirement that failed is named below");
@@ -37,22 +42,31 @@ class ExpertBank {
     Buffer<Scalar> rows_;
   };
 
+  /// E equal experts. Throws ValueError without experts or width, and what the expert's constructor throws.
   ExpertBank(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
-      : model_dim_(model_dim), expert_(model_dim, config) {
-    detail::expect_at_least("ExpertBank", "experts", experts, 1);
+      : ExpertBank(model_dim, equal(experts, config), names) {}
+
+  /// Expert e is made of `configs[e]`. Throws ValueError without experts or width, for two experts under one name (several
+  /// without a number), and what the experts' constructors throw.
+  ExpertBank(Index model_dim, std::vector<Config> configs, const BankNames& names = {}) : model_dim_(model_dim) {
+    detail::expect_at_least("ExpertBank", "experts", Index(configs.size()), 1);
     detail::expect_at_least("ExpertBank", "model_dim", model_dim, 1);
-    for (Index e = 0; e < experts; ++e) {
-      offsets_.push_back(layout_.add_part(names.prefix(e), expert_.layout()));
+    experts_.reserve(configs.size());
+    for (const Config& config : configs) {
+      const Expert_& expert = experts_.emplace_back(model_dim, config);
+      offsets_.push_back(layout_.add_part(names.prefix(Index(offsets_.size())), expert.layout()));
     }
   }
 
   const Layout& layout() const { return layout_; }
-  Index experts() const { return Index(offsets_.size()); }
+  Index experts() const { return Index(experts_.size()); }
   Index model_dim() const { return model_dim_; }
+  /// Expert e, 0 to E-1.
+  const Expert_& expert(Index e) const { return experts_[std::size_t(e)]; }
 
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
     for (Index e = 0; e < experts(); ++e) {
-      expert_.initialize(of(p, e), rng.split(std::uint64_t(e)));
+      expert(e).initialize(of(p, e), rng.split(std::uint64_t(e)));
     }
   }
 
@@ -64,7 +78,7 @@ class ExpertBank {
         std::copy_n(rows.row(r), model_dim_, x.row(r));
       }
       if (rows.count(e) > 0) {
-        expert_.forward(of(p, e), part(RowView<const Scalar>(x), rows, e), part(h, rows, e));
+        expert(e).forward(of(p, e), part(RowView<const Scalar>(x), rows, e), part(h, rows, e));
       }
     });
   }
@@ -74,15 +88,19 @@ class ExpertBank {
     const RowView<const Scalar> x = tape.rows_.view(rows.count(), model_dim_);
     exec.parallel_for(experts(), [&](Index e) {
       if (rows.count(e) > 0) {
-        expert_.backward(of(p, e), part(x, rows, e), part(dh, rows, e), part(drows, rows, e), of(dp, e));
+        expert(e).backward(of(p, e), part(x, rows, e), part(dh, rows, e), part(drows, rows, e), of(dp, e));
       }
     });
   }
 
  private:
+  static std::vector<Config> equal(Index experts, const Config& config) {
+    detail::expect_at_least("ExpertBank", "experts", experts, 1);
+    return std::vector<Config>(std::size_t(experts), config);
+  }
   template <class T>
   ParameterView<T> of(ParameterView<T> p, Index e) const {
-    return p.block(offsets_[std::size_t(e)], expert_.layout());
+    return p.block(offsets_[std::size_t(e)], expert(e).layout());
   }
   template <class T>
   static RowView<T> part(RowView<T> m, const GroupedRows<Scalar>& rows, Index e) {
@@ -90,9 +108,109 @@ class ExpertBank {
   }
 
   Index model_dim_;
-  Expert_ expert_;
+  std::vector<Expert_> experts_;
   Layout layout_;
-  std::vector<Index> offsets_;
+  std::vector<Index> offsets_;  // of the experts' blocks
+};
+
+struct NullConfig {
+  bool operator==(const NullConfig&) const = default;
+};
+
+/// f(x) = 0: what a token gives to it is left out of its output. MoE++'s zero expert (Jin et al. 2024).
+///
+/// h (n,D) = 0, dx (n,D) = 0, no parameters. Throws nothing. Cost: nD numbers written.
+template <class Scalar_>
+class NullExpert {
+ public:
+  using Scalar = Scalar_;
+  using Config = NullConfig;
+
+  NullExpert(Index /*model_dim*/, const Config& /*config*/) {}
+  const Layout& layout() const { return layout_; }
+  void initialize(ParameterView<Scalar> /*p*/, const Rng& /*rng*/) const {}
+  void forward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<Scalar> h) const { h.eigen().setZero(); }
+  void backward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<const Scalar> /*dh*/,
+                RowView<Scalar> dx, ParameterView<Scalar> /*dp*/) const {
+    dx.eigen().setZero();
+  }
+
+ private:
+  Layout layout_;
+};
+
+struct IdentityConfig {
+  bool operator==(const IdentityConfig&) const = default;
+};
+
+/// f(x) = x: the token itself. MoE++'s copy expert (Jin et al. 2024).
+///
+/// h (n,D) = x, dx (n,D) = dh, no parameters. Throws nothing. Cost: nD numbers copied.
+template <class Scalar_>
+class IdentityExpert {
+ public:
+  using Scalar = Scalar_;
+  using Config = IdentityConfig;
+
+  IdentityExpert(Index /*model_dim*/, const Config& /*config*/) {}
+  const Layout& layout() const { return layout_; }
+  void initialize(ParameterView<Scalar> /*p*/, const Rng& /*rng*/) const {}
+  void forward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> x, RowView<Scalar> h) const { h.eigen() = x.eigen(); }
+  void backward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<const Scalar> dh, RowView<Scalar> dx,
+                ParameterView<Scalar> /*dp*/) const {
+    dx.eigen() = dh.eigen();
+  }
+
+ private:
+  Layout layout_;
+};
+
+/// An expert that is one of several kinds, so that a bank can mix them:
+///
+///     ExpertBank<OneOfExpert<Mine<float>, NullExpert<float>>> bank(D, {MyConfig{8}, MyConfig{4}, NullConfig{}});
+///
+/// Its config is a `std::variant` of theirs, and it is of the kind that the config's alternative belongs to (by position, so
+/// two kinds may have one type of config). Function, adjoint, tensors, what throws and cost are those of that kind.
+template <Expert First, Expert... Rest>
+class OneOfExpert {
+  static_assert((std::is_same_v<typename First::Scalar, typename Rest::Scalar> && ...),
+                "OneOfExpert: the kinds must have the same scalar");
+
+ public:
+  using Scalar = typename First::Scalar;
+  using Config = std::variant<typename First::Config, typename Rest::Config...>;
+
+  OneOfExpert(Index model_dim, const Config& config)
+      : expert_(make(model_dim, config, std::index_sequence_for<First, Rest...>{})) {}
+
+  /// The position of its kind among First, Rest...
+  std::size_t kind() const { return expert_.index(); }
+  const Layout& layout() const {
+    return std::visit([](const auto& expert) -> const Layout& { return expert.layout(); }, expert_);
+  }
+  void initialize(ParameterView<Scalar> p, const Rng& rng) const {
+    std::visit([&](const auto& expert) { expert.initialize(p, rng); }, expert_);
+  }
+  void forward(ParameterView<const Scalar> p, RowView<const Scalar> x, RowView<Scalar> h) const {
+    std::visit([&](const auto& expert) { expert.forward(p, x, h); }, expert_);
+  }
+  void backward(ParameterView<const Scalar> p, RowView<const Scalar> x, RowView<const Scalar> dh, RowView<Scalar> dx,
+                ParameterView<Scalar> dp) const {
+    std::visit([&](const auto& expert) { expert.backward(p, x, dh, dx, dp); }, expert_);
+  }
+
+ private:
+  using Kinds = std::variant<First, Rest...>;
+
+  template <std::size_t... I>
+  static Kinds make(Index model_dim, const Config& config, std::index_sequence<I...> /*kinds*/) {
+    using Maker = Kinds (*)(Index, const Config&);
+    constexpr std::array<Maker, sizeof...(I)> makers{
+        [](Index dim, const Config& c) { return Kinds(std::in_place_index<I>, dim, std::get<I>(c)); }...};
+    return makers.at(config.index())(model_dim, config);
+  }
+
+  Kinds expert_;
 };
 
 }  // namespace moxie

@@ -106,5 +106,14 @@ class GluExperts {
 /// DiT-MoE's and DeepSeekMoE's expert.
 template <class Scalar>
 using SwiGluExperts = GluExperts<Scalar, Silu>;
+/// GEGLU with the tanh approximation of GELU, as T5 1.1 and flax compute it. Shazeer 2020, equation 6.
+template <class Scalar>
+using GegluTanhExperts = GluExperts<Scalar, GeluTanh>;
+/// GEGLU with the exact GELU. Shazeer 2020, equation 6.
+template <class Scalar>
+using GegluErfExperts = GluExperts<Scalar, GeluErf>;
+/// ReGLU: the gate is max(x Wgᵀ, 0). Shazeer 2020, equation 6.
+template <class Scalar>
+using ReGluExperts = GluExperts<Scalar, Relu>;
 
 }  // namespace moxie

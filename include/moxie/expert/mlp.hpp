@@ -106,5 +106,8 @@ using GeluTanhExperts = MlpExperts<Scalar, GeluTanh>;
 /// The same with the exact GELU.
 template <class Scalar>
 using GeluErfExperts = MlpExperts<Scalar, GeluErf>;
+/// Primer's feed-forward, with biases: max(x W1ᵀ + b1, 0)² W2ᵀ + b2. So et al. 2021.
+template <class Scalar>
+using ReluSquaredExperts = MlpExperts<Scalar, ReluSquared>;
 
 }  // namespace moxie

@@ -15,6 +15,7 @@ template <class Scalar, class Arch = DefaultArch>
 using Batch = xsimd::batch<Scalar, Arch>;
 
 using xsimd::fma;
+using xsimd::select;  // select(condition, where it holds, elsewhere); conditions are comparisons of batches
 
 /// A constant in the precision of the batch's elements.
 template <class V>
