@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <moxie/routing/capacity.hpp>
+#include <support.hpp>
+
+namespace {
+
+using moxie::assign_places;
+using moxie::Buffer;
+using moxie::Capacity;
+using moxie::expert_capacity;
+using moxie::Index;
+using moxie::Priority;
+using moxie::Rounding;
+using moxie::Sequences;
+
+TEST_CASE("capacity: is rounded up, or to the nearest with halves to even, then up to a multiple") {
+  CHECK(expert_capacity(16, 4, {.factor = 1}) == 4);
+  CHECK(expert_capacity(17, 4, {.factor = 1}) == 5);
+  CHECK(expert_capacity(10, 4, {.factor = 1, .rounding = Rounding::round}) == 2);  // 2.5
+  CHECK(expert_capacity(14, 4, {.factor = 1, .rounding = Rounding::round}) == 4);  // 3.5
+  CHECK(expert_capacity(17, 4, {.factor = 1, .multiple_of = 4}) == 8);
+  CHECK(expert_capacity(1, 8, {.factor = 0.1}) == 1);
+}
+
+TEST_CASE("capacity: below 1 is refused, and options that no capacity follows from") {
+  const auto message = [](Index n, const Capacity& c) {
+    return moxie::test::message_of<moxie::ValueError>([&] { expert_capacity(n, 8, c); });
+  };
+  CHECK(moxie::test::contains(message(1, {.factor = 1, .rounding = Rounding::round}), "rounds to a capacity of 0"));
+  CHECK(moxie::test::contains(message(0, {.factor = 1}), "rounds to a capacity of 0"));
+  CHECK(moxie::test::contains(message(10, {.factor = 1e300}), "too large"));
+  const auto options = [](const Capacity& c) {
+    return moxie::test::message_of<moxie::ValueError>([&] { moxie::detail::expect_capacity("f", c); });
+  };
+  CHECK(options({.factor = -1}) == "f: the capacity factor must be finite and not negative");
+  CHECK(options({.factor = std::numeric_limits<double>::quiet_NaN()}) ==
+        "f: the capacity factor must be finite and not negative");
+  CHECK(options({.factor = 1, .multiple_of = 0}) == "f: capacity.multiple_of is 0, expected at least 1");
+  CHECK(options({}) == "nothing was thrown");
+}
+
+struct Places {
+  Buffer<Index> place, assigned, order, taken;
+
+  Places(const Sequences& sequences, Index experts, Index k, const Capacity& c, const std::vector<Index>& expert,
+         const std::vector<double>& weight) {
+    assign_places<double>(sequences, experts, k, c, expert, weight, place, assigned, order, taken);
+  }
+  static std::vector<Index> list(const Buffer<Index>& b) { return {b.begin(), b.end()}; }
+};
+
+TEST_CASE("places: all first choices come before any second one, and dropped pairs keep theirs") {
+  // Three tokens: 0 chooses experts 0, 1; 1 chooses 1, 0; 2 chooses 0, 1. Room for ⌈6 · 0.5 / 2⌉ = 2.
+  const Places p(Sequences().over(3), 2, 2, {.factor = 0.5}, {0, 1, 1, 0, 0, 1}, {0.6, 0.1, 0.9, 0.1, 0.8, 0.1});
+  CHECK(Places::list(p.place) == std::vector<Index>{0, 1, 0, 2, 1, 2});
+  CHECK(Places::list(p.assigned) == std::vector<Index>{0, 1, 1, -1, 0, -1});
+}
+
+TEST_CASE("places: by weight, tokens of larger weight come first, ties as they stand") {
+  const Capacity c{.factor = 0.5, .priority = Priority::weight};
+  const Places p(Sequences().over(4), 2, 1, c, {0, 0, 0, 0}, {0.5, 0.7, 0.7, 0.9});  // room for one
+  CHECK(Places::list(p.place) == std::vector<Index>{3, 1, 2, 0});
+  CHECK(Places::list(p.assigned) == std::vector<Index>{-1, -1, -1, 0});
+  CHECK(Places::list(p.order) == std::vector<Index>{3, 1, 2, 0});
+}
+
+TEST_CASE("places: every sequence has room of its own, empty ones none") {
+  const std::vector<Index> starts{0, 1, 1, 4};
+  const Places p(Sequences(starts).over(4), 2, 1, {.factor = 1}, {1, 1, 1, 1}, {1, 1, 1, 1});
+  CHECK(Places::list(p.place) == std::vector<Index>{0, 0, 1, 2});
+  CHECK(Places::list(p.assigned) == std::vector<Index>{1, 1, 1, -1});  // ⌈1/2⌉ and ⌈3/2⌉
+}
+
+}  // namespace

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <moxie/routing/gate.hpp>
+#include <moxie/testing/gradient_check.hpp>
+#include <support.hpp>
+
+namespace {
+
+using moxie::Gate;
+using moxie::GateNoise;
+using moxie::Index;
+using moxie::Matrix;
+using moxie::RowView;
+using moxie::Tokens;
+
+constexpr Index tokens = 40, dim = 6, experts = 5;
+
+template <class S>
+struct Gated {
+  Gate<S> gate;
+  Matrix<S> weight = moxie::test::random<S>(experts, dim, 661);
+  typename Gate<S>::Tape tape = {};
+
+  explicit Gated(const GateNoise& noise) : gate("Gate", dim, experts, noise) {}
+  void forward(const Tokens<S>& in, const moxie::Exec& exec = {}) { gate.forward("f", weight, in, tape, exec); }
+};
+
+TEST_CASE_TEMPLATE("gate: logits are x Wᵀ; noise and jitter are for training alone", S, float, double) {
+  const Matrix<S> x = moxie::test::random<S>(tokens, dim, 662);
+  Gated<S> g({.logits = 1, .jitter = 0.2});
+  g.forward({x});
+  const Matrix<double> expected = moxie::test::as_double(x) * moxie::test::as_double(g.weight).transpose();
+  CHECK(moxie::test::relative_error(Matrix<S>(g.tape.logits().eigen()), expected) < moxie::test::Tolerance<S>::layer);
+  CHECK(g.tape.noisy_logits().data() == g.tape.logits().data());
+  CHECK_FALSE(g.tape.noisy());
+}
+
+TEST_CASE("gate: noise has the deviation σ/E, and is the one that is given") {
+  const Matrix<double> x = moxie::test::random<double>(2000, dim, 663);
+  Gated<double> g({.logits = 2});
+  Tokens<double> in(x);
+  in.training = true;
+  in.rng = moxie::Rng(5);
+  g.forward(in);
+  Matrix<double> noise = g.tape.noisy_logits().eigen() - g.tape.logits().eigen();
+  CHECK(std::sqrt(noise.squaredNorm() / double(noise.size())) == doctest::Approx(2.0 / experts).epsilon(0.03));
+  CHECK(std::abs(noise.mean()) < 0.02);
+  const Matrix<double> given = moxie::test::random<double>(2000, experts, 664);
+  in.noise = given;
+  g.forward(in);
+  noise = g.tape.noisy_logits().eigen() - g.tape.logits().eigen();
+  CHECK(moxie::test::relative_error(noise, Matrix<double>(given * (2.0 / experts))) < 1e-13);
+}
+
+TEST_CASE("gate: jitter multiplies the input by U(1-ε, 1+ε), other numbers for another stream") {
+  const Matrix<double> x = Matrix<double>::Ones(3000, dim);
+  Gated<double> g({.jitter = 0.3});
+  g.weight.setZero();
+  g.weight.leftCols(experts).setIdentity();  // logits are the jittered features
+  Tokens<double> in(x);
+  in.training = true;
+  g.forward(in);
+  const Matrix<double> first = g.tape.logits().eigen();
+  CHECK(first.minCoeff() >= 0.7);
+  CHECK(first.maxCoeff() < 1.3);
+  CHECK(first.minCoeff() < 0.71);
+  CHECK(first.maxCoeff() > 1.29);
+  CHECK(first.mean() == doctest::Approx(1).epsilon(0.01));
+  in.rng = moxie::Rng(6);
+  g.forward(in);
+  CHECK(first != Matrix<double>(g.tape.logits().eigen()));
+}
+
+TEST_CASE("gate: backward matches central differences, with noise and jitter, and adds") {
+  Matrix<double> x = moxie::test::random<double>(7, dim, 665);
+  const Matrix<double> c = moxie::test::random<double>(7, experts, 666);
+  for (const GateNoise& noise : {GateNoise{}, {.logits = 1}, {.jitter = 0.4}, {.logits = 1, .jitter = 0.4}}) {
+    Gated<double> g(noise);
+    Tokens<double> in(x);
+    in.training = true;
+    g.forward(in);
+    const Matrix<double> start = moxie::test::random<double>(7, dim, 667);
+    const Matrix<double> start_weight = moxie::test::random<double>(experts, dim, 668);
+    Matrix<double> dx = start, dweight = start_weight;
+    moxie::Workspace workspace;
+    g.gate.backward(g.weight, in, c, dx, dweight, g.tape, workspace, {});
+    const auto loss = [&] {
+      g.forward(in);
+      return g.tape.noisy_logits().eigen().cwiseProduct(c).sum() + x.cwiseProduct(start).sum() +
+             g.weight.cwiseProduct(start_weight).sum();
+    };
+    for (const auto& report : {moxie::testing::check_gradient(loss, x, dx, {}, "x"),
+                               moxie::testing::check_gradient(loss, g.weight, dweight, {}, "weight")}) {
+      INFO(report.message());
+      CHECK(report.passes(moxie::test::gradient_tolerance));
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("gate: the same bits for any number of threads", S, float, double) {
+  const Matrix<S> x = moxie::test::random<S>(500, dim, 669);
+  Gated<S> one({.logits = 1, .jitter = 0.1}), seven({.logits = 1, .jitter = 0.1});
+  Tokens<S> in(x);
+  in.training = true;
+  one.forward(in, moxie::Exec{1});
+  seven.forward(in, moxie::Exec{7});
+  CHECK(moxie::test::same_bits(Matrix<S>(one.tape.noisy_logits().eigen()), Matrix<S>(seven.tape.noisy_logits().eigen())));
+}
+
+TEST_CASE("gate: bad noise, noise of another shape and logits that are not finite are refused") {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (const GateNoise& noise :
+       {GateNoise{.logits = -1}, {.logits = nan}, {.jitter = -0.1}, {.jitter = 1.1}, {.jitter = nan}}) {
+    CHECK_THROWS_AS(Gated<float>{noise}, moxie::ValueError);
+  }
+  Matrix<double> x = moxie::test::random<double>(tokens, dim, 670);
+  Gated<double> g({.logits = 1});
+  Tokens<double> in(x);
+  in.training = true;
+  Matrix<double> noise = moxie::test::random<double>(tokens, experts + 1, 671);
+  in.noise = noise;
+  CHECK_THROWS_AS(g.forward(in), moxie::ShapeError);
+  noise = moxie::test::random<double>(tokens, experts, 672);
+  noise(8, 1) = nan;
+  in.noise = noise;
+  CHECK(moxie::test::message_of<moxie::ValueError>([&] { g.forward(in); }) == "f: the logits of token 8 are not finite");
+}
+
+}  // namespace
