@@ -136,4 +136,25 @@ TEST_CASE_TEMPLATE("activations: far out they are 0 or x, their slopes 0 or 1, a
   check(moxie::Relu{});
 }
 
+TEST_CASE_TEMPLATE("activation: values and derivatives of huge numbers are their limits, not NaN", S, float, double) {
+  const auto check = [](auto activation, S x, S derivative) {
+    using Activation = decltype(activation);
+    S out = 0;
+    moxie::kernel::map(
+        1, &out, [](auto v) { return Activation::derivative(v); }, &x);
+    CHECK(double(out) == doctest::Approx(double(derivative)));
+    moxie::kernel::map(
+        1, &out, [](auto v) { return Activation::value(v); }, &x);
+    CHECK(double(out) == doctest::Approx(double(derivative) * double(x)));
+  };
+  for (const S x : {S(1e10), S(1e20), S(1e30)}) {
+    check(moxie::Silu{}, x, S(1));
+    check(moxie::GeluTanh{}, x, S(1));
+    check(moxie::GeluErf{}, x, S(1));
+    check(moxie::Silu{}, -x, S(0));
+    check(moxie::GeluTanh{}, -x, S(0));
+    check(moxie::GeluErf{}, -x, S(0));
+  }
+}
+
 }  // namespace

@@ -23,6 +23,12 @@ V constant(double value) {
   return V(static_cast<typename V::value_type>(value));
 }
 
+/// x within ±1000: what smooth functions that have long reached their limits there may compute with. NaN becomes -1000.
+template <class V>
+V limited(const V& x) {
+  return xsimd::min(constant<V>(1000), xsimd::max(constant<V>(-1000), x));
+}
+
 namespace detail {
 
 /// f(x) for x within ±1000, where exp, tanh and erf have long reached their limits, the limits beyond, and NaN of NaN: they
@@ -30,8 +36,7 @@ namespace detail {
 template <class V, class F>
 V within_limits(const V& x, F&& f) {
   const auto is_number = x == x;
-  const V limited = xsimd::min(constant<V>(1000), xsimd::max(constant<V>(-1000), x));
-  return xsimd::select(is_number, f(xsimd::select(is_number, limited, constant<V>(0))), x);
+  return xsimd::select(is_number, f(xsimd::select(is_number, limited(x), constant<V>(0))), x);
 }
 
 }  // namespace detail
