@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/loss/entropy.hpp>
+#include <moxie/routing/gate.hpp>
+#include <moxie/routing/router.hpp>
+#include <moxie/routing/selection.hpp>
+
+namespace moxie {
+
+struct TopPRouterConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  double top_p = 0.4;  ///< the chosen scores of a token add up to at least this, if `most` allows
+  Index most = 0;      ///< never more experts a token than this; 0: all
+  /// Weight of the mean entropy of the scores: a token that is certain needs few experts (the paper's dynamic loss).
+  double token_entropy = 0;
+};
+
+/// Top-p: every token takes as many experts as it needs to be sure enough, easy ones few and hard ones many.
+///
+///     s = softmax(x Wgᵀ)                                                        (T,D)(D,E) -> (T,E)
+///     chosen = the fewest of the largest s, ties to the lower index, with Σ_chosen s >= p;   w = s
+///
+/// Huang et al. 2024, "Harder tasks need more experts", equations 3 to 5. A token has at least one expert. Pair numbers count
+/// tokens, then choices. Parameter: `gate.weight` (E,D). Cost: 2TDE + O(T E log E).
+template <class Scalar_>
+class TopPRouter {
+ public:
+  using Scalar = Scalar_;
+  using Plan = SparsePlan<Scalar>;
+  using Config = TopPRouterConfig;
+
+  class Tape {
+   public:
+    /// s (T,E).
+    RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
+    /// The mean entropy of the scores, weighted; `backward` adds its gradient.
+    double balance_loss() const { return loss_; }
+
+   private:
+    friend class TopPRouter;
+    Index tokens_ = 0;
+    Index experts_ = 0;
+    double loss_ = 0;
+    typename Gate<Scalar>::Tape gate_;
+    Buffer<Scalar> scores_;
+    Buffer<Index> order_;  // (T,E): experts by decreasing score
+    Buffer<Index> token_;  // of each pair
+    Buffer<Index> expert_;
+    Buffer<Scalar> weight_;
+  };
+
+  /// Throws ValueError for sizes below 1, p outside (0, 1], and a weight of the entropy that is negative or not finite.
+  explicit TopPRouter(const Config& config)
+      : config_(config), gate_("TopPRouter", config.model_dim, config.experts, GateNoise{}) {
+    constexpr std::string_view where = "TopPRouter";
+    detail::expect_value(config.top_p > 0 && config.top_p <= 1, where, "top_p must be above 0 and at most 1");
+    detail::expect_at_least(where, "most", config.most, 0);
+    detail::expect_value(config.token_entropy >= 0 && std::isfinite(config.token_entropy), where,
+                         "token_entropy must be finite and not negative");
+    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim});
+  }
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  Index experts() const { return config_.experts; }
+  Index model_dim() const { return config_.model_dim; }
+  void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
+
+  /// `in.top_k` is another `most` for this call. Throws ValueError naming the first token whose logits are not finite.
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
+             const Exec& exec) const {
+    const Index tokens = in.count();
+    const Index experts = config_.experts;
+    const Index limit = in.top_k > 0 ? in.top_k : config_.most > 0 ? config_.most : experts;
+    tape.tokens_ = tokens;
+    tape.experts_ = experts;
+    gate_.forward("TopPRouter::route", p[weight_], in, tape.gate_, exec);
+    const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
+    s.eigen() = tape.gate_.logits().eigen();
+    softmax_rows(s, exec);
+    const RowView<Index> order = tape.order_.matrix(tokens, experts);
+    detail::for_each_row(tokens, exec, [&](Index t) {
+      const RowView<const Scalar> z = tape.gate_.logits();
+      partial_sort_top_k([&](Index e) { return z(t, e); }, experts, experts, order.row(t));
+    });
+    tape.token_.resize(tokens * experts);
+    tape.expert_.resize(tokens * experts);
+    tape.weight_.resize(tokens * experts);
+    Index pairs = 0;
+    tape.loss_ = 0;
+    for (Index t = 0; t < tokens; ++t) {
+      double sum = 0;
+      for (Index j = 0; j < std::min(limit, experts) && (j == 0 || sum < config_.top_p); ++j, ++pairs) {
+        const Index e = order(t, j);
+        tape.token_[pairs] = t;
+        tape.expert_[pairs] = e;
+        tape.weight_[pairs] = s(t, e);
+        sum += double(s(t, e));
+      }
+      if (config_.token_entropy > 0) {
+        tape.loss_ += config_.token_entropy * entropy(std::span<const Scalar>(s.row(t), std::size_t(experts))) / double(tokens);
+      }
+    }
+    tape.token_.resize(pairs);
+    tape.expert_.resize(pairs);
+    tape.weight_.resize(pairs);
+    plan.build(
+        tokens, experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
+  }
+
+  /// ds = dw for the chosen, and the entropy's gradient, through the softmax; then `Gate::backward`. How many were chosen is
+  /// constant.
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
+                const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<const Scalar> s = tape.scores();
+    const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
+    dz.eigen().setZero();
+    for (Index r = 0; r < plan.rows(); ++r) {
+      dz(tape.token_[plan.pair(r)], tape.expert_[plan.pair(r)]) = dplan.weight[r];
+    }
+    for (Index t = 0; t < in.count() && config_.token_entropy > 0; ++t) {
+      entropy_backward(std::span<const Scalar>(s.row(t), std::size_t(s.cols())), config_.token_entropy / double(in.count()),
+                       std::span<Scalar>(dz.row(t), std::size_t(s.cols())));
+    }
+    softmax_rows_backward(s, dz, exec);
+    gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
+  }
+
+ private:
+  Config config_;
+  Gate<Scalar> gate_;
+  Layout layout_;
+  Index weight_ = 0;
+};
+
+}  // namespace moxie
