@@ -23,4 +23,5 @@
 #include <moxie/routing/soft.hpp>
 #include <moxie/routing/statistics.hpp>
 #include <moxie/routing/top_k.hpp>
+#include <moxie/routing/top_p.hpp>
 #include <moxie/version.hpp>
