@@ -184,6 +184,8 @@ class Moe {
     detail::expect_shape(where, "dx", din.x, in.count(), model_dim());
     if (din.condition.rows() != 0) {
       detail::expect_shape(where, "dcondition", din.condition, in.condition.rows(), in.condition.cols());
+      detail::expect_value(!detail::overlaps(din.condition, in.condition) && !detail::overlaps(din.condition, din.x), where,
+                           "dcondition overlaps the condition or dx");
     }
     detail::expect_value(!detail::overlaps(in.x, din.x) && !detail::overlaps(dy, din.x), where, "dx overlaps x or dy");
     detail::expect_value(!detail::rows_overlap(din.x), where, "the rows of dx overlap");

@@ -87,7 +87,7 @@ class TimestepRouter {
     const Index sequences = in.sequences.count();
     const Index experts = config_.experts;
     const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
-    detail::expect_shape(where, "condition", in.condition, sequences, config_.condition_dim);
+    detail::expect_shape(where, "condition", in.condition, sequences, sequences == 0 ? -1 : config_.condition_dim);
     detail::expect_value(k <= experts, where, "top_k is more than there are experts");
     tape.sequences_ = sequences;
     tape.experts_ = experts;
