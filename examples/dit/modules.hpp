@@ -276,10 +276,10 @@ Matrix<S> position_embedding(Index grid, Index dim) {
   const Index quarter = dim / 4;
   Matrix<S> table(grid * grid, dim);
   for (Index t = 0; t < grid * grid; ++t) {
-    const std::array<double, 2> place{double(t % grid), double(t / grid)};
+    const std::array<Index, 2> place{t % grid, t / grid};
     for (Index axis = 0; axis < 2; ++axis) {
       for (Index i = 0; i < quarter; ++i) {
-        const double angle = place[std::size_t(axis)] * std::pow(10000.0, -double(i) / double(quarter));
+        const double angle = double(place[std::size_t(axis)]) * std::pow(10000.0, -double(i) / double(quarter));
         table(t, axis * 2 * quarter + i) = S(std::sin(angle));
         table(t, axis * 2 * quarter + quarter + i) = S(std::cos(angle));
       }

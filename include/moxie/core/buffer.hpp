@@ -57,8 +57,8 @@ class Buffer {
       }
       release();
       block_ = block;
-      const auto address = reinterpret_cast<std::uintptr_t>(block);
-      data_ = reinterpret_cast<T*>((address + alignment - 1) / alignment * alignment);
+      const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(block) % alignment;
+      data_ = reinterpret_cast<T*>(static_cast<std::byte*>(block) + (misaligned == 0 ? 0 : alignment - misaligned));
       capacity_ = capacity;
       size_ = 0;
     }

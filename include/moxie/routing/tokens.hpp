@@ -57,7 +57,9 @@ struct TokensGradient {
 
   TokensGradient() = default;
   template <class M>
-  requires std::is_convertible_v<M&&, RowView<Scalar>> TokensGradient(M&& dx, RowView<Scalar> dcondition = {})
+  requires std::is_convertible_v<M&&, RowView<Scalar>>
+  TokensGradient(  // NOLINT(bugprone-forwarding-reference-overload): constrained
+      M&& dx, RowView<Scalar> dcondition = {})
       : x(std::forward<M>(dx)), condition(dcondition) {}
 };
 
