@@ -56,6 +56,14 @@ TEST_CASE("sequences: lengths and offsets that do not divide the tokens are refu
     CHECK(moxie::test::contains(message(Sequences(starts), 6), "f: the offsets of the sequences are not 0 <= ... <= 6"));
   }
   CHECK(message(Sequences(3), 6) == "nothing was thrown");
+  const std::vector<Index> none;  // no offsets are not "one sequence of all"
+  CHECK(moxie::test::contains(message(Sequences(none), 6), "f: the offsets"));
 }
+
+// Offsets that are about to go are not viewed.
+static_assert(!std::is_constructible_v<Sequences, std::vector<Index>>);
+static_assert(std::is_constructible_v<Sequences, const std::vector<Index>&>);
+
+TEST_CASE("sequences: over other tokens the same division") { CHECK(Sequences(2).over(4).over(8).count() == 4); }
 
 }  // namespace

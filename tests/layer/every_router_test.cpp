@@ -5,6 +5,7 @@
 #include <moxie/moxie.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <moxie/testing/laws.hpp>
+#include <numeric>
 #include <support.hpp>
 
 /// The laws and the gradients of every router of the library, on equal, ragged and masked sequences.
@@ -223,6 +224,61 @@ TEST_CASE("top-k: the gradient of a loss of one's own on the scores goes to the 
   INFO(report.message());
   CHECK(report.passes(moxie::test::gradient_tolerance));
   CHECK_THROWS_AS(tape.router().add_score_gradient(zero), moxie::ShapeError);
+}
+
+TEST_CASE_TEMPLATE("top-k: normalized weights sum to 1 where a bias chose experts that have no score left", S, float, double) {
+  for (const moxie::TopKOrder order : {moxie::TopKOrder::softmax_top_k, moxie::TopKOrder::top_k_softmax}) {
+    for (const double gap : {10.0, 45.0, 120.0, 900.0}) {
+      moxie::TopKMoE<S> layer({.model_dim = 2,
+                               .experts = 4,
+                               .top_k = 2,
+                               .expert = {.hidden_dim = 3},
+                               .order = order,
+                               .normalize = true,
+                               .selection_bias = true});
+      moxie::test::randomize(layer.parameters(), 745, 0.1);
+      layer.parameters()["gate.weight"](0, 0) = S(gap);  // expert 0 has nearly all of the softmax
+      layer.parameters()["gate.e_score_correction_bias"].eigen() << S(-5), S(5), S(5), S(-5);
+      const Matrix<S> x = moxie::test::random<S>(6, 2, 746, 0.1).array() + S(1);
+      Matrix<S> y(6, 2);
+      auto tape = layer.make_tape();
+      layer.forward(x, y, tape);
+      for (Index t = 0; t < 6; ++t) {
+        const auto rows = tape.plan().rows_of_token(t);
+        CHECK(double(tape.plan().weight(rows[0]) + tape.plan().weight(rows[1])) == doctest::Approx(1).epsilon(1e-6));
+      }
+      if constexpr (std::is_same_v<S, double>) {
+        const Matrix<double> dy = moxie::test::random<double>(6, 2, 747);
+        for (const auto& report : moxie::testing::check_layer_gradients(layer, Tokens<double>(x), dy, {.threads = 1})) {
+          INFO(report.message());
+          CHECK(report.passes(moxie::test::gradient_tolerance));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("top-k: totals of other experts are refused; loads are counted before drops") {
+  moxie::TopKMoE<double> layer({.model_dim = dim,
+                                .experts = experts,
+                                .top_k = 2,
+                                .expert = {.hidden_dim = 3},
+                                .balance = {.sequence_level = 0.4},
+                                .capacity = {.factor = 0.5}});
+  moxie::test::randomize(layer.parameters(), 748);
+  const Matrix<double> x = moxie::test::random<double>(12, dim, 749);
+  Matrix<double> y(12, dim);
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape);
+  moxie::BalanceTotals other;
+  CHECK_THROWS_AS(tape.router().set_balance_totals(other), moxie::ShapeError);
+  other.clear(64);
+  CHECK_THROWS_AS(tape.router().set_balance_totals(other), moxie::ShapeError);
+  const auto chosen = tape.router().times_chosen();
+  CHECK(std::accumulate(chosen.begin(), chosen.end(), std::int64_t{0}) == 24);
+  CHECK(tape.plan().rows() + tape.plan().dropped() == 24);
+  CHECK(tape.plan().dropped() > 0);
+  CHECK(chosen == tape.router().balance_totals().counts);
 }
 
 TEST_CASE("top-k: micro-batches under the totals of all have the loss and the gradients of the whole batch") {

@@ -236,6 +236,74 @@ TEST_CASE("layer: with a mask, the tape knows where the plan's tokens stand, and
         "TopKRouter::route: the logits of token 7 are not finite");
 }
 
+TEST_CASE("layer: a forward that throws leaves a tape that is safe to look at, and nothing to go back from") {
+  const auto layer = top_k_layer();
+  auto tape = layer.make_tape();
+  Matrix<float> x = moxie::test::random<float>(4, model_dim, 98);
+  Matrix<float> y(4, model_dim);
+  layer.forward(x, y, tape);
+  Matrix<float> many = moxie::test::random<float>(100, model_dim, 99);
+  many(50, 1) = std::numeric_limits<float>::quiet_NaN();
+  Matrix<float> y_many(100, model_dim);
+  const std::vector<std::uint8_t> mask(100, 1);
+  for (const bool masked : {false, true}) {
+    Tokens<float> in(many);
+    in.mask = masked ? std::span<const std::uint8_t>(mask) : std::span<const std::uint8_t>();
+    CHECK_THROWS_AS(layer.forward(in, y_many, tape), moxie::ValueError);
+    CHECK(tape.plan().tokens() == 0);
+    CHECK(tape.router().scores().rows() == 0);
+    CHECK(tape.balance_loss() == 0);
+    moxie::RoutingRecorder recorder(1, 4);
+    CHECK_THROWS_AS(recorder.add(tape, std::vector<Index>(100, 0)), moxie::ShapeError);
+  }
+}
+
+TEST_CASE("layer: what backward writes is apart from all that it reads") {
+  moxie::TimestepMoE<float> layer({.model_dim = model_dim, .condition_dim = model_dim, .experts = 3, .top_k = 2});
+  moxie::test::randomize(layer.parameters(), 100);
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 101);
+  Matrix<float> condition = moxie::test::random<float>(3, model_dim, 102);
+  Tokens<float> in(x, 4);
+  in.condition = condition;
+  Matrix<float> y(tokens, model_dim), dx(tokens, model_dim), dcondition(3, model_dim);
+  auto tape = layer.make_tape();
+  auto grads = layer.parameters().zeros_like();
+  CHECK_THROWS_AS(layer.forward(in, RowView<float>(condition.data(), tokens, model_dim), tape), moxie::ValueError);
+  layer.forward(in, y, tape);
+  CHECK_THROWS_AS(layer.backward(in, y, {dx, condition}, grads, tape), moxie::ValueError);
+  CHECK_THROWS_AS(layer.backward(in, y, {dx, RowView<float>(dx).middle_rows(0, 3)}, grads, tape), moxie::ValueError);
+  const RowView<const float> in_grads(grads.view().data(), tokens, model_dim);
+  CHECK_THROWS_AS(layer.backward(in, in_grads, {dx, dcondition}, grads, tape), moxie::ValueError);
+  Tokens<float> narrow = in;
+  const Matrix<float> one = moxie::test::random<float>(3, 1, 103);
+  Matrix<float> done(3, 1);
+  narrow.condition = one;
+  CHECK_THROWS_AS(layer.backward(narrow, y, {dx, done}, grads, tape), moxie::ValueError);
+  CHECK_NOTHROW(layer.backward(in, y, {dx, dcondition}, grads, tape));
+}
+
+TEST_CASE("layer: noise is forward's alone, with a mask too") {
+  moxie::TopKMoE<float> layer(
+      {.model_dim = model_dim, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 6}, .noise = {.logits = 1}});
+  moxie::test::randomize(layer.parameters(), 104);
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 105);
+  const Matrix<float> noise = moxie::test::random<float>(tokens, 4, 106);
+  std::vector<std::uint8_t> mask(std::size_t(tokens), 1);
+  mask[2] = 0;
+  Tokens<float> in(x);
+  in.mask = mask;
+  in.training = true;
+  in.noise = noise;
+  Matrix<float> y(tokens, model_dim), dx(tokens, model_dim), dx2(tokens, model_dim);
+  auto tape = layer.make_tape();
+  auto grads = layer.parameters().zeros_like();
+  layer.forward(in, y, tape);
+  layer.backward(in, y, dx, grads, tape);
+  in.noise = {};
+  layer.backward(in, y, dx2, grads, tape);
+  CHECK(moxie::test::same_bits(dx, dx2));
+}
+
 TEST_CASE("layer: parts that do not fit are refused") {
   using moxie::ValueError;
   const moxie::TopKRouter<float> router({.model_dim = 5, .experts = 4, .top_k = 2});

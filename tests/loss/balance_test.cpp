@@ -292,6 +292,7 @@ TEST_CASE("balance: totals of other experts do not add up") {
   CHECK_THROWS_AS(a += b, moxie::ShapeError);
   BalanceTotals fresh;
   fresh += b;
+  fresh += BalanceTotals{};
   CHECK(fresh.counts.size() == 4);
 }
 

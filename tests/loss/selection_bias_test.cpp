@@ -40,6 +40,9 @@ TEST_CASE("selection bias: another number of experts is refused") {
   Matrix<double> bias = Matrix<double>::Zero(1, 3);
   const std::vector<std::int64_t> load(4, 1);
   CHECK_THROWS_AS(moxie::update_selection_bias(RowView<double>(bias), load, 0.1), moxie::ShapeError);
+  const std::vector<std::int64_t> three(3, 1);
+  CHECK_THROWS_AS(moxie::update_selection_bias(RowView<double>(bias), three, std::numeric_limits<double>::quiet_NaN()),
+                  moxie::ValueError);
   CHECK((bias.array() == 0).all());
 }
 

@@ -21,8 +21,9 @@ class Sequences {
   Sequences() = default;
   /// T / length sequences of `length` tokens; 0 means one of all tokens.
   Sequences(Index length) : length_(length) {}
-  Sequences(std::span<const Index> starts) : starts_(starts) {}
-  Sequences(const std::vector<Index>& starts) : starts_(starts) {}
+  Sequences(std::span<const Index> starts) : starts_(starts), ragged_(true) {}
+  Sequences(const std::vector<Index>& starts) : starts_(starts), ragged_(true) {}
+  Sequences(std::vector<Index>&&) = delete;  // would view what is about to go
 
   /// The same division of that many tokens.
   Sequences over(Index tokens) const {
@@ -35,12 +36,12 @@ class Sequences {
   Index tokens() const { return tokens_; }
   /// B; 0 for no tokens of equal sequences.
   Index count() const {
-    if (!starts_.empty()) {
-      return Index(starts_.size()) - 1;
+    if (ragged_) {
+      return std::max<Index>(Index(starts_.size()) - 1, 0);
     }
     return tokens_ == 0 ? 0 : tokens_ / equal_length();
   }
-  Index begin(Index b) const { return starts_.empty() ? b * equal_length() : starts_[std::size_t(b)]; }
+  Index begin(Index b) const { return ragged_ ? starts_[std::size_t(b)] : b * equal_length(); }
   Index end(Index b) const { return begin(b + 1); }
   Index length(Index b) const { return end(b) - begin(b); }
   /// The number of sequences that have tokens: what a mean over sequences divides by.
@@ -75,8 +76,9 @@ class Sequences {
 
   /// Throws ShapeError unless the tokens divide so.
   void expect_valid(std::string_view where) const {
-    if (!starts_.empty()) {
-      if (starts_.front() != 0 || starts_.back() != tokens_ || !std::is_sorted(starts_.begin(), starts_.end())) {
+    if (ragged_) {
+      if (starts_.empty() || starts_.front() != 0 || starts_.back() != tokens_ ||
+          !std::is_sorted(starts_.begin(), starts_.end())) {
         throw ShapeError(std::string(where) + ": the offsets of the sequences are not 0 <= ... <= " + std::to_string(tokens_) +
                          ", beginning with 0 and ending with the number of tokens");
       }
@@ -92,6 +94,7 @@ class Sequences {
   Index tokens_ = 0;
   Index length_ = 0;
   std::span<const Index> starts_;
+  bool ragged_ = false;
 };
 
 }  // namespace moxie

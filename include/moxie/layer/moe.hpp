@@ -24,7 +24,8 @@ namespace moxie {
 /// overloads that take a block use that one instead, so that a whole model can live in one.
 ///
 /// `forward` and `backward` are const: threads may share a layer, each with a tape of its own. The same bits for any number of
-/// threads. After the first step of a shape they allocate nothing (the kernels keep a small packing buffer a thread).
+/// threads. A step allocates nothing that an earlier one of as many tokens, unmasked tokens and assigned rows has (the kernels
+/// keep a small packing buffer a thread).
 template <class Router_, class Experts_, class Scalar_ = typename Router_::Scalar>
 class Moe {
   static_assert(Router<Router_>, "Moe: the first argument is not a Router; the requirement that failed is named below");
@@ -56,6 +57,7 @@ class Moe {
     // The layer that a forward was of; none before the first one, after one that threw, and where the tape was moved away.
     std::shared_ptr<const Layout> layer_;
     Index tokens_ = 0;
+    Index condition_dim_ = 0;
     Buffer<Index> sequence_ends_;
     Plan plan_;
     typename Router_::Tape router_;
@@ -155,23 +157,21 @@ class Moe {
     detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
     detail::expect_value(!detail::rows_overlap(y), where, "the rows of y overlap");
     expect_layout(where, p);
-    detail::expect_value(!detail::overlaps(block_of(p), y), where, "y overlaps the parameters");
+    detail::expect_value(!detail::overlaps(block_of(p), y) && !detail::overlaps(in.condition, y), where,
+                         "y overlaps the parameters or the condition");
 
     tape.layer_.reset();
-    tape.masked_ = !in.mask.empty();
-    if (tape.masked_) {
-      leave_out_masked(in, tape);
-      const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
-      Workspace& workspace = tape.workspace_;
-      const Workspace::Frame frame(workspace);
-      const RowView<Scalar> part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
-      run(p, unmasked, part, tape, exec);
-      scatter(part, y, tape);
-    } else {
-      run(p, in, y, tape, exec);
+    try {
+      run_unmasked(p, in, y, tape, exec);
+    } catch (...) {  // a tape without a forward, not one with parts of two
+      tape.masked_ = false;
+      tape.plan_ = {};
+      tape.router_ = {};
+      throw;
     }
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
+    tape.condition_dim_ = in.condition.cols();
     tape.sequence_ends_.resize(in.sequences.count());
     in.sequences.for_each([&](Index b, Index, Index end) { tape.sequence_ends_[b] = end; });
   }
@@ -193,9 +193,10 @@ class Moe {
     detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
     expect_layout(where, p);
     expect_layout(where, grads);
-    detail::expect_value(!detail::overlaps(block_of(p), block_of(grads)) && !detail::overlaps(block_of(p), din.x) &&
-                             !detail::overlaps(block_of(grads), din.x),
-                         where, "parameters, gradients and dx overlap");
+    const auto apart = [](const auto& written, const auto&... read) { return (!detail::overlaps(written, read) && ...); };
+    detail::expect_value(apart(block_of(grads), block_of(p), in.x, dy, in.condition, din.x, din.condition) &&
+                             apart(din.x, block_of(p), in.condition) && apart(din.condition, block_of(p), in.x, dy),
+                         where, "gradients overlap each other, or what they are computed from");
 
     if (din.condition.rows() != 0) {
       din.condition.eigen().setZero();
@@ -217,6 +218,23 @@ class Moe {
   }
 
  private:
+  /// Leaves masked tokens out and runs the rest.
+  void run_unmasked(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
+                    const Exec& exec) const {
+    tape.masked_ = !in.mask.empty();
+    if (tape.masked_) {
+      leave_out_masked(in, tape);
+      const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
+      Workspace& workspace = tape.workspace_;
+      const Workspace::Frame frame(workspace);
+      const RowView<Scalar> part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
+      run(p, unmasked, part, tape, exec);
+      scatter(part, y, tape);
+    } else {
+      run(p, in, y, tape, exec);
+    }
+  }
+
   /// The three steps, over tokens that are not masked; the arguments have been checked.
   void run(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
     router_.route(router_part(p), in, tape.plan_, tape.router_, tape.workspace_, exec);
@@ -293,7 +311,8 @@ class Moe {
     out.mask = {};
     out.rows = tape.unmasked_.span();
     out.ids = tape.unmasked_ids_.span();
-    out.noise = tape.unmasked_noise_.view(in.noise.rows() != 0 ? kept : 0, in.noise.cols());
+    const Index noise_dim = kept == 0 ? 0 : tape.unmasked_noise_.size() / kept;
+    out.noise = tape.unmasked_noise_.view(noise_dim == 0 ? 0 : kept, noise_dim);
     return out;
   }
   /// The rows of `part` to their places in `whole`, zeros elsewhere.
@@ -305,7 +324,8 @@ class Moe {
   }
 
   static bool is_forward_of(const Tape& tape, const Tokens<Scalar>& in) {
-    if (tape.tokens_ != in.count() || tape.masked_ == in.mask.empty() || tape.sequence_ends_.size() != in.sequences.count()) {
+    if (tape.tokens_ != in.count() || tape.condition_dim_ != in.condition.cols() || tape.masked_ == in.mask.empty() ||
+        tape.sequence_ends_.size() != in.sequences.count()) {
       return false;
     }
     for (Index b = 0; b < in.sequences.count(); ++b) {

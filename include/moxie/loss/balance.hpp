@@ -71,6 +71,9 @@ struct BalanceTotals {
 
   /// Adds the totals of another micro-batch. Throws ShapeError for another number of experts.
   BalanceTotals& operator+=(const BalanceTotals& other) {
+    if (other.counts.empty()) {
+      return *this;
+    }
     if (counts.empty()) {
       return *this = other;
     }
@@ -98,14 +101,19 @@ struct BalanceTotals {
   double frequency(std::size_t expert) const {
     return pairs == 0 ? 0 : double(counts.size()) * double(counts[expert]) / double(pairs);
   }
-  /// mean f over the experts of a device.
-  double device_frequency(Index device, Index devices) const {
+  /// Calls `f(i, mean f over the experts of i's device)` for every expert i.
+  template <class F>
+  void for_each_device_frequency(Index devices, F&& f) const {
     const std::size_t size = counts.size() / std::size_t(devices);
-    double sum = 0;
-    for (std::size_t i = 0; i < size; ++i) {
-      sum += frequency(std::size_t(device) * size + i);
+    for (std::size_t first = 0; first < counts.size(); first += size) {
+      double sum = 0;
+      for (std::size_t i = first; i < first + size; ++i) {
+        sum += frequency(i);
+      }
+      for (std::size_t i = first; i < first + size; ++i) {
+        f(i, sum / double(size));
+      }
     }
-    return sum / double(size);
   }
   /// P_i, 0 for no tokens.
   double probability(std::size_t expert) const { return tokens == 0 ? 0 : scores[expert].value() / double(tokens); }
@@ -122,10 +130,11 @@ struct BalanceTotals {
     double mean_entropy = 0;
     for (std::size_t i = 0; i < counts.size(); ++i) {
       const double p = probability(i);
-      const auto device = Index(i * std::size_t(weights.devices) / counts.size());
       expert_level += frequency(i) * p;
-      device_level += weights.device_level > 0 ? device_frequency(device, weights.devices) * p : 0;
       mean_entropy -= p > 0 ? p * std::log(p) : 0;
+    }
+    if (weights.device_level > 0) {
+      for_each_device_frequency(weights.devices, [&](std::size_t i, double f) { device_level += f * probability(i); });
     }
     return weights.expert_level * expert_level + weights.device_level * device_level +
            (weights.sequence_level * sequence_level.value() + weights.gshard * gshard.value() +
@@ -290,12 +299,13 @@ void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, co
     const auto e = std::size_t(i);
     const double p = totals.probability(e);
     of_batch(0, i) = weights.expert_level * totals.frequency(e) / n;
-    if (weights.device_level > 0) {
-      of_batch(0, i) += weights.device_level * totals.device_frequency(i * weights.devices / experts, weights.devices) / n;
-    }
     if (weights.mean_entropy > 0) {
       of_batch(0, i) += weights.mean_entropy * (std::log(std::max(p, std::numeric_limits<double>::min())) + 1) / n;
     }
+  }
+  if (weights.device_level > 0) {
+    totals.for_each_device_frequency(weights.devices,
+                                     [&](std::size_t i, double f) { of_batch(0, Index(i)) += weights.device_level * f / n; });
   }
   const bool sums = weights.expert_level > 0 || weights.device_level > 0 || weights.mean_entropy > 0;
   for (Index t = 0; t < in.sequences.tokens(); ++t) {

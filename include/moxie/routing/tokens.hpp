@@ -24,13 +24,15 @@ struct Tokens {
   /// T bytes, 0 for padding, or empty for none. Masked tokens take no part: the layer leaves them out before it calls the
   /// router and the experts, their outputs and gradients are zero, and what their rows hold (NaN too) changes nothing.
   std::span<const std::uint8_t> mask = {};
-  /// (B,C), one row a sequence: what timestep and cluster routers look at. Their gradient comes back in `TokensGradient`.
+  /// (B,C), one row a sequence: what timestep and cluster routers look at, finite also where a sequence has no tokens. Its
+  /// gradient comes back in `TokensGradient`.
   RowView<const Scalar> condition = {};
   /// T token ids: what hash routers look at.
   std::span<const std::int64_t> ids = {};
   /// Whether noise and jitter are drawn, and the load loss is taken.
   bool training = false;
-  /// The stream of this step's noise. Token i that is not masked draws the same numbers whatever the other tokens are.
+  /// The stream of this step's noise: another one for every step and layer. The i-th token that is not masked draws the same
+  /// numbers whatever the masked ones are.
   Rng rng{0};
   /// (T,E) standard normal numbers to take for the noise on logits instead of drawing them; empty to draw.
   RowView<const Scalar> noise = {};
@@ -72,7 +74,7 @@ void expect_tokens(std::string_view where, const Tokens<Scalar>& in, Index model
   expect_at_least(where, "the number of rows of x", in.count(), 0);
   if (in.sequences.tokens() != in.count()) {
     throw ShapeError(std::string(where) + ": the sequences divide " + std::to_string(in.sequences.tokens()) +
-                     " tokens, expected " + std::to_string(in.count()));
+                     " tokens, expected " + std::to_string(in.count()) + "; make them with Tokens(x, sequences), or .over(T)");
   }
   in.sequences.expect_valid(where);
   const auto expect_length = [&](std::string_view name, std::size_t length) {

@@ -26,7 +26,7 @@ struct TopKRouterConfig {
   Index experts = 0;
   Index top_k = 1;
   TopKOrder order = TopKOrder::softmax_top_k;
-  bool normalize = false;  ///< weights divided by (their sum + 1e-20); top_k_softmax always is
+  bool normalize = false;  ///< weights of a token sum to `scale`; those of top_k_softmax always do
   double scale = 1;        ///< factor of all weights (DeepSeek's routed scaling factor)
   Balance balance = {};
   /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn from the balance loss alone.
@@ -42,19 +42,18 @@ struct TopKRouterConfig {
 ///
 ///     z  = x Wgᵀ (+ noise),   s = softmax(z) or sigmoid(z)
 ///     chosen = the K largest z; or s + b, from the best groups of experts        ties: the lower index
-///     w = γ s,  or normalized: w = γ s / (Σ_chosen s + 1e-20)
+///     w = γ s;  normalized: w = γ softmax of the chosen z, or for sigmoid scores γ s / (Σ_chosen s + 1e-20)
 ///
 /// then, with a capacity, every expert keeps the first C of those that chose it, and the others are dropped: their weight is
 /// not given to other choices.
 ///
-/// | system | options |
-/// |---|---|
-/// | V-MoE (Riquelme et al. 2021) | `.capacity = {1.05, .multiple_of = 4, .priority = Priority::weight}, .noise = {.logits =
-/// 1}` | | GShard (Lepikhin et al. 2020) | `.top_k = 2, .normalize = true, .capacity = {2}, .balance = {.gshard = 0.01}` | |
-/// Switch (Fedus et al. 2021) | `.top_k = 1, .capacity = {1.25}, .noise = {.jitter = 0.01}, .balance = {.expert_level = 0.01}`
-/// | | Mixtral (Jiang et al. 2024) | `.order = TopKOrder::top_k_softmax` | | DeepSeekMoE (Dai et al. 2024), DiT-MoE | `.balance
-/// = {.expert_level = 0.01}` | | DeepSeek-V3 (2024) | `.normalize, .scale = 2.5, .score = Score::sigmoid, .groups = {8, 4},
-/// .selection_bias = true` |
+///     V-MoE (Riquelme et al. 2021)     .capacity = {.factor = 1.05, .priority = Priority::weight}, .noise = {.logits = 1}
+///     GShard (Lepikhin et al. 2020)    .top_k = 2, .normalize = true, .balance = {.gshard = 0.01}, .capacity = {.factor = 2}
+///     Switch (Fedus et al. 2021)       .balance = {.expert_level = 0.01}, .capacity = {.factor = 1.25}, .noise = {.jitter =
+///     0.01} Mixtral (Jiang et al. 2024)      .order = TopKOrder::top_k_softmax DeepSeekMoE, DiT-MoE             .balance =
+///     {.expert_level = 0.01} DeepSeek-V3 (2024)               .normalize = true, .scale = 2.5, .score = Score::sigmoid,
+///     .groups = {.count = 8, .chosen = 4},
+///                                      .selection_bias = true
 ///
 /// Parameters: `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E), which no gradient trains. Gate,
 /// scores and weights in `Scalar`. Cost: 2TDE + O(TEK).
@@ -82,7 +81,22 @@ class TopKRouter {
     /// What the losses are made of. To accumulate over micro-batches, add those of all forwards up, and give each tape the sum
     /// before its backward.
     const BalanceTotals& balance_totals() const { return totals_; }
-    void set_balance_totals(const BalanceTotals& totals) { totals_ = totals; }
+    /// Throws ShapeError for totals of other experts.
+    void set_balance_totals(const BalanceTotals& totals) {
+      if (totals.counts.size() != totals_.counts.size()) {
+        throw ShapeError("TopKRouter::Tape::set_balance_totals: totals of " + std::to_string(totals.counts.size()) +
+                         " experts, expected " + std::to_string(totals_.counts.size()));
+      }
+      totals_ = totals;
+    }
+    /// How often each expert was chosen, by pairs that were then dropped too: the load that `update_selection_bias` takes.
+    std::vector<std::int64_t> times_chosen() const {
+      std::vector<std::int64_t> counts(std::size_t(experts_), 0);
+      for (const Index e : chosen_) {
+        ++counts[std::size_t(e)];
+      }
+      return counts;
+    }
     /// Adds the gradient (T,E) of a loss of one's own on `scores()`, for the next backward; the next forward forgets it. Throws
     /// ShapeError.
     void add_score_gradient(RowView<const Scalar> dscores) {
@@ -109,6 +123,7 @@ class TopKRouter {
     Buffer<Index> order_;
     Buffer<Index> taken_;
     Buffer<Scalar> weights_;
+    Buffer<Scalar> shares_;  // normalized weights without the scale
     Buffer<Scalar> dscores_;
     Balance balance_;
     BalanceTotals totals_;
@@ -184,11 +199,23 @@ class TopKRouter {
     tape.chosen_.resize(tokens * k);
     select(p, z, s, k, tape, workspace, exec);
     tape.weights_.resize(tokens * k);
+    if (normalized()) {
+      tape.shares_.resize(tokens * k);
+    }
     detail::for_each_row(tokens, exec, [&](Index t) {
       const Index* chosen = tape.chosen_.data() + t * k;
-      const Scalar n = normalizer(s.row(t), chosen, k);
+      Scalar* weight = tape.weights_.data() + t * k;
+      if (normalized()) {
+        Scalar* share = tape.shares_.data() + t * k;
+        shares(z.row(t), s.row(t), chosen, k, share);
+        std::copy_n(share, k, weight);
+      } else {
+        for (Index j = 0; j < k; ++j) {
+          weight[j] = s(t, chosen[j]);
+        }
+      }
       for (Index j = 0; j < k; ++j) {
-        tape.weights_[t * k + j] = Scalar(config_.scale) * (s(t, chosen[j]) / n);  // s / n first: exactly 1 where K = 1
+        weight[j] *= Scalar(config_.scale);
       }
     });
     std::span<const Index> assigned = tape.chosen_.span();
@@ -241,14 +268,11 @@ class TopKRouter {
     }
     const bool softmax = config_.score == Score::softmax;
     if (!normalized() || !softmax) {
-      detail::for_each_row(
-          tokens, exec, [&](Index t) { add_weight_gradient(s.row(t), tape.chosen_.data() + t * k, k, dw.row(t), dz.row(t)); });
+      detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(s.row(t), tape, t, dw.row(t), dz.row(t)); });
     }
     softmax ? softmax_rows_backward(s, dz, exec) : sigmoid_rows_backward(s, dz, exec);
     if (normalized() && softmax) {
-      detail::for_each_row(tokens, exec, [&](Index t) {
-        add_softmax_weight_gradient(s.row(t), tape.chosen_.data() + t * k, k, dw.row(t), dz.row(t));
-      });
+      detail::for_each_row(tokens, exec, [&](Index t) { add_softmax_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
     }
     if (separate) {
       dz.eigen() += dlogits.eigen();
@@ -306,41 +330,54 @@ class TopKRouter {
     }
   }
 
-  /// What the chosen scores are divided by: n = Σ_chosen s + 1e-20, or 1.
-  Scalar normalizer(const Scalar* s, const Index* chosen, Index k) const {
-    if (!normalized()) {
-      return Scalar(1);
+  /// The normalized weights of one token, without the scale: a softmax over the chosen logits alone (their scores may all be 0,
+  /// where a bias chose experts far from the best), or sigmoid scores over n = Σ_chosen s + 1e-20. Exactly 1 for K = 1.
+  void shares(const Scalar* z, const Scalar* s, const Index* chosen, Index k, Scalar* share) const {
+    Scalar sum = config_.score == Score::softmax ? Scalar(0) : Scalar(1e-20);
+    Scalar largest = z[chosen[0]];
+    for (Index j = 1; j < k; ++j) {
+      largest = std::max(largest, z[chosen[j]]);
     }
-    Scalar sum = 0;
     for (Index j = 0; j < k; ++j) {
-      sum += s[chosen[j]];
+      share[j] = config_.score == Score::softmax ? std::exp(z[chosen[j]] - largest) : s[chosen[j]];
+      sum += share[j];
     }
-    return sum + Scalar(1e-20);
+    for (Index j = 0; j < k; ++j) {
+      share[j] /= sum;
+    }
   }
 
-  /// w_j = s_j:      ds_j += dw_j;
-  /// w_j = s_j / n:  ds_j += (dw_j - Σ_i dw_i s_i / n) / n.
-  void add_weight_gradient(const Scalar* s, const Index* chosen, Index k, const Scalar* dw, Scalar* ds) const {
-    const Scalar n = normalizer(s, chosen, k);
+  /// w_j = s_j:                      ds_j += dw_j;
+  /// w_j = s_j / n, of sigmoids:     ds_j += (dw_j - Σ_i dw_i w_i) / n.
+  void add_weight_gradient(const Scalar* s, const Tape& tape, Index t, const Scalar* dw, Scalar* ds) const {
+    const Index k = tape.top_k_;
+    const Index* chosen = tape.chosen_.data() + t * k;
+    Scalar n = 1;
     Scalar dot = 0;
-    for (Index j = 0; normalized() && j < k; ++j) {
-      dot += dw[j] * s[chosen[j]] / n;
+    if (normalized()) {
+      n = Scalar(1e-20);
+      for (Index j = 0; j < k; ++j) {
+        n += s[chosen[j]];
+        dot += dw[j] * tape.shares_[t * k + j];
+      }
     }
     for (Index j = 0; j < k; ++j) {
       ds[chosen[j]] += (dw[j] - dot) / n;
     }
   }
 
-  /// The weights w_j = s_j / n are a softmax over the chosen logits alone: dz_j += w_j (dw_j - Σ_i dw_i w_i). Straight to the
-  /// logits, so that experts that were not chosen get exactly nothing.
-  void add_softmax_weight_gradient(const Scalar* s, const Index* chosen, Index k, const Scalar* dw, Scalar* dz) const {
-    const Scalar n = normalizer(s, chosen, k);
+  /// The weights are a softmax over the chosen logits alone: dz_j += w_j (dw_j - Σ_i dw_i w_i). Straight to the logits, so that
+  /// experts that were not chosen get exactly nothing.
+  void add_softmax_weight_gradient(const Tape& tape, Index t, const Scalar* dw, Scalar* dz) const {
+    const Index k = tape.top_k_;
+    const Index* chosen = tape.chosen_.data() + t * k;
+    const Scalar* w = tape.shares_.data() + t * k;
     Scalar dot = 0;
     for (Index j = 0; j < k; ++j) {
-      dot += dw[j] * s[chosen[j]] / n;
+      dot += dw[j] * w[j];
     }
     for (Index j = 0; j < k; ++j) {
-      dz[chosen[j]] += s[chosen[j]] / n * (dw[j] - dot);
+      dz[chosen[j]] += w[j] * (dw[j] - dot);
     }
   }
 
