@@ -3,7 +3,7 @@
 
 #include <moxie/layer/soft_moe.hpp>
 
-#include "golden_case.hpp"
+#include "vmoe_experts.hpp"
 
 namespace golden {
 
@@ -35,11 +35,9 @@ void verify_softmoe(GoldenCase& golden) {
     if (normalize) {
       golden.require(prefix + "Router.scale", {});
     }
-    golden.require(prefix + "Mlp.Dense_0.kernel", {experts, dim, hidden});
-    golden.require(prefix + "Mlp.Dense_0.bias", {experts, hidden});
-    golden.require(prefix + "Mlp.Dense_1.kernel", {experts, hidden, dim});
-    golden.require(prefix + "Mlp.Dense_1.bias", {experts, dim});
   }
+  const VmoeExperts<Scalar> bank{experts, dim, hidden};
+  bank.require(golden);
   golden.require("intermediate/slots", {experts, groups, slots, dim});
   golden.require("routing/dispatch_weights", weights);
   golden.require("routing/combine_weights", weights);
@@ -59,17 +57,7 @@ void verify_softmoe(GoldenCase& golden) {
   if (normalize) {
     p["scale"].eigen() = golden.matrix<Scalar>("param/Router.scale", 1, 1);
   }
-  const auto name_of = [](Index expert, const char* tensor) { return "experts." + std::to_string(expert) + "." + tensor; };
-  const Matrix<Scalar> kernel0 = golden.matrix<Scalar>("param/Mlp.Dense_0.kernel", experts * dim, hidden);
-  const Matrix<Scalar> kernel1 = golden.matrix<Scalar>("param/Mlp.Dense_1.kernel", experts * hidden, dim);
-  const Matrix<Scalar> bias0 = golden.matrix<Scalar>("param/Mlp.Dense_0.bias", experts, hidden);
-  const Matrix<Scalar> bias1 = golden.matrix<Scalar>("param/Mlp.Dense_1.bias", experts, dim);
-  for (Index e = 0; e < experts; ++e) {
-    p[name_of(e, "fc1.weight")].eigen() = kernel0.middleRows(e * dim, dim).transpose();
-    p[name_of(e, "fc2.weight")].eigen() = kernel1.middleRows(e * hidden, hidden).transpose();
-    p[name_of(e, "fc1.bias")].eigen() = bias0.row(e);
-    p[name_of(e, "fc2.bias")].eigen() = bias1.row(e);
-  }
+  bank.load(golden, p);
 
   const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", tokens, dim);
   const Matrix<Scalar> dy = golden.matrix<Scalar>("input/dy", tokens, dim);
@@ -95,20 +83,7 @@ void verify_softmoe(GoldenCase& golden) {
   if (normalize) {
     golden.compare("grad/param/Router.scale", values(grads["scale"]));
   }
-  Matrix<Scalar> dkernel0(experts * dim, hidden);
-  Matrix<Scalar> dkernel1(experts * hidden, dim);
-  Matrix<Scalar> dbias0(experts, hidden);
-  Matrix<Scalar> dbias1(experts, dim);
-  for (Index e = 0; e < experts; ++e) {
-    dkernel0.middleRows(e * dim, dim) = grads[name_of(e, "fc1.weight")].eigen().transpose();
-    dkernel1.middleRows(e * hidden, hidden) = grads[name_of(e, "fc2.weight")].eigen().transpose();
-    dbias0.row(e) = grads[name_of(e, "fc1.bias")].eigen();
-    dbias1.row(e) = grads[name_of(e, "fc2.bias")].eigen();
-  }
-  golden.compare("grad/param/Mlp.Dense_0.kernel", values(dkernel0));
-  golden.compare("grad/param/Mlp.Dense_0.bias", values(dbias0));
-  golden.compare("grad/param/Mlp.Dense_1.kernel", values(dkernel1));
-  golden.compare("grad/param/Mlp.Dense_1.bias", values(dbias1));
+  bank.compare_gradients(golden, grads);
 }
 
 }  // namespace golden
