@@ -230,7 +230,7 @@ class TopKRouter {
   }
 
   /// dw -> ds, with what the balance losses and `add_score_gradient` give ds -> dz; then `Gate::backward`. Choices, places and
-  /// counts are constants; a dropped choice has no gradient.
+  /// counts are constants; the weight of a dropped choice has no gradient.
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
                 const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
                 const Exec& exec) const {
