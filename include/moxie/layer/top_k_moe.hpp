@@ -38,9 +38,8 @@ struct TopKMoEConfig {
 ///
 ///     y_t = Σ_{i in top-K} w_ti f_i(x_t)
 ///
-/// See `TopKRouter` for w, the balance losses, and the options that make it V-MoE, GShard, Switch, Mixtral or DeepSeek; and the
-/// bank
-/// (`SwiGluExperts` unless another is named) for f.
+/// See `TopKRouter` for w, the balance losses, and the options that make it V-MoE, GShard, Switch, Mixtral or DeepSeek, and the
+/// bank (`SwiGluExperts` unless another is named) for f.
 template <class Scalar, class Experts = SwiGluExperts<Scalar>>
 class TopKMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
  public:

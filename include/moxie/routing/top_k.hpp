@@ -47,13 +47,15 @@ struct TopKRouterConfig {
 /// then, with a capacity, every expert keeps the first C of those that chose it, and the others are dropped: their weight is
 /// not given to other choices.
 ///
-///     V-MoE (Riquelme et al. 2021)     .capacity = {.factor = 1.05, .priority = Priority::weight}, .noise = {.logits = 1}
-///     GShard (Lepikhin et al. 2020)    .top_k = 2, .normalize = true, .balance = {.gshard = 0.01}, .capacity = {.factor = 2}
-///     Switch (Fedus et al. 2021)       .balance = {.expert_level = 0.01}, .capacity = {.factor = 1.25}, .noise = {.jitter =
-///     0.01} Mixtral (Jiang et al. 2024)      .order = TopKOrder::top_k_softmax DeepSeekMoE, DiT-MoE             .balance =
-///     {.expert_level = 0.01} DeepSeek-V3 (2024)               .normalize = true, .scale = 2.5, .score = Score::sigmoid,
-///     .groups = {.count = 8, .chosen = 4},
-///                                      .selection_bias = true
+///     V-MoE        .capacity = {.factor = 1.05, .priority = Priority::weight}, .noise = {.logits = 1}
+///     GShard       .top_k = 2, .normalize = true, .balance = {.gshard = 0.01}, .capacity = {.factor = 2}
+///     Switch       .balance = {.expert_level = 0.01}, .capacity = {.factor = 1.25}, .noise = {.jitter = 0.01}
+///     Mixtral      .order = TopKOrder::top_k_softmax
+///     DeepSeekMoE  .balance = {.expert_level = 0.01}; DiT-MoE too
+///     DeepSeek-V3  .normalize = true, .scale = 2.5, .score = Score::sigmoid, .selection_bias = true,
+///                  .groups = {.count = 8, .chosen = 4}
+///
+/// Riquelme et al. 2021; Lepikhin et al. 2020; Fedus et al. 2021; Jiang et al. 2024; Dai et al. 2024; DeepSeek-AI 2024.
 ///
 /// Parameters: `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E), which no gradient trains. Gate,
 /// scores and weights in `Scalar`. Cost: 2TDE + O(TEK).
