@@ -5,6 +5,7 @@
 #include <moxie/expert/expert_bank.hpp>
 #include <moxie/expert/glu.hpp>
 #include <moxie/layer/moe.hpp>
+#include <moxie/layer/top_k_moe.hpp>
 #include <moxie/routing/soft.hpp>
 #include <moxie/routing/top_k.hpp>
 #include <moxie/testing/gradient_check.hpp>
@@ -313,6 +314,26 @@ TEST_CASE("one-of expert: the position of the config decides, where two kinds ha
   using Either = moxie::OneOfExpert<moxie::NullExpert<double>, Passing>;
   CHECK(Either(model_dim, Either::Config(std::in_place_index<0>)).kind() == 0);
   CHECK(Either(model_dim, Either::Config(std::in_place_index<1>)).kind() == 1);
+}
+
+// A configuration that cannot be compared, as a user's may be, in a layer of one of several kinds of expert.
+struct Incomparable {
+  Index unused = 0;
+};
+struct CopyingExpert : moxie::IdentityExpert<float> {
+  using Config = Incomparable;
+  CopyingExpert(Index width, const Config& /*config*/) : moxie::IdentityExpert<float>(width, {}) {}
+};
+
+TEST_CASE("one of several kinds: a named layer takes it, whatever its configuration is") {
+  using Experts = moxie::ExpertBank<moxie::OneOfExpert<CopyingExpert, moxie::NullExpert<float>>>;
+  moxie::TopKMoE<float, Experts> layer({.model_dim = 4, .experts = 3, .top_k = 3, .normalize = true});
+  layer.initialize(moxie::Rng{1});
+  const Matrix<float> x = moxie::test::random<float>(5, 4, 999);
+  Matrix<float> y(5, 4);
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape);
+  CHECK(moxie::test::relative_error(y, x) < moxie::test::Tolerance<float>::layer);
 }
 
 }  // namespace

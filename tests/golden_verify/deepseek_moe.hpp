@@ -30,7 +30,7 @@ struct DeepSeekMoe {
 
   Index tokens() const { return batch * length; }
   using Layer = moxie::SharedExpertMoE<Scalar>;
-  moxie::TopKMoEConfig<moxie::HiddenConfig> config(bool count_chosen) const {
+  moxie::SharedExpertMoEConfig<moxie::HiddenConfig> config(bool count_chosen) const {
     return {.model_dim = dim,
             .experts = experts,
             .top_k = top_k,
@@ -197,9 +197,8 @@ void verify_deepseek_moe(GoldenCase& golden) {
   golden.compare("output/expert_bias_updated", values(layer.parameters()[bias_name]));
 
   // Both parts of the output.
-  moxie::TopKMoEConfig<moxie::HiddenConfig> routed_config = c.config(false);
-  routed_config.shared = {};
-  moxie::TopKMoE<Scalar> routed(routed_config);
+  moxie::Moe routed(moxie::TopKRouter<Scalar>(c.config(false).router()),
+                    moxie::SwiGluExperts<Scalar>(c.experts, c.dim, {.hidden_dim = c.hidden}));
   const moxie::SwiGluExperts<Scalar> bank(1, c.dim, {.hidden_dim = c.shared_hidden}, {"shared_experts", false});
   moxie::Parameters<Scalar> shared(bank.layout());
   for (const moxie::TensorInfo& t : routed.layout().tensors()) {

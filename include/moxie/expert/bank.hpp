@@ -37,8 +37,6 @@ concept Bank = std::copyable<B> &&
 /// Options of the expert families with one hidden layer.
 struct HiddenConfig {
   Index hidden_dim = 0;  ///< H
-
-  bool operator==(const HiddenConfig&) const = default;
 };
 
 /// How the tensors of a bank are called: "experts.3." for E numbered experts, "shared_experts." for one that has no number.

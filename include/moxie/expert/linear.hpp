@@ -7,8 +7,6 @@ namespace moxie {
 
 struct LinearConfig {
   bool bias = true;
-
-  bool operator==(const LinearConfig&) const = default;
 };
 
 /// A bank of affine maps f(x) = x Wᵀ + b (Switch-DiT's expert). Tensors of expert e: `experts.e.weight` (D,D), `experts.e.bias`

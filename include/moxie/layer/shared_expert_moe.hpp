@@ -7,7 +7,7 @@ namespace moxie {
 
 /// Options of `SharedExpertMoE`: those of `TopKMoE`, with `shared`.
 template <class ExpertConfig>
-using SharedExpertMoEConfig = TopKMoEConfig<ExpertConfig>;
+using SharedExpertMoEConfig = TopKMoEConfig<ExpertConfig, ExpertConfig>;
 
 /// DiT-MoE's block: top-k and a feed-forward that every token passes, not gated.
 ///
