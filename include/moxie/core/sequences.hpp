@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <moxie/core/error.hpp>
+#include <moxie/core/buffer.hpp>
 #include <span>
 #include <vector>
 
@@ -59,6 +59,13 @@ class Sequences {
     for (Index b = 0; b < count(); ++b) {
       f(b, begin(b), end(b));
     }
+  }
+
+  /// Copies the B + 1 offsets, for who must remember the division longer than the caller: `Sequences(starts.span()).over(T)`.
+  void copy_starts(Buffer<Index>& starts) const {
+    starts.resize(count() + 1);
+    starts[0] = 0;
+    for_each([&](Index b, Index, Index end) { starts[b + 1] = end; });
   }
 
   /// Whether both divide as many tokens at the same places.

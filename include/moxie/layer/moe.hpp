@@ -58,7 +58,7 @@ class Moe {
     std::shared_ptr<const Layout> layer_;
     Index tokens_ = 0;
     Index condition_dim_ = 0;
-    Buffer<Index> sequence_ends_;
+    Buffer<Index> sequence_starts_;
     Plan plan_;
     typename Router_::Tape router_;
     Buffer<Scalar> slots_;
@@ -172,8 +172,7 @@ class Moe {
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
     tape.condition_dim_ = in.condition.cols();
-    tape.sequence_ends_.resize(in.sequences.count());
-    in.sequences.for_each([&](Index b, Index, Index end) { tape.sequence_ends_[b] = end; });
+    in.sequences.copy_starts(tape.sequence_starts_);
   }
 
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
@@ -325,13 +324,8 @@ class Moe {
 
   static bool is_forward_of(const Tape& tape, const Tokens<Scalar>& in) {
     if (tape.tokens_ != in.count() || tape.condition_dim_ != in.condition.cols() || tape.masked_ == in.mask.empty() ||
-        tape.sequence_ends_.size() != in.sequences.count()) {
+        Sequences(tape.sequence_starts_.span()).over(tape.tokens_) != in.sequences) {
       return false;
-    }
-    for (Index b = 0; b < in.sequences.count(); ++b) {
-      if (tape.sequence_ends_[b] != in.sequences.end(b)) {
-        return false;
-      }
     }
     Index next = 0;
     for (Index t = 0; t < Index(in.mask.size()); ++t) {

@@ -1,38 +1,43 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <moxie/core/matrix.hpp>
 #include <span>
 
 namespace moxie {
 
+namespace detail {
+
+/// Mean and variance of the population of n numbers.
+struct Moments {
+  double mean = 0;
+  double variance = 0;
+
+  explicit Moments(std::span<const double> v) {
+    const double n = double(v.size());
+    for (const double x : v) {
+      mean += x / n;
+    }
+    for (const double x : v) {
+      variance += (x - mean) * (x - mean) / n;
+    }
+  }
+};
+
+}  // namespace detail
+
 /// The squared coefficient of variation of n numbers, (deviation / mean)², with the population's deviation; 0 if all are zero.
 inline double squared_variation(std::span<const double> v) {
-  const double n = double(v.size());
-  double mean = 0;
-  for (const double x : v) {
-    mean += x / n;
-  }
-  double variance = 0;
-  for (const double x : v) {
-    variance += (x - mean) * (x - mean) / n;
-  }
-  return mean == 0 ? 0 : variance / (mean * mean);
+  const detail::Moments m(v);
+  return m.mean == 0 ? 0 : m.variance / (m.mean * m.mean);
 }
 
 /// ∂/∂v_i = 2 / (n mean²) ((v_i - mean) - variance / mean), overwriting v.
 inline void squared_variation_backward(std::span<double> v) {
-  const double n = double(v.size());
-  double mean = 0;
-  for (const double x : v) {
-    mean += x / n;
-  }
-  double variance = 0;
-  for (const double x : v) {
-    variance += (x - mean) * (x - mean) / n;
-  }
+  const detail::Moments m(v);
   for (double& x : v) {
-    x = mean == 0 ? 0 : 2 / (n * mean * mean) * ((x - mean) - variance / mean);
+    x = m.mean == 0 ? 0 : 2 / (double(v.size()) * m.mean * m.mean) * ((x - m.mean) - m.variance / m.mean);
   }
 }
 

@@ -163,9 +163,7 @@ class DensePlan {
     tokens_ = division.tokens();
     experts_ = experts;
     slots_ = slots_per_expert;
-    sequence_starts_.resize(sequences + 1);
-    sequence_starts_[0] = 0;
-    division.for_each([&](Index b, Index, Index end) { sequence_starts_[b + 1] = end; });
+    division.copy_starts(sequence_starts_);
     dispatch_.resize(tokens_ * slots());
     combine_.resize(tokens_ * slots());
     expert_starts_.resize(experts + 1);
