@@ -251,24 +251,33 @@ class TopKRouter {
     for (Index r = 0; r < plan.rows(); ++r) {
       dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
     }
-    const bool separate = config_.balance.any();
-    const RowView<Scalar> dlogits = separate ? zeros(experts) : RowView<Scalar>();
-    if (separate) {
+    const bool softmax = config_.score == Score::softmax;
+    const bool losses = config_.balance.any();
+    const RowView<Scalar> dlogits = losses ? zeros(experts) : RowView<Scalar>();  // what does not pass the scores
+    if (losses) {
       const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
       const RowView<Scalar> dclean = clean ? zeros(experts) : dz;
       balance_backward<Scalar>(config_.balance, losses_of(in, tape), tape.totals_, {dz, dclean, dlogits, dlogits}, workspace);
       if (clean) {
-        to_logits(tape.clean_probabilities_.view(tokens, experts), tape.gate_.logits(), dclean, exec);
+        const RowView<const Scalar> p_clean = tape.clean_probabilities_.view(tokens, experts);
+        if (softmax) {
+          softmax_rows_backward(p_clean, dclean, exec);
+        } else {
+          const RowView<Scalar> s_clean = workspace.matrix<Scalar>(tokens, experts);
+          s_clean.eigen() = tape.gate_.logits().eigen();
+          sigmoid_rows(s_clean, exec);
+          probabilities_backward(p_clean, s_clean, dclean, exec);
+          sigmoid_rows_backward(s_clean, dclean, exec);
+        }
         dlogits.eigen() += dclean.eigen();
       }
     }
-    if (config_.score == Score::sigmoid && config_.balance.of_probabilities()) {
+    if (!softmax && config_.balance.of_probabilities()) {
       probabilities_backward(tape.probabilities_.view(tokens, experts), s, dz, exec);
     }
     if (tape.dscores_.size() > 0) {
       dz.eigen() += tape.dscores_.view(tokens, experts).eigen();
     }
-    const bool softmax = config_.score == Score::softmax;
     if (!normalized() || !softmax) {
       detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(s.row(t), tape, t, dw.row(t), dz.row(t)); });
     }
@@ -276,7 +285,7 @@ class TopKRouter {
     if (normalized() && softmax) {
       detail::for_each_row(tokens, exec, [&](Index t) { add_softmax_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
     }
-    if (separate) {
+    if (losses) {
       dz.eigen() += dlogits.eigen();
     }
     gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
@@ -409,26 +418,6 @@ class TopKRouter {
     }
     return sum + Scalar(1e-20);
   }
-
-  /// In place: the gradient of probabilities that came from these logits, without noise -> dz.
-  void to_logits(RowView<const Scalar> p, RowView<const Scalar> z, RowView<Scalar> dp, const Exec& exec) const {
-    if (config_.score == Score::softmax) {
-      softmax_rows_backward(p, dp, exec);
-      return;
-    }
-    detail::for_each_row(z.rows(), exec, [&](Index t) {
-      Scalar n = Scalar(1e-20);
-      for (Index i = 0; i < z.cols(); ++i) {
-        n += sigmoid(z(t, i));
-      }
-      const Scalar dot = kernel::dot(z.cols(), dp.row(t), p.row(t));
-      for (Index i = 0; i < z.cols(); ++i) {
-        const Scalar s = sigmoid(z(t, i));
-        dp(t, i) = (dp(t, i) - dot) / n * s * (1 - s);
-      }
-    });
-  }
-  static Scalar sigmoid(Scalar z) { return 1 / (1 + std::exp(-z)); }
 
   BalanceInput<Scalar> losses_of(const Tokens<Scalar>& in, const Tape& tape) const {
     const Balance& balance = config_.balance;
