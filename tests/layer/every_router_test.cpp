@@ -245,7 +245,8 @@ TEST_CASE_TEMPLATE("top-k: normalized weights sum to 1 where a bias chose expert
       layer.forward(x, y, tape);
       for (Index t = 0; t < 6; ++t) {
         const auto rows = tape.plan().rows_of_token(t);
-        CHECK(double(tape.plan().weight(rows[0]) + tape.plan().weight(rows[1])) == doctest::Approx(1).epsilon(1e-6));
+        CHECK(double(tape.plan().weight(rows[0]) + tape.plan().weight(rows[1])) ==
+              doctest::Approx(1).epsilon(moxie::test::Tolerance<S>::layer));
       }
       if constexpr (std::is_same_v<S, double>) {
         const Matrix<double> dy = moxie::test::random<double>(6, 2, 747);

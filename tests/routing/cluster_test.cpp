@@ -13,6 +13,7 @@ using moxie::Index;
 using moxie::Matrix;
 using moxie::RowView;
 using moxie::Tokens;
+using moxie::test::Tolerance;
 
 template <class S>
 struct Routed {
@@ -45,10 +46,10 @@ TEST_CASE_TEMPLATE("cluster router: a sequence goes to its nearest clusters, wei
     const double sum = p(best[0]) + p(best[1]);
     for (const Index r : routed.plan.rows_of_token(t)) {
       const Index j = routed.plan.pair(r) % 2;
-      CHECK(double(routed.plan.weight(r)) == doctest::Approx(p(best[std::size_t(j)]) / sum).epsilon(1e-5));
+      CHECK(double(routed.plan.weight(r)) == doctest::Approx(p(best[std::size_t(j)]) / sum).epsilon(Tolerance<S>::layer));
     }
     for (Index e = 0; e < 5; ++e) {
-      CHECK(double(routed.tape.scores()(t / 2, e)) == doctest::Approx(p(e) / p.sum()).epsilon(1e-5));
+      CHECK(double(routed.tape.scores()(t / 2, e)) == doctest::Approx(p(e) / p.sum()).epsilon(Tolerance<S>::layer));
     }
   }
   CHECK(routed.router.layout().tensors()[0].trained == moxie::Trained::elsewhere);

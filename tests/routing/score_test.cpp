@@ -88,7 +88,8 @@ TEST_CASE_TEMPLATE("sigmoid: is 1 / (1 + exp(-z)), and finite for huge logits", 
   CHECK(s(0, 0) == S(1));
   CHECK(s(0, 1) == S(0));
   for (Index i = 2; i < z.size(); ++i) {
-    CHECK(double(s.data()[i]) == doctest::Approx(1 / (1 + std::exp(-double(z.data()[i])))).epsilon(1e-6));
+    CHECK(double(s.data()[i]) ==
+          doctest::Approx(1 / (1 + std::exp(-double(z.data()[i])))).epsilon(moxie::test::Tolerance<S>::function));
   }
 }
 

@@ -55,7 +55,7 @@ TEST_CASE_TEMPLATE("top-p: a token takes the fewest of its best experts that rea
         CHECK(rows.size() == k);
       }
       for (std::size_t j = 0; j < rows.size(); ++j) {
-        CHECK(double(tape.plan().weight(rows[j])) == doctest::Approx(s(best[j])).epsilon(1e-5));
+        CHECK(double(tape.plan().weight(rows[j])) == doctest::Approx(s(best[j])).epsilon(moxie::test::Tolerance<S>::layer));
       }
     }
   }
