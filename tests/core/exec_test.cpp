@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <atomic>
+#include <chrono>
 #include <moxie/core/exec.hpp>
 #include <mutex>
 #include <set>
@@ -116,6 +117,25 @@ TEST_CASE("exec: inside a parallel loop the calling thread runs everything") {
   });
   CHECK(visits == 24);
   CHECK(same);
+}
+
+TEST_CASE("exec: tasks are claimed in order, so a task may wait for lower ones") {
+  for (const int threads : {1, 2, 5}) {
+    std::vector<std::atomic<bool>> done(200);
+    std::atomic<int> waited_in_vain = 0;
+    Exec{threads}.parallel_for(200, [&](Index i) {
+      const auto start = std::chrono::steady_clock::now();
+      while (i > 0 && !done[std::size_t(i - 1)]) {
+        std::this_thread::yield();
+        if (std::chrono::steady_clock::now() - start > std::chrono::seconds(20)) {
+          ++waited_in_vain;
+          break;
+        }
+      }
+      done[std::size_t(i)] = true;
+    });
+    CHECK(waited_in_vain == 0);
+  }
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <moxie/core/error.hpp>
 #include <type_traits>
@@ -30,8 +31,8 @@ struct Exec {
 #endif
   }
 
-  /// Calls `task(i)` for i = 0, ..., n-1, each once, on any thread in any order; threads claim the next index when they are
-  /// free.
+  /// Calls `task(i)` for i = 0, ..., n-1, each once, on any thread; threads claim the next index when they are free, so that
+  /// all lower ones have been claimed before: a task may wait for those.
   ///
   /// No exception crosses the parallel region: the one of the lowest index is thrown after all tasks have ended. Inside another
   /// parallel region the calling thread runs everything.
@@ -42,8 +43,9 @@ struct Exec {
     if (count > 1 && omp_in_parallel() == 0) {
       std::exception_ptr error;
       Index error_index = n;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(count)
-      for (Index i = 0; i < n; ++i) {
+      std::atomic<Index> next{0};
+#pragma omp parallel num_threads(count)
+      for (Index i = next++; i < n; i = next++) {
         try {
           task(i);
         } catch (...) {
