@@ -85,4 +85,28 @@ TEST_CASE("buffer: as a matrix it is row-major") {
   CHECK(read.span().size() == 12);
 }
 
+TEST_CASE("buffer: spread rows start at a cache line, and an odd number of them apart") {
+  Buffer<float> buffer;
+  for (const moxie::Index cols : {1, 16, 17, 32, 384, 1536}) {
+    const moxie::RowView<float> m = buffer.spread(3, cols);
+    CHECK(m.cols() == cols);
+    CHECK(m.stride() >= cols);
+    CHECK(m.stride() % 32 == 16);
+    CHECK(reinterpret_cast<std::uintptr_t>(m.row(1)) % moxie::alignment == 0);
+    m(2, cols - 1) = float(cols);
+    const Buffer<float>& read = buffer;
+    CHECK(read.spread_view(3, cols)(2, cols - 1) == float(cols));
+  }
+}
+
+TEST_CASE("buffer: a large one starts at a large page, zero as any other") {
+  constexpr std::size_t page = moxie::detail::large_page;
+  Buffer<double> buffer(moxie::Index(page / sizeof(double)) + 5);
+  CHECK(reinterpret_cast<std::uintptr_t>(buffer.data()) % page == 0);
+  CHECK(std::all_of(buffer.begin(), buffer.end(), [](double v) { return v == 0; }));
+  buffer[buffer.size() - 1] = 7;
+  const Buffer<double> copy = buffer;
+  CHECK(copy[copy.size() - 1] == 7);
+}
+
 }  // namespace

@@ -103,4 +103,14 @@ TEST_CASE("workspace: a moved one goes on") {
   CHECK(use(b, 10));
 }
 
+TEST_CASE("workspace: spread rows are an odd number of cache lines apart") {
+  Workspace workspace;
+  const Workspace::Frame frame(workspace);
+  const auto m = workspace.spread<double>(5, 16);
+  CHECK(m.rows() == 5);
+  CHECK(m.cols() == 16);
+  CHECK(m.stride() == 24);
+  CHECK(apart(m, workspace.spread<double>(2, 3)));
+}
+
 }  // namespace

@@ -12,10 +12,35 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace moxie {
 
 /// Alignment of every block of numbers, in bytes: a cache line, and the widest vector register.
 inline constexpr std::size_t alignment = 64;
+
+namespace detail {
+
+inline constexpr std::size_t large_page = std::size_t{2} << 20;
+
+/// Advice to the system, where it takes any.
+inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  static_cast<void>(madvise(data, bytes, MADV_HUGEPAGE));
+#endif
+}
+
+/// A distance between rows of `cols` elements for matrices that products read: whole cache lines, an odd number of them, so
+/// that the rows of a tile do not share sets of a cache.
+template <class T>
+constexpr Index spread_stride(Index cols) {
+  constexpr Index line = Index{alignment / sizeof(T)};
+  return ((cols + line - 1) / line | 1) * line;
+}
+
+}  // namespace detail
 
 /// Aligned memory for `size()` trivially copyable elements, zero when it is new. `resize` keeps the capacity, and does not keep
 /// or clear the contents: buffers that a step fills anew are allocated by the first step alone.
@@ -50,15 +75,21 @@ class Buffer {
     if (capacity > capacity_) {
       // Zeroed memory: for large blocks the system's own fresh pages, which cost nothing until they are touched.
       const std::size_t bytes = static_cast<std::size_t>(capacity) * sizeof(T);
-      const bool fits = bytes / sizeof(T) == static_cast<std::size_t>(capacity) && bytes + alignment > bytes;
-      void* block = fits ? std::calloc(1, bytes + alignment) : nullptr;
+      // Large blocks start at a large page, and ask for them: a product strides over more small pages than the processor
+      // remembers.
+      const std::size_t start = bytes >= detail::large_page ? detail::large_page : alignment;
+      const bool fits = bytes / sizeof(T) == static_cast<std::size_t>(capacity) && bytes + start > bytes;
+      void* block = fits ? std::calloc(1, bytes + start) : nullptr;
       if (block == nullptr) {
         throw std::bad_alloc();
       }
       release();
       block_ = block;
-      const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(block) % alignment;
-      data_ = reinterpret_cast<T*>(static_cast<std::byte*>(block) + (misaligned == 0 ? 0 : alignment - misaligned));
+      const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(block) % start;
+      data_ = reinterpret_cast<T*>(static_cast<std::byte*>(block) + (misaligned == 0 ? 0 : start - misaligned));
+      if (start == detail::large_page) {
+        detail::prefer_large_pages(data_, bytes);
+      }
       capacity_ = capacity;
       size_ = 0;
     }
@@ -81,20 +112,27 @@ class Buffer {
   std::span<const T> span() const { return {data_, static_cast<std::size_t>(size_)}; }
 
   /// Resizes to rows·cols and returns them as a matrix.
-  RowView<T> matrix(Index rows, Index cols) {
-    if (cols > 0 && rows > std::numeric_limits<Index>::max() / cols) {
-      throw std::bad_alloc();
-    }
-    resize(rows * cols);
-    return {data_, rows, cols};
-  }
+  RowView<T> matrix(Index rows, Index cols) { return matrix(rows, cols, cols); }
   /// The contents, as `matrix` made them.
-  RowView<const T> view(Index rows, Index cols) const {
-    MOXIE_ASSERT(rows * cols == size_);
-    return {data_, rows, cols};
-  }
+  RowView<const T> view(Index rows, Index cols) const { return view(rows, cols, cols); }
+
+  /// The same with rows spread over the cache.
+  RowView<T> spread(Index rows, Index cols) { return matrix(rows, cols, detail::spread_stride<T>(cols)); }
+  RowView<const T> spread_view(Index rows, Index cols) const { return view(rows, cols, detail::spread_stride<T>(cols)); }
 
  private:
+  RowView<T> matrix(Index rows, Index cols, Index stride) {
+    if (stride > 0 && rows > std::numeric_limits<Index>::max() / stride) {
+      throw std::bad_alloc();
+    }
+    resize(rows * stride);
+    return {data_, rows, cols, stride};
+  }
+  RowView<const T> view(Index rows, Index cols, Index stride) const {
+    MOXIE_ASSERT(rows * stride == size_);
+    return {data_, rows, cols, stride};
+  }
+
   void release() {
     std::free(block_);
     block_ = nullptr;

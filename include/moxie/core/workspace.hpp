@@ -38,6 +38,13 @@ class Workspace {
     return {reinterpret_cast<Scalar*>(take(rows * cols * Index{sizeof(Scalar)})), rows, cols};
   }
 
+  /// The same with rows spread over the cache.
+  template <class Scalar>
+  RowView<Scalar> spread(Index rows, Index cols) {
+    const Index stride = detail::spread_stride<Scalar>(cols);
+    return {matrix<Scalar>(rows, stride).data(), rows, cols, stride};
+  }
+
  private:
   std::byte* take(Index bytes) {
     const Index start = used_;
