@@ -4,7 +4,7 @@ include(GNUInstallDirs)
 set(package_dir ${CMAKE_INSTALL_DATADIR}/cmake/moxie)
 install(DIRECTORY include/moxie TYPE INCLUDE FILES_MATCHING PATTERN "*.hpp")
 # Two sets of targets, so that moxie::moxie can be had without nlohmann_json.
-install(TARGETS moxie EXPORT moxie)
+install(TARGETS moxie moxie_native EXPORT moxie)
 install(TARGETS moxie_io EXPORT moxie_io)
 install(EXPORT moxie NAMESPACE moxie:: FILE moxieTargets.cmake DESTINATION ${package_dir})
 install(EXPORT moxie_io NAMESPACE moxie:: FILE moxieIoTargets.cmake DESTINATION ${package_dir})

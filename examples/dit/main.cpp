@@ -180,6 +180,12 @@ int train(dit::TrainingConfig config, std::int64_t steps, std::int64_t checkpoin
     }
     std::cout << "Model: " << config.feed_forward << ", " << model.layout().parameter_count() << " parameters, "
               << exec.thread_count() << " threads\n";
+    const moxie::kernel::InstructionSet built = moxie::kernel::built_for();
+    const moxie::kernel::InstructionSet machine = moxie::kernel::machine_offers();
+    if (machine != built) {
+      std::cout << "Built for " << built.name << ", but this machine has " << machine.name
+                << ": the preset `release` makes a faster program\n";
+    }
     dit::Progress progress({.steps = steps, .first_step = training.steps(), .images_per_step = config.batch});
     const auto save = [&] {
       training.save(checkpoint);

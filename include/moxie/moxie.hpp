@@ -8,6 +8,7 @@
 #include <moxie/expert/linear.hpp>
 #include <moxie/expert/mlp.hpp>
 #include <moxie/expert/upcycle.hpp>
+#include <moxie/kernel/instruction_set.hpp>
 #include <moxie/layer/expert_choice_moe.hpp>
 #include <moxie/layer/moe.hpp>
 #include <moxie/layer/shared_expert_moe.hpp>
