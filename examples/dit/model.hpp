@@ -23,7 +23,7 @@ class DenseFeedForward {
    private:
     friend class DenseFeedForward;
     std::array<Index, 2> starts_{};
-    typename moxie::GeluTanhExperts<S>::Tape bank_;
+    Buffer<S> kept_;
     mutable Workspace workspace_;
   };
 
@@ -35,11 +35,12 @@ class DenseFeedForward {
   void initialize(ParameterView<S> p, const Rng& rng) const { bank_.initialize(p, rng); }
   void forward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<S> y, Tape& tape, const Exec& exec) const {
     tape.starts_ = {0, in.count()};
-    bank_.forward(p, {tape.starts_, in.x}, y, tape.bank_, exec);
+    bank_.forward(p, {tape.starts_, in.x}, y, tape.kept_.spread(in.count(), bank_.kept_width()), tape.workspace_, exec);
   }
   void backward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,
                 const Tape& tape, const Exec& exec) const {
-    bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.bank_, tape.workspace_, exec);
+    bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.kept_.spread_view(in.count(), bank_.kept_width()), tape.workspace_,
+                   exec);
   }
 
  private:

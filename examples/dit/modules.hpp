@@ -200,7 +200,7 @@ struct Attention {
     moxie::kernel::grouped_gemm<S>(
         pairs,
         [&](Index i) -> moxie::kernel::Product<S> {  // (L,d)(d,L) -> (L,L)
-          return {length, length, d, operand(qkv, i, 0, d, false), operand(qkv, i, 1, d, true), {of(prob, i).data(), length}};
+          return {length, length, d, operand(qkv, i, 0, d, false), operand(qkv, i, 1, d, true), {{of(prob, i).data(), length}}};
         },
         exec);
     const S scale = S(1) / std::sqrt(S(d));
@@ -214,7 +214,7 @@ struct Attention {
                   length,
                   moxie::kernel::plain<S>(of(prob, i)),
                   operand(qkv, i, 2, d, false),
-                  {head(out, i, 0, d), out.stride()}};
+                  {{head(out, i, 0, d), out.stride()}}};
         },
         exec);
   }
@@ -233,11 +233,12 @@ struct Attention {
         2 * pairs,
         [&](Index j) -> Product<S> {
           const Index i = j / 2;
-          const Operand<S> outer{head(dout, i, 0, d), dout.stride()};
+          const Operand<S> outer{{head(dout, i, 0, d), dout.stride()}};
           if (j % 2 == 0) {  // dv: (L,L)(L,d) -> (L,d)
-            return {length, d, length, moxie::kernel::transposed<S>(of(prob, i)), outer, {head(dqkv, i, 2, d), dqkv.stride()}};
+            return {
+                length, d, length, moxie::kernel::transposed<S>(of(prob, i)), outer, {{head(dqkv, i, 2, d), dqkv.stride()}}};
           }
-          return {length, length, d, outer, operand(qkv, i, 2, d, true), {of(dz, i).data(), length}};  // (L,d)(d,L) -> (L,L)
+          return {length, length, d, outer, operand(qkv, i, 2, d, true), {{of(dz, i).data(), length}}};  // (L,d)(d,L) -> (L,L)
         },
         exec);
     moxie::softmax_rows_backward(prob, dz, exec);
@@ -247,9 +248,9 @@ struct Attention {
         2 * pairs,
         [&](Index j) -> Product<S> {
           const Index i = j / 2;
-          const Operand<S> z{of(dz, i).data(), length, nullptr, j % 2 == 1};
+          const Operand<S> z{{of(dz, i).data(), length}, j % 2 == 1};
           const Index other = j % 2 == 0 ? 1 : 0;  // dq needs k, dk needs q: (L,L)(L,d) -> (L,d)
-          return {length, d, length, z, operand(qkv, i, other, d, false), {head(dqkv, i, 1 - other, d), dqkv.stride()}};
+          return {length, d, length, z, operand(qkv, i, other, d, false), {{head(dqkv, i, 1 - other, d), dqkv.stride()}}};
         },
         exec);
   }
@@ -265,7 +266,7 @@ struct Attention {
     return m.row(pair / heads * length) + part * heads * d + pair % heads * d;
   }
   moxie::kernel::Operand<S> operand(RowView<const S> qkv, Index pair, Index part, Index d, bool transposed) const {
-    return {head(qkv, pair, part, d), qkv.stride(), nullptr, transposed};
+    return {{head(qkv, pair, part, d), qkv.stride()}, transposed};
   }
 };
 

@@ -35,8 +35,8 @@ void check_forward(const Bank_& bank, F&& f) {
   const Matrix<S> x = test::random<S>(rows, dim, 902);
   for (const bool gathered : {true, false}) {
     Matrix<S> h = test::untouched<S>(rows, dim);
-    typename Bank_::Tape tape;
-    bank.forward(p.view(), GroupedRows<S>{starts, x, gathered ? gather : nullptr}, h, tape, Exec{});
+    Workspace workspace;
+    bank.forward(p.view(), GroupedRows<S>{starts, x, gathered ? gather : nullptr}, h, {}, workspace, Exec{});
     Matrix<double> expected(rows, dim);
     for (Index e = 0; e < experts; ++e) {
       for (Index r = starts[e]; r < starts[e + 1]; ++r) {
@@ -59,7 +59,8 @@ void check_backward(const Bank_& bank) {
   }
   const Matrix<double> dh = test::random<double>(rows, dim, 904);
   Matrix<double> h(rows, dim);
-  typename Bank_::Tape tape;
+  Buffer<double> buffer;
+  const RowView<double> kept = buffer.spread(rows, bank.kept_width());
   Workspace workspace;
   for (const bool gathered : {true, false}) {
     const GroupedRows<double> in{starts, gathered ? RowView<const double>(x) : RowView<const double>(x_rows),
@@ -67,11 +68,11 @@ void check_backward(const Bank_& bank) {
     Matrix<double> drows = test::untouched<double>(rows, dim);
     auto grads = random_parameters(bank);
     const auto before = grads;
-    bank.forward(p.view(), in, h, tape, Exec{});
-    bank.backward(p.view(), in, dh, drows, grads.view(), tape, workspace, Exec{});
+    bank.forward(p.view(), in, h, kept, workspace, Exec{});
+    bank.backward(p.view(), in, dh, drows, grads.view(), kept, workspace, Exec{});
     grads.flat() -= before.flat();
     const auto loss = [&] {
-      bank.forward(p.view(), in, h, tape, Exec{.threads = 1});
+      bank.forward(p.view(), in, h, kept, workspace, Exec{.threads = 1});
       return h.cwiseProduct(dh).sum();
     };
     std::vector<testing::GradientReport> reports;

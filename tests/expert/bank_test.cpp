@@ -33,38 +33,52 @@ TEST_CASE("bank names: number the experts, or do not") {
   CHECK(moxie::BankNames{"shared_experts", false}.prefix(0) == "shared_experts.");
 }
 
-TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert, gathered or not, added or not", S, float,
-                   double) {
+TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert, gathered or not", S, float, double) {
+  namespace kernel = moxie::kernel;
   const Index in = 5, out = 7;
   std::vector<Matrix<S>> w;
   for (std::uint64_t e = 0; e < 3; ++e) {
     w.push_back(moxie::test::random<S>(out, in, 951 + e));
   }
-  const auto weight = [&](Index e) { return RowView<const S>(w[std::size_t(e)]); };
+  const auto weight = [&](Index e) { return RowView<const S>(w[std::size_t(std::min(e, Index{2}))]); };
+  const Matrix<S> bias = moxie::test::random<S>(experts, out, 953);
+  const auto bias_of = [&](Index e) { return bias.data() + e * out; };
   const Matrix<S> x = moxie::test::random<S>(rows, in, 954);
   const Matrix<S> dh = moxie::test::random<S>(rows, out, 955);
   for (const bool gathered : {false, true}) {
     const GroupedRows<S> grouped{starts, x, gathered ? gather : nullptr};
-    for (const bool add : {false, true}) {
-      Matrix<S> h = moxie::test::random<S>(rows, out, 956);
-      Matrix<S> drows = moxie::test::random<S>(rows, in, 957);
-      Matrix<double> expected_h = add ? moxie::test::as_double(h) : Matrix<double>(Matrix<double>::Zero(rows, out));
-      Matrix<double> expected_d = add ? moxie::test::as_double(drows) : Matrix<double>(Matrix<double>::Zero(rows, in));
-      for (Index e = 0; e < experts; ++e) {
-        for (Index r = starts[e]; r < starts[e + 1]; ++r) {
-          const Matrix<double> row = x.row(gathered ? gather[r] : r).template cast<double>();
-          expected_h.row(r) += row * moxie::test::as_double(w[std::size_t(e)]).transpose();
-          expected_d.row(r) += dh.row(r).template cast<double>() * moxie::test::as_double(w[std::size_t(e)]);
-        }
+    Matrix<S> h = moxie::test::untouched<S>(rows, out);
+    Matrix<S> with_bias = h;
+    Matrix<S> drows = moxie::test::untouched<S>(rows, in);
+    Matrix<double> expected_h(rows, out), expected_d(rows, in), expected_with_bias(rows, out);
+    for (Index e = 0; e < experts; ++e) {
+      for (Index r = starts[e]; r < starts[e + 1]; ++r) {
+        const Matrix<double> row = x.row(gathered ? gather[r] : r).template cast<double>();
+        const Matrix<double> w64 = weight(e).eigen().template cast<double>();
+        expected_h.row(r) = row * w64.transpose();
+        expected_with_bias.row(r) = expected_h.row(r) + bias.row(e).template cast<double>();
+        expected_d.row(r) = dh.row(r).template cast<double>() * w64;
       }
-      moxie::detail::multiply_rows(grouped, weight, RowView<S>(h), add, Exec{});
-      moxie::detail::multiply_rows_backward(grouped, weight, RowView<const S>(dh), RowView<S>(drows), add, Exec{});
-      CHECK(moxie::test::relative_error(h, expected_h) < Tolerance<S>::sum);
-      CHECK(moxie::test::relative_error(drows, expected_d) < Tolerance<S>::sum);
     }
+    const auto product = [&](Matrix<S>& to) {
+      return [&](Index e) {
+        return moxie::detail::with_rows(moxie::detail::through(weight(e)), grouped.operand(e), grouped.count(e),
+                                        kernel::replace<S>(grouped.part(RowView<S>(to), e)));
+      };
+    };
+    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(h)));
+    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(with_bias), moxie::detail::store_with_bias<S>(bias_of)));
+    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, [&](Index e) {
+                            return moxie::detail::back_through<S>(grouped.part(RowView<const S>(dh), e), weight(e),
+                                                                  kernel::replace<S>(grouped.part(RowView<S>(drows), e)));
+                          }));
+    CHECK(moxie::test::relative_error(h, expected_h) < Tolerance<S>::sum);
+    CHECK(moxie::test::relative_error(with_bias, expected_with_bias) < Tolerance<S>::sum);
+    CHECK(moxie::test::relative_error(drows, expected_d) < Tolerance<S>::sum);
+
     std::vector<Matrix<S>> dw, db;
     std::vector<Matrix<double>> expected_w, expected_b;
-    for (std::uint64_t e = 0; e < 3; ++e) {
+    for (std::uint64_t e = 0; e < std::uint64_t(experts); ++e) {
       dw.push_back(moxie::test::random<S>(out, in, 961 + e));
       db.push_back(moxie::test::random<S>(1, out, 971 + e));
       expected_w.push_back(moxie::test::as_double(dw.back()));
@@ -76,27 +90,17 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
       }
     }
     const Matrix<S> idle = dw[1];
-    moxie::detail::add_weight_gradient(
-        grouped, RowView<const S>(dh), [&](Index e) { return RowView<S>(dw[std::size_t(e)]); }, Exec{});
+    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, [&](Index e) {
+                            return moxie::detail::weight_gradient<S>(grouped, dh,
+                                                                     kernel::rows_of(RowView<S>(dw[std::size_t(e)])), e);
+                          }));
     moxie::detail::add_bias_gradient(
         grouped, RowView<const S>(dh), [&](Index e) { return RowView<S>(db[std::size_t(e)]); }, Exec{});
-    for (std::size_t e = 0; e < 3; ++e) {
+    for (std::size_t e = 0; e < std::size_t(experts); ++e) {
       CHECK(moxie::test::relative_error(dw[e], expected_w[e]) < Tolerance<S>::sum);
       CHECK(moxie::test::relative_error(db[e], expected_b[e]) < Tolerance<S>::sum);
     }
     CHECK(moxie::test::same_bits(dw[1], idle));  // an expert without rows: exactly nothing added
-  }
-}
-
-TEST_CASE("bank products: each row becomes the bias of its expert") {
-  Matrix<float> bias(3, 4);
-  bias << 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12;
-  Matrix<float> h = moxie::test::untouched<float>(rows, 4);
-  const GroupedRows<float> grouped{starts, h, nullptr};
-  moxie::detail::set_rows_to_bias(
-      grouped, [&](Index e) { return RowView<const float>(bias).middle_rows(e, 1); }, RowView<float>(h), Exec{});
-  for (Index r = 0; r < rows; ++r) {
-    CHECK(h.row(r) == bias.row(r < 3 ? 0 : 2));
   }
 }
 
@@ -105,10 +109,16 @@ TEST_CASE("bank products: without rows nothing is written") {
   Matrix<float> h(0, 4);
   Matrix<float> w = moxie::test::untouched<float>(4, 4);
   const GroupedRows<float> grouped{none, h, nullptr};
-  const auto weight = [&](Index) { return RowView<float>(w); };
-  moxie::detail::multiply_rows(grouped, weight, RowView<float>(h), false, Exec{});
-  moxie::detail::multiply_rows_backward(grouped, weight, RowView<const float>(h), RowView<float>(h), false, Exec{});
-  moxie::detail::add_weight_gradient(grouped, RowView<const float>(h), weight, Exec{});
+  namespace kernel = moxie::kernel;
+  kernel::run_stages<float>(Exec{},
+                            kernel::Stage(2,
+                                          [&](Index e) {
+                                            return moxie::detail::with_rows(moxie::detail::through(RowView<const float>(w)),
+                                                                            grouped.operand(e), 0);
+                                          }),
+                            kernel::Stage(2, [&](Index e) {
+                              return moxie::detail::weight_gradient<float>(grouped, h, kernel::rows_of(RowView<float>(w)), e);
+                            }));
   CHECK(moxie::test::is_untouched(w));
 }
 

@@ -204,8 +204,8 @@ TEST_CASE("expert bank: computes each row with the parameters of its expert") {
   const Index starts[] = {0, 2, 4};
   const Index index[] = {5, 0, 3, 3};  // rows are gathered
   Matrix<double> h(4, model_dim);
-  typename Square<double>::Tape tape;
-  bank.forward(p.view(), moxie::GroupedRows<double>{starts, x, index}, h, tape, one_thread);
+  moxie::Workspace workspace;
+  bank.forward(p.view(), moxie::GroupedRows<double>{starts, x, index}, h, {}, workspace, one_thread);
   for (Index r = 0; r < 4; ++r) {
     const std::string name = "experts." + std::to_string(r / 2) + ".";
     for (Index j = 0; j < model_dim; ++j) {

@@ -39,8 +39,8 @@ template <class Experts, class S = typename Experts::Scalar>
 Matrix<S> dense_output(const Experts& dense, const Parameters<S>& weights, const Matrix<S>& x) {
   const Index starts[] = {0, x.rows()};
   Matrix<S> y(x.rows(), x.cols());
-  typename Experts::Tape tape;
-  dense.forward(weights.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, tape, Exec{});
+  moxie::Workspace workspace;
+  dense.forward(weights.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, {}, workspace, Exec{});
   return y;
 }
 

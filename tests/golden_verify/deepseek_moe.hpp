@@ -212,10 +212,10 @@ void verify_deepseek_moe(GoldenCase& golden) {
   auto routed_tape = routed.make_tape();
   routed.forward(in, y, routed_tape);
   golden.compare("intermediate/y_routed", values(y));
-  typename moxie::SwiGluExperts<Scalar>::Tape bank_tape;
+  moxie::Workspace workspace;
   const Index starts[]{0, tokens};
   y = unwritten<Scalar>(tokens, c.dim);
-  bank.forward(shared, {starts, x}, y, bank_tape, {});
+  bank.forward(shared, {starts, x}, y, {}, workspace, {});
   golden.compare("intermediate/y_shared", values(y));
 }
 

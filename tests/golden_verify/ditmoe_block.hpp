@@ -240,10 +240,10 @@ void verify_ditmoe_block(GoldenCase& golden) {
     const moxie::SwiGluExperts<Scalar> bank(1, block.dim, {.hidden_dim = block.used_shared_hidden}, {"shared_experts", false});
     moxie::Parameters<Scalar> p(bank.layout());
     load_leading<Scalar>(golden, p);
-    typename moxie::SwiGluExperts<Scalar>::Tape tape;
+    moxie::Workspace workspace;
     const Index starts[]{0, tokens};
     y = unwritten<Scalar>(tokens, block.dim);
-    bank.forward(p, {starts, x}, y, tape, {});
+    bank.forward(p, {starts, x}, y, {}, workspace, {});
   }
   if (golden.contains("intermediate/y_shared")) {
     golden.compare("intermediate/y_shared", values(y));

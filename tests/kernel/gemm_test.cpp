@@ -152,7 +152,7 @@ TEST_CASE("gemm: an empty sum is zero, or nothing added") {
 }
 
 TEST_CASE_TEMPLATE("gemm: a row and a column alone have the bits that they have in the batch", S, float, double) {
-  const Index m = 45, n = 75, k = 300;
+  const Index m = 45, n = 75, k = 1700;
   const Matrix<S> a = moxie::test::random<S>(m, k, 112);
   const Matrix<S> b = moxie::test::random<S>(k, n, 113);
   const Matrix<S> at = a.transpose();
@@ -169,10 +169,149 @@ TEST_CASE_TEMPLATE("gemm: a row and a column alone have the bits that they have 
     kernel::gemm<S>({m, 1, k, kernel::plain<S>(a), kernel::plain<S>(b.middleCols(j, 1)), kernel::replace<S>(column)}, Exec{});
     CHECK(moxie::test::same_bits<S>(column, c.col(j)));
   }
-  // Nor do the bits depend on how the factors lie in memory.
-  Matrix<S> from_transposes(m, n);
-  kernel::gemm<S>({m, n, k, kernel::transposed<S>(at), kernel::transposed<S>(bt), kernel::replace<S>(from_transposes)}, Exec{});
-  CHECK(moxie::test::same_bits(from_transposes, c));
+  // Nor do the bits depend on how B lies in memory, packed beforehand or not; passes of a transposed A are shorter.
+  Matrix<S> other(m, n);
+  kernel::gemm<S>({m, n, k, kernel::plain<S>(a), kernel::transposed<S>(bt), kernel::replace<S>(other)}, Exec{});
+  CHECK(moxie::test::same_bits(other, c));
+  for (const auto& operand : {kernel::plain<S>(b), kernel::transposed<S>(bt)}) {
+    kernel::Product<S> product{.m = m, .n = n, .k = k, .a = kernel::plain<S>(a), .b = operand, .c = kernel::replace<S>(other)};
+    moxie::Buffer<S> panels(kernel::panels_size(product));
+    kernel::pack_panels(product, panels.data());
+    product.b = {};
+    product.panels = panels.data();
+    other.setZero();
+    kernel::gemm(product, Exec{});
+    CHECK(moxie::test::same_bits(other, c));
+  }
+  kernel::gemm<S>({m, n, k, kernel::transposed<S>(at), kernel::plain<S>(b), kernel::replace<S>(c)}, Exec{});
+  kernel::gemm<S>({m, n, k, kernel::transposed<S>(at), kernel::transposed<S>(bt), kernel::replace<S>(other)}, Exec{});
+  CHECK(moxie::test::same_bits(other, c));
+  for (const Index i : {Index{0}, Index{13}, m - 1}) {
+    Matrix<S> row(1, n);
+    kernel::gemm<S>({1, n, k, kernel::transposed<S>(at.middleCols(i, 1)), kernel::plain<S>(b), kernel::replace<S>(row)},
+                    Exec{});
+    CHECK(moxie::test::same_bits<S>(row, c.row(i)));
+  }
+}
+
+// Two matrices on top of one another, a gap between them, as both factors and as the destination.
+TEST_CASE_TEMPLATE("gemm: stacked rows are one matrix", S, float, double) {
+  const Index m = 9, n = 21, k = 14;
+  const Matrix<S> a = moxie::test::random<S>(m + 5, k, 121);
+  const Matrix<S> b = moxie::test::random<S>(k + 3, n, 122);
+  Matrix<S> c = moxie::test::untouched<S>(m + 2, n);
+  const auto stack = [](auto view, Index top, Index rows, Index gap) {
+    return kernel::stacked(view.middle_rows(0, top), view.middle_rows(top + gap, rows - top));
+  };
+  kernel::gemm<S>({m,
+                   n,
+                   k,
+                   {stack(moxie::RowView<const S>(a), 4, m, 5)},
+                   {stack(moxie::RowView<const S>(b), 6, k, 3)},
+                   {stack(moxie::RowView<S>(c), 2, m, 2)}},
+                  Exec{});
+  Matrix<double> top_a(m, k), top_b(k, n);
+  top_a << moxie::test::as_double(a).topRows(4), moxie::test::as_double(a).bottomRows(m - 4);
+  top_b << moxie::test::as_double(b).topRows(6), moxie::test::as_double(b).bottomRows(k - 6);
+  const Matrix<double> expected = top_a * top_b;
+  CHECK(moxie::test::relative_error(Matrix<S>(c.topRows(2)), Matrix<double>(expected.topRows(2))) < Tolerance<S>::sum);
+  CHECK(moxie::test::relative_error(Matrix<S>(c.bottomRows(m - 2)), Matrix<double>(expected.bottomRows(m - 2))) <
+        Tolerance<S>::sum);
+  CHECK(moxie::test::is_untouched<S>(c.middleRows(2, 2)));
+}
+
+// Columns j and n + j of B meet in a tile; here whoever finishes it subtracts them.
+TEST_CASE_TEMPLATE("gemm: two halves of B end side by side", S, float, double) {
+  for (const Index n : {Index{1}, Index{7}, Index{16}, Index{45}}) {
+    const Index m = 17, k = 1600;
+    const Matrix<S> a = moxie::test::random<S>(m, k, 123);
+    const Matrix<S> b = moxie::test::random<S>(k, 2 * n, 124);
+    const Matrix<S> bt = b.transpose();
+    const Matrix<double> both = moxie::test::as_double(a) * moxie::test::as_double(b);
+    for (const bool transpose : {false, true}) {
+      Matrix<S> c = moxie::test::untouched<S>(m, n);
+      const auto subtract = [](auto arch, const auto& p, Index i, Index row, Index col, Index count, const S* values) {
+        using V = kernel::Batch<S, decltype(arch)>;
+        CHECK(i == 0);
+        kernel::store(V::load_aligned(values) - V::load_aligned(values + V::size), p.c.row(row) + col, count);
+      };
+      kernel::run_stages<S>(Exec{.threads = 2}, kernel::Stage(
+                                                    1,
+                                                    [&](Index) -> kernel::Product<S> {
+                                                      return {.m = m,
+                                                              .n = n,
+                                                              .k = k,
+                                                              .a = kernel::plain<S>(a),
+                                                              .b = transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b),
+                                                              .c = kernel::replace<S>(c),
+                                                              .halves = true};
+                                                    },
+                                                    subtract));
+      CHECK(moxie::test::relative_error(c, Matrix<double>(both.leftCols(n) - both.rightCols(n))) < 2 * Tolerance<S>::sum);
+    }
+  }
+}
+
+// x_i -> x_i A_i -> (x_i A_i) B_i: the second stage reads what the first writes.
+TEST_CASE_TEMPLATE("stages: a product waits for the same one of earlier stages, for any number of threads", S, float, double) {
+  const Index count = 13, k = 40;
+  std::vector<Matrix<S>> x, a, b;
+  for (Index i = 0; i < count; ++i) {
+    const auto seed = std::uint64_t(i);
+    x.push_back(moxie::test::random<S>(i % 4 * 20, k, 130 + seed));
+    a.push_back(moxie::test::random<S>(k, 2 * k, 150 + seed));
+    b.push_back(moxie::test::random<S>(2 * k, 7, 170 + seed));
+  }
+  const auto at = [](auto& list, Index i) -> auto& { return list[std::size_t(i)]; };
+  std::vector<Matrix<S>> first;
+  for (const int threads : {1, 2, 3, 8}) {
+    std::vector<Matrix<S>> middle, c;
+    for (Index i = 0; i < count; ++i) {
+      middle.push_back(moxie::test::untouched<S>(at(x, i).rows(), 2 * k));
+      c.push_back(moxie::test::untouched<S>(at(x, i).rows(), 7));
+    }
+    kernel::run_stages<S>(Exec{.threads = threads},
+                          kernel::Stage(count,
+                                        [&](Index i) -> kernel::Product<S> {
+                                          return {at(x, i).rows(),
+                                                  2 * k,
+                                                  k,
+                                                  kernel::plain<S>(at(x, i)),
+                                                  kernel::plain<S>(at(a, i)),
+                                                  kernel::replace<S>(at(middle, i))};
+                                        }),
+                          kernel::Stage(count, [&](Index i) -> kernel::Product<S> {
+                            return {at(x, i).rows(),
+                                    7,
+                                    2 * k,
+                                    kernel::plain<S>(at(middle, i)),
+                                    kernel::plain<S>(at(b, i)),
+                                    kernel::replace<S>(at(c, i))};
+                          }));
+    for (Index i = 0; i < count; ++i) {
+      const Matrix<double> expected =
+          moxie::test::as_double(at(x, i)) * moxie::test::as_double(at(a, i)) * moxie::test::as_double(at(b, i));
+      CHECK(moxie::test::relative_error(at(c, i), expected) < 4 * Tolerance<S>::sum);
+      CHECK((first.empty() || moxie::test::same_bits(at(c, i), at(first, i))));
+    }
+    first = c;
+  }
+}
+
+TEST_CASE("stages: what a product's function throws reaches the caller, and nobody waits for ever") {
+  const Matrix<float> a = moxie::test::random<float>(8, 8, 190);
+  Matrix<float> c(8, 8), d(8, 8);
+  const auto product = [&](Matrix<float>& to) {
+    return kernel::Product<float>{8, 8, 8, kernel::plain<float>(a), kernel::plain<float>(a), kernel::replace<float>(to)};
+  };
+  const auto refuse = [](auto, const auto&, Index, Index, Index, Index, const float*) { throw moxie::ValueError("refused"); };
+  for (const int threads : {1, 4}) {
+    CHECK_THROWS_AS(kernel::run_stages<float>(Exec{.threads = threads},
+                                              kernel::Stage(
+                                                  3, [&](Index) { return product(c); }, refuse),
+                                              kernel::Stage(3, [&](Index) { return product(d); })),
+                    moxie::ValueError);
+  }
 }
 
 TEST_CASE_TEMPLATE("gemm: the bits do not depend on the number of threads", S, float, double) {

@@ -135,8 +135,8 @@ TEST_CASE_TEMPLATE("top-k layer: with E = K = 1 it is the plain feed-forward, bi
   moxie::zip([&](const moxie::TensorInfo& info, auto w) { w.eigen() = layer.parameters()[info.name].eigen(); }, p);
   const Index starts[] = {0, tokens};
   Matrix<S> y(tokens, model_dim);
-  typename moxie::SwiGluExperts<S>::Tape tape;
-  feed_forward.forward(p.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, tape, Exec{});
+  moxie::Workspace workspace;
+  feed_forward.forward(p.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, {}, workspace, Exec{});
   CHECK(moxie::test::same_bits(forward<S>(layer, {x}), y));
 }
 

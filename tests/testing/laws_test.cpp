@@ -131,17 +131,17 @@ struct BrokenBank : moxie::LinearExperts<double> {
   BankBug bug;
 
   explicit BrokenBank(BankBug which) : moxie::LinearExperts<double>(3, dim), bug(which) {}
-  void forward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, RowView<double> h, Tape& tape,
-               const Exec& exec) const {
-    moxie::LinearExperts<double>::forward(p, rows, h, tape, exec);
+  void forward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, RowView<double> h, RowView<double> kept,
+               moxie::Workspace& workspace, const Exec& exec) const {
+    moxie::LinearExperts<double>::forward(p, rows, h, kept, workspace, exec);
     if (bug == BankBug::rows_see_their_number) {
       h.eigen() *= 1 + 1e-15 * double(rows.count());
     }
   }
   void backward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, RowView<const double> dh,
-                RowView<double> drows, ParameterView<double> dp, const Tape& tape, moxie::Workspace& workspace,
+                RowView<double> drows, ParameterView<double> dp, RowView<const double> kept, moxie::Workspace& workspace,
                 const Exec& exec) const {
-    moxie::LinearExperts<double>::backward(p, rows, dh, drows, dp, tape, workspace, exec);
+    moxie::LinearExperts<double>::backward(p, rows, dh, drows, dp, kept, workspace, exec);
     if (bug == BankBug::idle_gradient) {
       dp["experts.2.bias"](0, 0) += 1e-30;
     }
@@ -174,18 +174,32 @@ enum class Bug {
   overwrites_gradients,
   allocates,
   masked_output,
-  masked_tokens_count
+  masked_tokens_count,
+  keeps_too_much,
+  recomputes_something_else,
+  frozen_differs
 };
 struct BrokenLayer : moxie::TopKMoE<double> {
   using Base = moxie::TopKMoE<double>;
   using Tape = Base::Tape;
   Bug bug;
   mutable double drift = 0;
+  mutable moxie::Keep last_kept = moxie::Keep::activations;
 
   explicit BrokenLayer(Bug which)
       : Base({.model_dim = dim, .experts = 3, .top_k = 2, .expert = {.hidden_dim = 5}, .balance = {.expert_level = 0.1}}),
         bug(which) {
     moxie::test::randomize(parameters(), 1001);
+  }
+  Tape make_tape(Index max_tokens = 0, moxie::Keep keep = moxie::Keep::activations) const {
+    last_kept = keep;
+    return Base::make_tape(max_tokens, bug == Bug::keeps_too_much ? moxie::Keep::activations : keep);
+  }
+  void forward(const Frozen& frozen, const Tokens<double>& in, RowView<double> y, Tape& tape, const Exec& exec = {}) const {
+    Base::forward(frozen, in, y, tape, exec);
+    if (bug == Bug::frozen_differs) {
+      y(1, 1) *= 1 + 1e-15;
+    }
   }
   void forward(const Tokens<double>& in, RowView<double> y, Tape& tape, const Exec& exec = {}) const {
     Base::forward(in, y, tape, exec);
@@ -218,6 +232,9 @@ struct BrokenLayer : moxie::TopKMoE<double> {
       grads["experts.1.up_proj.weight"].eigen().setZero();
     }
     Base::backward(in, dy, dx, grads, tape, exec);
+    if (bug == Bug::recomputes_something_else && last_kept == moxie::Keep::inputs) {
+      dx(1, 1) *= 1 + 1e-15;
+    }
     if (bug == Bug::gradient_looks_at_position) {
       grads["gate.weight"](0, 0) += 1e-9 * dx(0, 0);
     }
@@ -256,6 +273,10 @@ TEST_CASE("laws: each law of a layer notices its bug") {
   holds(masked(Bug::none));
   is_broken(masked(Bug::masked_output));
   is_broken(masked(Bug::masked_tokens_count));
+  for (const Bug bug : {Bug::keeps_too_much, Bug::recomputes_something_else, Bug::frozen_differs}) {
+    is_broken(moxie::testing::keeping_less_changes_nothing(BrokenLayer(bug), in, dy, options));
+  }
+  holds(moxie::testing::keeping_less_changes_nothing(BrokenLayer(Bug::none), in, dy, options));
   holds(linear(Bug::none));
   is_broken(linear(Bug::quadratic_in_dy));
   holds(added(Bug::none));
@@ -280,11 +301,11 @@ TEST_CASE("laws: a step that allocates is noticed") {
 TEST_CASE("laws: the check of a layer runs all of them, and finds the one that is broken") {
   const Matrix<double> x = moxie::test::random<double>(tokens, dim, 1005);
   LawOptions options;
-  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 10);
-  options.allocations = [] { return moxie::test::allocation_count.load(); };
   CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 11);
+  options.allocations = [] { return moxie::test::allocation_count.load(); };
+  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 12);
   options.permute_tokens = false;
-  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 10);
+  CHECK(moxie::testing::check_layer_laws(BrokenLayer(Bug::none), Tokens<double>{x}, options).size() == 11);
   int broken = 0;
   for (const LawResult& law : moxie::testing::check_layer_laws(BrokenLayer(Bug::quadratic_in_dy), Tokens<double>{x}, options)) {
     broken += law.holds ? 0 : 1;

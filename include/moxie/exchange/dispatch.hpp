@@ -8,18 +8,17 @@
 
 namespace moxie {
 
-/// The rows of the experts, (A x): sparse plans gather tokens by an index, nothing is copied and `storage` stays empty.
+/// The rows of the experts, (A x): sparse plans gather tokens by an index, nothing is copied and `slots` may be empty.
 template <class Scalar>
 GroupedRows<Scalar> dispatch(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
-                             Buffer<Scalar>& /*storage*/, const Exec& /*exec*/) {
+                             RowView<std::type_identity_t<Scalar>> /*slots*/, const Exec& /*exec*/) {
   return {plan.expert_starts(), x, plan.token().data()};
 }
 
-/// The slots X̃_b = D_bᵀ X_b of all sequences, computed into `storage` (R,D).
+/// The slots X̃_b = D_bᵀ X_b of all sequences, computed into `slots` (R,D).
 template <class Scalar>
 GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
-                             Buffer<Scalar>& storage, const Exec& exec) {
-  const RowView<Scalar> slots = storage.matrix(plan.rows(), x.cols());
+                             RowView<std::type_identity_t<Scalar>> slots, const Exec& exec) {
   const Sequences sequences = plan.sequences();
   kernel::grouped_gemm<Scalar>(
       sequences.count(),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <moxie/core/matrix.hpp>
+#include <moxie/kernel/pack.hpp>
 #include <span>
 
 namespace moxie {
@@ -20,6 +21,17 @@ struct GroupedRows {
   Index count(Index expert) const { return begin(expert + 1) - begin(expert); }
   Index begin(Index expert) const { return starts[std::size_t(expert)]; }
   const Scalar* row(Index r) const { return rows.row(index != nullptr ? index[r] : r); }
+  /// The rows of an expert as a factor of a product.
+  kernel::Operand<Scalar> operand(Index expert) const {
+    const Index first = begin(expert);
+    return index != nullptr ? kernel::Operand<Scalar>{{rows.data(), rows.stride(), index + first}}
+                            : kernel::Operand<Scalar>{{rows.row(first), rows.stride()}};
+  }
+  /// The rows of an expert of a matrix that has one for each of these, in their order.
+  template <class T>
+  RowView<T> part(RowView<T> m, Index expert) const {
+    return m.middle_rows(begin(expert), count(expert));
+  }
 };
 
 }  // namespace moxie

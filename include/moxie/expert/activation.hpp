@@ -10,28 +10,35 @@ namespace moxie {
 /// x σ(x). Elfwing et al. 2018; the gate of SwiGLU (Shazeer 2020).
 struct Silu {
   template <class V>
-  static V value(V x) {
-    return x / (kernel::constant<V>(1) + kernel::exp(-x));
+  MOXIE_INLINE static V value(V x) {
+    return x * sigmoid(x);
   }
   /// σ(x) (1 + x (1 - σ(x))).
   template <class V>
-  static V derivative(V x) {
+  MOXIE_INLINE static V derivative(V x) {
     const V one = kernel::constant<V>(1);
-    const V sigmoid = one / (one + kernel::exp(-x));
-    return sigmoid * (one + x * (one - sigmoid));
+    const V s = sigmoid(x);
+    return s * (one + x * (one - s));
+  }
+
+ private:
+  template <class V>
+  MOXIE_INLINE static V sigmoid(V x) {
+    const V one = kernel::constant<V>(1);
+    return one / (one + kernel::exp(-x));
   }
 };
 
 /// max(x, 0), NaN of NaN. The derivative at 0, where there is none, is defined to be 0.
 struct Relu {
   template <class V>
-  static V value(V x) {
+  MOXIE_INLINE static V value(V x) {
     const V zero = kernel::constant<V>(0);
     return kernel::select(x <= zero, zero, x);
   }
   /// 1 where x > 0, 0 elsewhere.
   template <class V>
-  static V derivative(V x) {
+  MOXIE_INLINE static V derivative(V x) {
     const V zero = kernel::constant<V>(0);
     return kernel::select(x > zero, kernel::constant<V>(1), zero);
   }
@@ -40,13 +47,13 @@ struct Relu {
 /// max(x, 0)², NaN of NaN. Squared ReLU: So et al. 2021, "Primer". Differentiable everywhere, 0 at 0.
 struct ReluSquared {
   template <class V>
-  static V value(V x) {
+  MOXIE_INLINE static V value(V x) {
     const V positive = Relu::value(x);
     return positive * positive;
   }
   /// 2 max(x, 0).
   template <class V>
-  static V derivative(V x) {
+  MOXIE_INLINE static V derivative(V x) {
     return kernel::constant<V>(2) * Relu::value(x);
   }
 };
@@ -54,19 +61,19 @@ struct ReluSquared {
 /// x Φ(x) with the normal distribution function Φ. Hendrycks and Gimpel 2016.
 struct GeluErf {
   template <class V>
-  static V value(V x) {
+  MOXIE_INLINE static V value(V x) {
     return x * distribution(x);
   }
   /// Φ(x) + x φ(x).
   template <class V>
-  static V derivative(V x) {
+  MOXIE_INLINE static V derivative(V x) {
     const V inverse_root_two_pi = kernel::constant<V>(0.39894228040143267794);
     return distribution(x) + x * inverse_root_two_pi * kernel::exp(kernel::constant<V>(-0.5) * x * x);
   }
 
  private:
   template <class V>
-  static V distribution(V x) {
+  MOXIE_INLINE static V distribution(V x) {
     const V inverse_root_two = kernel::constant<V>(0.70710678118654752440);
     return kernel::constant<V>(0.5) * (kernel::constant<V>(1) + kernel::erf(x * inverse_root_two));
   }
@@ -75,12 +82,12 @@ struct GeluErf {
 /// 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))): the approximation of the same paper, which DiT and flax use.
 struct GeluTanh {
   template <class V>
-  static V value(V x) {
+  MOXIE_INLINE static V value(V x) {
     return kernel::constant<V>(0.5) * x * (kernel::constant<V>(1) + kernel::tanh(inner(x)));
   }
   /// With u = √(2/π) (x + 0.044715 x³): 0.5 (1 + tanh u) + 0.5 x (1 - tanh² u) u'.
   template <class V>
-  static V derivative(V x) {
+  MOXIE_INLINE static V derivative(V x) {
     const V one = kernel::constant<V>(1);
     const V half = kernel::constant<V>(0.5);
     const V th = kernel::tanh(inner(x));
@@ -93,11 +100,11 @@ struct GeluTanh {
   static constexpr double cubic = 0.044715;
 
   template <class V>
-  static V root_two_over_pi() {
+  MOXIE_INLINE static V root_two_over_pi() {
     return kernel::constant<V>(0.79788456080286535588);
   }
   template <class V>
-  static V inner(V x) {
+  MOXIE_INLINE static V inner(V x) {
     return root_two_over_pi<V>() * (x + kernel::constant<V>(cubic) * x * x * x);
   }
 };

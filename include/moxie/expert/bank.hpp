@@ -9,15 +9,28 @@
 #include <moxie/exchange/grouped_rows.hpp>
 #include <moxie/kernel/gemm.hpp>
 #include <string>
+#include <vector>
 
 namespace moxie {
+
+/// What a forward keeps for its backward.
+enum class Keep {
+  activations,  ///< all that backward needs
+  inputs,       ///< the routing alone: backward computes the experts again, with memory that it gives back
+  nothing,      ///< no backward follows (inference)
+};
 
 /// E experts over one block of weights: what a layer calls, over all routed rows at once, so that products can be grouped and
 /// fused.
 ///
-/// * `Scalar`, `Tape`; `layout()`, `initialize(p, rng)`, `experts()`, `model_dim()`;
-/// * `forward(p, rows, h, tape, exec)`: h (R,D) = expert of each row, overwritten;
-/// * `backward(p, rows, dh, drows, dp, tape, workspace, exec)`: drows (R,D) overwritten, parameter gradients added to dp.
+/// * `Scalar`; `layout()`, `initialize(p, rng)`, `experts()`, `model_dim()`;
+/// * `kept_width()`: how many numbers a row `forward` keeps for `backward`;
+/// * `forward(p, rows, h, kept, workspace, exec)`: h (R,D) = expert of each row, overwritten, and kept (R, kept_width()) unless
+/// it
+///   is empty: then no backward follows, and nothing is kept;
+/// * `backward(p, rows, dh, drows, dp, kept, workspace, exec)`: drows (R,D) overwritten, parameter gradients added to dp;
+/// * where inference can be faster with weights in another form, `freeze(p, exec)` returns them, and `forward` takes them in
+///   place of p.
 ///
 /// Rows are independent, R = 0 is legal, and an expert without rows adds exactly zero. `ExpertBank` makes one of a user's
 /// expert.
@@ -25,13 +38,59 @@ template <class B>
 concept Bank = std::copyable<B> &&
     requires(const B& bank, ParameterView<const typename B::Scalar> p, ParameterView<typename B::Scalar> dp,
              const GroupedRows<typename B::Scalar>& rows, RowView<const typename B::Scalar> dh, RowView<typename B::Scalar> h,
-             typename B::Tape& tape, const typename B::Tape& done, Workspace& workspace, const Exec& exec) {
+             Workspace& workspace, const Exec& exec) {
   { bank.layout() } -> std::convertible_to<const Layout&>;
   bank.initialize(dp, Rng(0));
   { bank.experts() } -> std::convertible_to<Index>;
   { bank.model_dim() } -> std::convertible_to<Index>;
-  bank.forward(p, rows, h, tape, exec);
-  bank.backward(p, rows, dh, h, dp, done, workspace, exec);
+  { bank.kept_width() } -> std::convertible_to<Index>;
+  bank.forward(p, rows, h, h, workspace, exec);
+  bank.backward(p, rows, dh, h, dp, dh, workspace, exec);
+};
+
+/// The weights of a bank, packed for its products once: what `freeze` makes of parameters and inference reads instead of them.
+/// It does not refer to the parameters, which may change or go.
+template <class Scalar>
+class FrozenWeights {
+ public:
+  /// Of the factors B of these products, numbered from 0, and of vectors (biases).
+  FrozenWeights(std::vector<kernel::Product<Scalar>> products, const std::vector<RowView<const Scalar>>& vectors,
+                const Exec& exec)
+      : products_(std::move(products)) {
+    Index size = 0;
+    const auto take = [&](Index n) {
+      offsets_.push_back(size);
+      size += (n + Layout::granularity - 1) / Layout::granularity * Layout::granularity;
+    };
+    for (const auto& product : products_) {
+      take(kernel::panels_size(product));
+    }
+    for (const auto& v : vectors) {
+      take(v.size());
+    }
+    block_.resize(size);
+    exec.parallel_for(Index(products_.size()), [&](Index i) {
+      auto& product = products_[std::size_t(i)];
+      kernel::pack_panels(product, block_.data() + offsets_[std::size_t(i)]);
+      product.b = {};
+    });
+    for (std::size_t i = 0; i < vectors.size(); ++i) {
+      std::copy_n(vectors[i].data(), vectors[i].size(), block_.data() + offsets_[products_.size() + i]);
+    }
+  }
+
+  /// The product without its rows.
+  kernel::Product<Scalar> product(Index i) const {
+    kernel::Product<Scalar> out = products_[std::size_t(i)];
+    out.panels = block_.data() + offsets_[std::size_t(i)];
+    return out;
+  }
+  const Scalar* vector(Index i) const { return block_.data() + offsets_[products_.size() + std::size_t(i)]; }
+
+ private:
+  std::vector<kernel::Product<Scalar>> products_;
+  std::vector<Index> offsets_;  // of the panels, then of the vectors
+  Buffer<Scalar> block_;
 };
 
 /// Options of the expert families with one hidden layer.
@@ -79,88 +138,85 @@ void initialize_glorot(RowView<Scalar> weight, const Rng& rng) {
   rng.fill_uniform(weight, -bound, bound);
 }
 
-/// h_e = rows_e W_eᵀ for every expert, or += : (R_e,in)(in,out) -> (R_e,out).
-template <class Scalar, class WeightOf>
-void multiply_rows(const GroupedRows<Scalar>& rows, WeightOf&& weight, RowView<std::type_identity_t<Scalar>> h, bool add,
-                   const Exec& exec) {
-  kernel::grouped_gemm<Scalar>(
-      rows.experts(),
-      [&](Index e) -> kernel::Product<Scalar> {
-        const RowView<const Scalar> w = weight(e);
-        const Index first = rows.begin(e);
-        const bool gather = rows.index != nullptr;
-        return {rows.count(e),
-                w.rows(),
-                w.cols(),
-                {gather ? rows.rows.data() : rows.rows.row(first), rows.rows.stride(), gather ? rows.index + first : nullptr,
-                 false},
-                kernel::transposed<Scalar>(w),
-                {h.row(first), h.stride(), nullptr, add}};
-      },
-      exec);
+/// A product of these rows with what it was given, to h.
+template <class Scalar>
+kernel::Product<Scalar> with_rows(kernel::Product<Scalar> product, kernel::Operand<Scalar> rows, Index count,
+                                  kernel::Destination<Scalar> h = {}) {
+  product.m = count;
+  product.a = rows;
+  product.c = h;
+  return product;
 }
 
-/// drows_e = dh_e W_e, or += : (R_e,out)(out,in) -> (R_e,in).
-template <class Scalar, class WeightOf>
-void multiply_rows_backward(const GroupedRows<Scalar>& rows, WeightOf&& weight, RowView<const std::type_identity_t<Scalar>> dh,
-                            RowView<std::type_identity_t<Scalar>> drows, bool add, const Exec& exec) {
-  kernel::grouped_gemm<Scalar>(
-      rows.experts(),
-      [&](Index e) -> kernel::Product<Scalar> {
-        const RowView<const Scalar> w = weight(e);
-        const Index first = rows.begin(e);
-        return {rows.count(e),
-                w.cols(),
-                w.rows(),
-                {dh.row(first), dh.stride(), nullptr, false},
-                kernel::plain<Scalar>(w),
-                {drows.row(first), drows.stride(), nullptr, add}};
-      },
-      exec);
+/// A product with Wᵀ, without rows: (.,in)(in,out) -> (.,out). Weights are (out,in).
+template <class Scalar>
+kernel::Product<Scalar> through(RowView<const Scalar> weight) {
+  return {.n = weight.rows(), .k = weight.cols(), .b = kernel::transposed<Scalar>(weight)};
+}
+
+/// dh_e W_e: (R_e,out)(out,in) -> (R_e,in).
+template <class Scalar>
+kernel::Product<Scalar> back_through(RowView<const Scalar> dh, RowView<const std::type_identity_t<Scalar>> weight,
+                                     kernel::Destination<Scalar> drows = {}) {
+  return {.m = dh.rows(),
+          .n = weight.cols(),
+          .k = weight.rows(),
+          .a = kernel::plain<Scalar>(dh),
+          .b = kernel::plain<Scalar>(weight),
+          .c = drows};
 }
 
 /// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order.
-template <class Scalar, class WeightOf>
-void add_weight_gradient(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh, WeightOf&& dweight,
-                         const Exec& exec) {
-  kernel::grouped_gemm<Scalar>(
-      rows.experts(),
-      [&](Index e) -> kernel::Product<Scalar> {
-        const RowView<Scalar> dw = dweight(e);
-        const Index first = rows.begin(e);
-        const bool gather = rows.index != nullptr;
-        if (rows.count(e) == 0) {
-          return {};
-        }
-        return {dw.rows(),
-                dw.cols(),
-                rows.count(e),
-                {dh.row(first), dh.stride(), nullptr, true},
-                {gather ? rows.rows.data() : rows.rows.row(first), rows.rows.stride(), gather ? rows.index + first : nullptr,
-                 false},
-                {dw.data(), dw.stride(), nullptr, true}};
-      },
-      exec);
+template <class Scalar>
+kernel::Product<Scalar> weight_gradient(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh,
+                                        kernel::Rows<std::type_identity_t<Scalar>> dw, Index e) {
+  if (rows.count(e) == 0) {
+    return {};
+  }
+  return {.m = dh.cols(),
+          .n = rows.rows.cols(),
+          .k = rows.count(e),
+          .a = kernel::transposed<Scalar>(rows.part(dh, e)),
+          .b = rows.operand(e),
+          .c = {dw, true}};
 }
 
 /// db_e += column sums of dh_e, in order of rows.
 template <class Scalar, class BiasOf>
 void add_bias_gradient(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh, BiasOf&& dbias,
                        const Exec& exec) {
-  exec.parallel_for(rows.experts(), [&](Index e) {
-    const RowView<Scalar> db = dbias(e);
-    for (Index r = rows.begin(e); r < rows.begin(e + 1); ++r) {
-      db.eigen() += dh.middle_rows(r, 1).eigen();
+  constexpr Index columns = 256;
+  const Index parts = (dh.cols() + columns - 1) / columns;
+  exec.parallel_for(rows.experts() * parts, [&](Index i) {
+    const RowView<Scalar> db = dbias(i / parts);
+    const Index first = i % parts * columns;
+    const Index count = std::min(columns, dh.cols() - first);
+    for (Index r = rows.begin(i / parts); r < rows.begin(i / parts + 1); ++r) {
+      db.eigen().middleCols(first, count) += dh.eigen().row(r).segment(first, count);
     }
   });
 }
 
-/// Each row of h becomes the bias of its expert: what a product is then added to.
+/// Ends a product with a bias: C (m,n) = A B + b, b a row of numbers that `bias(i)` points to.
 template <class Scalar, class BiasOf>
-void set_rows_to_bias(const GroupedRows<Scalar>& rows, BiasOf&& bias, RowView<std::type_identity_t<Scalar>> h,
-                      const Exec& exec) {
-  exec.parallel_for(rows.experts(),
-                    [&](Index e) { h.middle_rows(rows.begin(e), rows.count(e)).eigen().rowwise() = bias(e).eigen().row(0); });
+struct StoreWithBias {
+  BiasOf bias;
+
+  template <class Arch>
+  void operator()(Arch /*arch*/, const kernel::Product<Scalar>& p, Index e, Index row, Index col, Index n,
+                  const Scalar* values) const {
+    using V = kernel::Batch<Scalar, Arch>;
+    const Scalar* b = bias(e) + col;
+    Scalar* to = p.c.row(row) + col;
+    for (Index j = 0; j < n; j += Index{V::size}) {
+      kernel::store(V::load_aligned(values + j) + kernel::load<V>(b + j, n - j), to + j, n - j);
+    }
+  }
+};
+
+template <class Scalar, class BiasOf>
+StoreWithBias<Scalar, BiasOf> store_with_bias(BiasOf bias) {
+  return {bias};
 }
 
 }  // namespace detail

@@ -29,7 +29,7 @@ concept Expert = std::copyable<X> && std::constructible_from<X, Index, const typ
 /// expert throws is thrown to the caller. Tensors: `experts.e.` + the expert's own names.
 ///
 /// The experts are E equal ones, or one for each config of a list, which may differ in width, or in kind with `OneOfExpert`.
-/// Tape: RD. Cost: what the experts cost, an expert on one thread.
+/// Keeps RD numbers. Cost: what the experts cost, an expert on one thread.
 template <class Expert_>
 class ExpertBank {
   static_assert(Expert<Expert_>, "ExpertBank: the type is not an Expert; the requirement that failed is named below");
@@ -37,10 +37,6 @@ class ExpertBank {
  public:
   using Scalar = typename Expert_::Scalar;
   using Config = typename Expert_::Config;
-  class Tape {
-    friend class ExpertBank;
-    Buffer<Scalar> rows_;
-  };
 
   /// E equal experts. Throws ValueError without experts or width, and what the expert's constructor throws.
   ExpertBank(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
@@ -61,6 +57,8 @@ class ExpertBank {
   const Layout& layout() const { return layout_; }
   Index experts() const { return Index(experts_.size()); }
   Index model_dim() const { return model_dim_; }
+  /// The rows, gathered.
+  Index kept_width() const { return model_dim_; }
   /// Expert e, 0 to E-1.
   const Expert_& expert(Index e) const { return experts_[std::size_t(e)]; }
 
@@ -70,9 +68,10 @@ class ExpertBank {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape& tape,
-               const Exec& exec) const {
-    const RowView<Scalar> x = tape.rows_.matrix(rows.count(), model_dim_);
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+               Workspace& workspace, const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> x = kept.size() != 0 ? kept : workspace.matrix<Scalar>(rows.count(), model_dim_);
     exec.parallel_for(experts(), [&](Index e) {
       for (Index r = rows.begin(e); r < rows.begin(e + 1); ++r) {
         std::copy_n(rows.row(r), model_dim_, x.row(r));
@@ -84,11 +83,10 @@ class ExpertBank {
   }
 
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, const Tape& tape, Workspace& /*workspace*/, const Exec& exec) const {
-    const RowView<const Scalar> x = tape.rows_.view(rows.count(), model_dim_);
+                ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& /*workspace*/, const Exec& exec) const {
     exec.parallel_for(experts(), [&](Index e) {
       if (rows.count(e) > 0) {
-        expert(e).backward(of(p, e), part(x, rows, e), part(dh, rows, e), part(drows, rows, e), of(dp, e));
+        expert(e).backward(of(p, e), part(kept, rows, e), part(dh, rows, e), part(drows, rows, e), of(dp, e));
       }
     });
   }

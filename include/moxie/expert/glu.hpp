@@ -11,20 +11,13 @@ namespace moxie {
 ///     f(x) = (act(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ
 ///
 /// Shazeer 2020, "GLU variants improve transformer", equation 6; SwiGLU with act = SiLU, as in DiT-MoE and DeepSeekMoE. Tensors
-/// of expert e: `experts.e.gate_proj.weight` (H,D), `experts.e.up_proj.weight` (H,D), `experts.e.down_proj.weight` (D,H). Tape:
-/// 3RH. Cost: 6RDH forward, 12RDH backward.
+/// of expert e: `experts.e.gate_proj.weight` (H,D), `experts.e.up_proj.weight` (H,D), `experts.e.down_proj.weight` (D,H). Keeps
+/// 2RH numbers. Cost: 6RDH forward, 12RDH backward.
 template <class Scalar_, class Activation>
 class GluExperts {
  public:
   using Scalar = Scalar_;
   using Config = HiddenConfig;
-
-  class Tape {
-    friend class GluExperts;
-    Buffer<Scalar> gate_;    // x Wgᵀ
-    Buffer<Scalar> up_;      // x Wuᵀ
-    Buffer<Scalar> hidden_;  // act(gate) ⊙ up
-  };
 
   GluExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
       : experts_(experts), model_dim_(model_dim), hidden_dim_(config.hidden_dim) {
@@ -43,6 +36,8 @@ class GluExperts {
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
   Index hidden_dim() const { return hidden_dim_; }
+  /// x Wgᵀ and x Wuᵀ, side by side.
+  Index kept_width() const { return 2 * hidden_dim_; }
 
   /// Glorot uniform, each tensor from a stream of its own.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -51,51 +46,128 @@ class GluExperts {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape& tape,
-               const Exec& exec) const {
-    const Index count = rows.count();
-    const RowView<Scalar> gate = tape.gate_.matrix(count, hidden_dim_);
-    const RowView<Scalar> up = tape.up_.matrix(count, hidden_dim_);
-    const RowView<Scalar> hidden = tape.hidden_.matrix(count, hidden_dim_);
-    detail::multiply_rows(rows, detail::of(p, gate_), gate, false, exec);
-    detail::multiply_rows(rows, detail::of(p, up_), up, false, exec);
-    exec.parallel_ranges(count, 16, [&](Index begin, Index end) {
-      kernel::map((end - begin) * hidden_dim_, hidden.row(begin), [](auto g, auto u) { return Activation::value(g) * u; },
-                  gate.row(begin), up.row(begin));
-    });
-    detail::multiply_rows(detail::regrouped(rows, hidden), detail::of(p, down_), h, false, exec);
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+               Workspace& workspace, const Exec& exec) const {
+    run(p, rows, h, kept, workspace, exec);
+  }
+  void forward(const FrozenWeights<Scalar>& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+               Workspace& workspace, const Exec& exec) const {
+    run(weights, rows, h, kept, workspace, exec);
+  }
+  FrozenWeights<Scalar> freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    std::vector<kernel::Product<Scalar>> products;
+    for (Index e = 0; e < experts_; ++e) {
+      products.push_back(to_hidden(p, e));
+      products.push_back(to_out(p, e));
+    }
+    return {products, {}, exec};
   }
 
   /// With a = act(g): dhidden = dh Wd, dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ a; drows = dg Wg + du Wu;
-  /// dWd += dhᵀ hidden, dWg += dgᵀ x, dWu += duᵀ x.
+  /// dWd += dhᵀ hidden, dWg += dgᵀ x, dWu += duᵀ x. What was hidden is computed again from g and u.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const Index count = rows.count();
+                ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<const Scalar> gate = tape.gate_.view(count, hidden_dim_);
-    const RowView<const Scalar> up = tape.up_.view(count, hidden_dim_);
-    const RowView<const Scalar> hidden = tape.hidden_.view(count, hidden_dim_);
-    const RowView<Scalar> dgate = workspace.matrix<Scalar>(count, hidden_dim_);
-    const RowView<Scalar> dup = workspace.matrix<Scalar>(count, hidden_dim_);
-    detail::add_weight_gradient(detail::regrouped(rows, hidden), dh, detail::of(dp, down_), exec);
-    detail::multiply_rows_backward(rows, detail::of(p, down_), dh, dup, false, exec);
-    exec.parallel_ranges(count, 16, [&](Index begin, Index end) {
-      kernel::map((end - begin) * hidden_dim_, std::array{dgate.row(begin), dup.row(begin)},
-                  [](auto d, auto g, auto u) {
-                    return std::array{d * u * Activation::derivative(g), d * Activation::value(g)};
-                  },
-                  dup.row(begin), gate.row(begin), up.row(begin));
-    });
-    detail::add_weight_gradient(rows, dgate, detail::of(dp, gate_), exec);
-    detail::add_weight_gradient(rows, dup, detail::of(dp, up_), exec);
-    detail::multiply_rows_backward(rows, detail::of(p, gate_), dgate, drows, false, exec);
-    detail::multiply_rows_backward(rows, detail::of(p, up_), dup, drows, true, exec);
+    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const RowView<Scalar> dgate_up = workspace.spread<Scalar>(rows.count(), 2 * hidden_dim_);
+    const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
+                                   const Scalar* values) {
+      using V = kernel::Batch<Scalar, decltype(arch)>;
+      const Index r = rows.begin(e) + row;
+      for (Index j = 0; j < n; j += Index{V::size}) {
+        const V dhidden = V::load_aligned(values + j);
+        const V gate = kernel::load<V>(kept.row(r) + col + j, n - j);
+        const V up = kernel::load<V>(kept.row(r) + hidden_dim_ + col + j, n - j);
+        const V value = Activation::value(gate);
+        kernel::store(value * up, hidden.row(r) + col + j, n - j);
+        kernel::store(dhidden * up * Activation::derivative(gate), dgate_up.row(r) + col + j, n - j);
+        kernel::store(dhidden * value, dgate_up.row(r) + hidden_dim_ + col + j, n - j);
+      }
+    };
+    kernel::run_stages<Scalar>(
+        exec,
+        kernel::Stage(
+            experts_, [&](Index e) { return detail::back_through<Scalar>(rows.part(dh, e), down_.of(p, e)); },
+            kernel::Finish(differentiate,
+                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
+                             const Index r = rows.begin(e) + row;
+                             ahead.add(kept.row(r) + col, n);
+                             ahead.add(kept.row(r) + hidden_dim_ + col, n);
+                             ahead.add(hidden.row(r) + col, n);
+                             ahead.add(dgate_up.row(r) + col, n);
+                             ahead.add(dgate_up.row(r) + hidden_dim_ + col, n);
+                           })),
+        kernel::Stage(experts_, [&](Index e) { return detail::weight_gradient(rows, dgate_up, gate_up_weight(dp, e), e); }),
+        kernel::Stage(experts_,
+                      [&](Index e) -> kernel::Product<Scalar> {  // (R,2H)(2H,D) -> (R,D)
+                        return {.m = rows.count(e),
+                                .n = model_dim_,
+                                .k = 2 * hidden_dim_,
+                                .a = kernel::plain<Scalar>(rows.part(dgate_up, e)),
+                                .b = {gate_up_weight(p, e)},
+                                .c = kernel::replace<Scalar>(rows.part(drows, e))};
+                      }),
+        kernel::Stage(experts_, [&](Index e) {
+          return detail::weight_gradient(detail::regrouped(rows, hidden), dh, kernel::rows_of(down_.of(dp, e)), e);
+        }));
   }
 
  private:
+  // The two products of an expert, without rows.
+  kernel::Product<Scalar> to_hidden(ParameterView<const Scalar> p, Index e) const {
+    return {.n = hidden_dim_, .k = model_dim_, .b = {gate_up_weight(p, e), true}, .halves = true};
+  }
+  static kernel::Product<Scalar> to_out(ParameterView<const Scalar> p, Index e) { return detail::through(down_.of(p, e)); }
+  static kernel::Product<Scalar> to_hidden(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e); }
+  static kernel::Product<Scalar> to_out(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e + 1); }
+
+  template <class Weights>
+  void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+           Workspace& workspace, const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const bool keep = kept.size() != 0;
+    // A tile holds a vector of gates beside the same units' ups.
+    const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
+                              const Scalar* values) {
+      using V = kernel::Batch<Scalar, decltype(arch)>;
+      const Index r = rows.begin(e) + row;
+      const V gate = V::load_aligned(values);
+      const V up = V::load_aligned(values + V::size);
+      if (keep) {
+        kernel::store(gate, kept.row(r) + col, n);
+        kernel::store(up, kept.row(r) + hidden_dim_ + col, n);
+      }
+      kernel::store(Activation::value(gate) * up, hidden.row(r) + col, n);
+    };
+    kernel::run_stages<Scalar>(
+        exec,
+        kernel::Stage(
+            experts_, [&](Index e) { return detail::with_rows(to_hidden(weights, e), rows.operand(e), rows.count(e)); },
+            kernel::Finish(activate,
+                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
+                             const Index r = rows.begin(e) + row;
+                             ahead.add(hidden.row(r) + col, n);
+                             if (keep) {
+                               ahead.add(kept.row(r) + col, n);
+                               ahead.add(kept.row(r) + hidden_dim_ + col, n);
+                             }
+                           })),
+        kernel::Stage(experts_, [&](Index e) {
+          return detail::with_rows(to_out(weights, e), kernel::plain<Scalar>(rows.part(hidden, e)), rows.count(e),
+                                   kernel::replace<Scalar>(rows.part(h, e)));
+        }));
+  }
+
   static constexpr detail::BankTensor gate_{0, 3};
   static constexpr detail::BankTensor up_{1, 3};
   static constexpr detail::BankTensor down_{2, 3};
+
+  /// Wg above Wu, (2H,D).
+  template <class T>
+  static kernel::Rows<T> gate_up_weight(ParameterView<T> p, Index expert) {
+    return kernel::stacked(gate_.of(p, expert), up_.of(p, expert));
+  }
 
   Index experts_;
   Index model_dim_;

@@ -10,13 +10,12 @@ struct LinearConfig {
 };
 
 /// A bank of affine maps f(x) = x Wᵀ + b (Switch-DiT's expert). Tensors of expert e: `experts.e.weight` (D,D), `experts.e.bias`
-/// (D). No tape. Cost: 2RD² forward, 4RD² backward.
+/// (D). Keeps nothing. Cost: 2RD² forward, 4RD² backward.
 template <class Scalar_>
 class LinearExperts {
  public:
   using Scalar = Scalar_;
   using Config = LinearConfig;
-  struct Tape {};
 
   LinearExperts(Index experts, Index model_dim, const Config& config = {}, const BankNames& names = {})
       : experts_(experts), model_dim_(model_dim), bias_(config.bias) {
@@ -33,6 +32,7 @@ class LinearExperts {
   const Layout& layout() const { return layout_; }
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
+  Index kept_width() const { return 0; }
 
   /// Weights Glorot uniform, biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -44,25 +44,57 @@ class LinearExperts {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape& /*tape*/,
-               const Exec& exec) const {
-    if (bias_) {
-      detail::set_rows_to_bias(rows, detail::of(p, bias()), h, exec);
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> /*kept*/,
+               Workspace& /*workspace*/, const Exec& exec) const {
+    run([&](Index e) { return detail::through(weight().of(p, e)); }, [&](Index e) { return bias().of(p, e).data(); }, rows, h,
+        exec);
+  }
+  void forward(const FrozenWeights<Scalar>& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h,
+               RowView<Scalar> /*kept*/, Workspace& /*workspace*/, const Exec& exec) const {
+    run([&](Index e) { return weights.product(e); }, [&](Index e) { return weights.vector(e); }, rows, h, exec);
+  }
+  FrozenWeights<Scalar> freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    std::vector<kernel::Product<Scalar>> products;
+    std::vector<RowView<const Scalar>> biases;
+    for (Index e = 0; e < experts_; ++e) {
+      products.push_back(detail::through(weight().of(p, e)));
+      if (bias_) {
+        biases.push_back(bias().of(p, e));
+      }
     }
-    detail::multiply_rows(rows, detail::of(p, weight()), h, bias_, exec);
+    return {products, biases, exec};
   }
 
   /// drows = dh W, dW += dhᵀ x, db += Σ dh.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, const Tape& /*tape*/, Workspace& /*workspace*/, const Exec& exec) const {
-    detail::add_weight_gradient(rows, dh, detail::of(dp, weight()), exec);
+                ParameterView<Scalar> dp, RowView<const Scalar> /*kept*/, Workspace& /*workspace*/, const Exec& exec) const {
+    kernel::run_stages<Scalar>(
+        exec,
+        kernel::Stage(experts_,
+                      [&](Index e) { return detail::weight_gradient(rows, dh, kernel::rows_of(weight().of(dp, e)), e); }),
+        kernel::Stage(experts_, [&](Index e) {
+          return detail::back_through<Scalar>(rows.part(dh, e), weight().of(p, e),
+                                              kernel::replace<Scalar>(rows.part(drows, e)));
+        }));
     if (bias_) {
       detail::add_bias_gradient(rows, dh, detail::of(dp, bias()), exec);
     }
-    detail::multiply_rows_backward(rows, detail::of(p, weight()), dh, drows, false, exec);
   }
 
  private:
+  template <class ProductOf, class BiasOf>
+  void run(const ProductOf& product_of, const BiasOf& bias_of, const GroupedRows<Scalar>& rows, RowView<Scalar> h,
+           const Exec& exec) const {
+    const auto product = [&](Index e) {
+      return detail::with_rows(product_of(e), rows.operand(e), rows.count(e), kernel::replace<Scalar>(rows.part(h, e)));
+    };
+    if (bias_) {
+      kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product, detail::store_with_bias<Scalar>(bias_of)));
+    } else {
+      kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product));
+    }
+  }
+
   detail::BankTensor weight() const { return {0, bias_ ? 2 : 1}; }
   static detail::BankTensor bias() { return {1, 2}; }
 

@@ -11,19 +11,13 @@ namespace moxie {
 ///     f(x) = act(x W1ᵀ + b1) W2ᵀ + b2
 ///
 /// The feed-forward of the transformer; act = GeluTanh in DiT and in Soft MoE's reference, GeluErf elsewhere. Tensors of expert
-/// e: `experts.e.fc1.weight` (H,D), `experts.e.fc1.bias` (H), `experts.e.fc2.weight` (D,H), `experts.e.fc2.bias` (D). Tape:
-/// 2RH. Cost: 4RDH forward, 8RDH backward.
+/// e: `experts.e.fc1.weight` (H,D), `experts.e.fc1.bias` (H), `experts.e.fc2.weight` (D,H), `experts.e.fc2.bias` (D). Keeps RH
+/// numbers. Cost: 4RDH forward, 8RDH backward.
 template <class Scalar_, class Activation>
 class MlpExperts {
  public:
   using Scalar = Scalar_;
   using Config = HiddenConfig;
-
-  class Tape {
-    friend class MlpExperts;
-    Buffer<Scalar> before_;  // x W1ᵀ + b1
-    Buffer<Scalar> hidden_;  // act(before)
-  };
 
   MlpExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
       : experts_(experts), model_dim_(model_dim), hidden_dim_(config.hidden_dim) {
@@ -43,6 +37,8 @@ class MlpExperts {
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
   Index hidden_dim() const { return hidden_dim_; }
+  /// x W1ᵀ + b1.
+  Index kept_width() const { return hidden_dim_; }
 
   /// Weights Glorot uniform, biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -54,41 +50,118 @@ class MlpExperts {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape& tape,
-               const Exec& exec) const {
-    const RowView<Scalar> before = tape.before_.matrix(rows.count(), hidden_dim_);
-    const RowView<Scalar> hidden = tape.hidden_.matrix(rows.count(), hidden_dim_);
-    detail::set_rows_to_bias(rows, detail::of(p, bias1_), before, exec);
-    detail::multiply_rows(rows, detail::of(p, fc1_), before, true, exec);
-    exec.parallel_ranges(rows.count(), 16, [&](Index begin, Index end) {
-      kernel::map((end - begin) * hidden_dim_, hidden.row(begin), [](auto a) { return Activation::value(a); },
-                  before.row(begin));
-    });
-    detail::set_rows_to_bias(rows, detail::of(p, bias2_), h, exec);
-    detail::multiply_rows(detail::regrouped(rows, hidden), detail::of(p, fc2_), h, true, exec);
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+               Workspace& workspace, const Exec& exec) const {
+    run(p, rows, h, kept, workspace, exec);
+  }
+  void forward(const FrozenWeights<Scalar>& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+               Workspace& workspace, const Exec& exec) const {
+    run(weights, rows, h, kept, workspace, exec);
+  }
+  FrozenWeights<Scalar> freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    std::vector<kernel::Product<Scalar>> products;
+    std::vector<RowView<const Scalar>> biases;
+    for (Index e = 0; e < experts_; ++e) {
+      products.push_back(detail::through(fc1_.of(p, e)));
+      products.push_back(detail::through(fc2_.of(p, e)));
+      biases.push_back(bias1_.of(p, e));
+      biases.push_back(bias2_.of(p, e));
+    }
+    return {products, biases, exec};
   }
 
-  /// da = (dh W2) ⊙ act'(a); drows = da W1; dW2 += dhᵀ hidden, db2 += Σ dh, dW1 += daᵀ x, db1 += Σ da.
+  /// da = (dh W2) ⊙ act'(a); drows = da W1; dW2 += dhᵀ hidden, db2 += Σ dh, dW1 += daᵀ x, db1 += Σ da. What was hidden is
+  /// computed again from a.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const Index count = rows.count();
+                ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<const Scalar> before = tape.before_.view(count, hidden_dim_);
-    const RowView<const Scalar> hidden = tape.hidden_.view(count, hidden_dim_);
-    const RowView<Scalar> da = workspace.matrix<Scalar>(count, hidden_dim_);
-    detail::add_weight_gradient(detail::regrouped(rows, hidden), dh, detail::of(dp, fc2_), exec);
-    detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
-    detail::multiply_rows_backward(rows, detail::of(p, fc2_), dh, da, false, exec);
-    exec.parallel_ranges(count, 16, [&](Index begin, Index end) {
-      kernel::map((end - begin) * hidden_dim_, da.row(begin), [](auto d, auto a) { return d * Activation::derivative(a); },
-                  da.row(begin), before.row(begin));
-    });
-    detail::add_weight_gradient(rows, da, detail::of(dp, fc1_), exec);
+    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const RowView<Scalar> da = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
+                                   const Scalar* values) {
+      using V = kernel::Batch<Scalar, decltype(arch)>;
+      const Index r = rows.begin(e) + row;
+      for (Index j = 0; j < n; j += Index{V::size}) {
+        const V before = kernel::load<V>(kept.row(r) + col + j, n - j);
+        kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
+        kernel::store(V::load_aligned(values + j) * Activation::derivative(before), da.row(r) + col + j, n - j);
+      }
+    };
+    kernel::run_stages<Scalar>(
+        exec,
+        kernel::Stage(
+            experts_, [&](Index e) { return detail::back_through<Scalar>(rows.part(dh, e), fc2_.of(p, e)); },
+            kernel::Finish(differentiate,
+                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
+                             const Index r = rows.begin(e) + row;
+                             ahead.add(kept.row(r) + col, n);
+                             ahead.add(hidden.row(r) + col, n);
+                             ahead.add(da.row(r) + col, n);
+                           })),
+        kernel::Stage(experts_, [&](Index e) { return detail::weight_gradient(rows, da, kernel::rows_of(fc1_.of(dp, e)), e); }),
+        kernel::Stage(experts_,
+                      [&](Index e) {
+                        return detail::back_through<Scalar>(rows.part(RowView<const Scalar>(da), e), fc1_.of(p, e),
+                                                            kernel::replace<Scalar>(rows.part(drows, e)));
+                      }),
+        kernel::Stage(experts_, [&](Index e) {
+          return detail::weight_gradient(detail::regrouped(rows, hidden), dh, kernel::rows_of(fc2_.of(dp, e)), e);
+        }));
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
-    detail::multiply_rows_backward(rows, detail::of(p, fc1_), da, drows, false, exec);
+    detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
 
  private:
+  // The two products of an expert, without rows, and their biases.
+  static kernel::Product<Scalar> to_hidden(ParameterView<const Scalar> p, Index e) { return detail::through(fc1_.of(p, e)); }
+  static kernel::Product<Scalar> to_out(ParameterView<const Scalar> p, Index e) { return detail::through(fc2_.of(p, e)); }
+  static const Scalar* hidden_bias(ParameterView<const Scalar> p, Index e) { return bias1_.of(p, e).data(); }
+  static const Scalar* out_bias(ParameterView<const Scalar> p, Index e) { return bias2_.of(p, e).data(); }
+  static kernel::Product<Scalar> to_hidden(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e); }
+  static kernel::Product<Scalar> to_out(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e + 1); }
+  static const Scalar* hidden_bias(const FrozenWeights<Scalar>& weights, Index e) { return weights.vector(2 * e); }
+  static const Scalar* out_bias(const FrozenWeights<Scalar>& weights, Index e) { return weights.vector(2 * e + 1); }
+
+  template <class Weights>
+  void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+           Workspace& workspace, const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const bool keep = kept.size() != 0;
+    const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
+                              const Scalar* values) {
+      using V = kernel::Batch<Scalar, decltype(arch)>;
+      const Index r = rows.begin(e) + row;
+      const Scalar* bias = hidden_bias(weights, e) + col;
+      for (Index j = 0; j < n; j += Index{V::size}) {
+        const V before = V::load_aligned(values + j) + kernel::load<V>(bias + j, n - j);
+        if (keep) {
+          kernel::store(before, kept.row(r) + col + j, n - j);
+        }
+        kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
+      }
+    };
+    kernel::run_stages<Scalar>(
+        exec,
+        kernel::Stage(
+            experts_, [&](Index e) { return detail::with_rows(to_hidden(weights, e), rows.operand(e), rows.count(e)); },
+            kernel::Finish(activate,
+                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
+                             const Index r = rows.begin(e) + row;
+                             ahead.add(hidden.row(r) + col, n);
+                             if (keep) {
+                               ahead.add(kept.row(r) + col, n);
+                             }
+                           })),
+        kernel::Stage(
+            experts_,
+            [&](Index e) {
+              return detail::with_rows(to_out(weights, e), kernel::plain<Scalar>(rows.part(hidden, e)), rows.count(e),
+                                       kernel::replace<Scalar>(rows.part(h, e)));
+            },
+            detail::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); })));
+  }
+
   static constexpr detail::BankTensor fc1_{0, 4};
   static constexpr detail::BankTensor bias1_{1, 4};
   static constexpr detail::BankTensor fc2_{2, 4};

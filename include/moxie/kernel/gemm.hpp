@@ -2,36 +2,24 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
 #include <moxie/core/buffer.hpp>
 #include <moxie/core/exec.hpp>
-#include <moxie/kernel/simd.hpp>
+#include <moxie/kernel/cache.hpp>
+#include <moxie/kernel/pack.hpp>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
 namespace moxie::kernel {
 
-/// A factor of a product. Memory row r starts at `data + stride · (rows ? rows[r] : r)`, so rows can be gathered by an index
-/// without a copy. As a factor it is those rows, or their transpose.
-template <class Scalar>
-struct Operand {
-  const Scalar* data = nullptr;
-  Index stride = 0;
-  const Index* rows = nullptr;
-  bool transposed = false;
-
-  const Scalar* row(Index r) const { return data + stride * (rows != nullptr ? rows[r] : r); }
-};
-
-/// Where a product goes: the same addressing, and whether it replaces or is added to what is there.
+/// Where a product goes, and whether it replaces or is added to what is there.
 template <class Scalar>
 struct Destination {
-  Scalar* data = nullptr;
-  Index stride = 0;
-  const Index* rows = nullptr;
+  Rows<Scalar> rows;
   bool add = false;
 
-  Scalar* row(Index r) const { return data + stride * (rows != nullptr ? rows[r] : r); }
+  Scalar* row(Index r) const { return rows.row(r); }
 };
 
 /// C (m,n) = A (m,k) B (k,n), or C += A B.
@@ -40,229 +28,453 @@ struct Product {
   Index m = 0;
   Index n = 0;
   Index k = 0;
-  Operand<Scalar> a;
-  Operand<Scalar> b;
-  Destination<Scalar> c;
+  Operand<Scalar> a = {};
+  Operand<Scalar> b = {};
+  Destination<Scalar> c = {};
+  /// B has 2n columns, column n + j beside column j: whoever finishes the tiles makes one number of the two.
+  bool halves = false;
+  /// B's panels, as `pack_panels` made them, instead of B.
+  const Scalar* panels = nullptr;
 };
 
-template <class Scalar>
-Operand<Scalar> plain(RowView<const std::type_identity_t<Scalar>> m, const Index* rows = nullptr) {
-  return {m.data(), m.stride(), rows, false};
+template <class T>
+Rows<T> rows_of(RowView<T> m, const Index* index = nullptr) {
+  return {m.data(), m.stride(), index};
+}
+/// The rows of `top`, then those of `bottom`, which has the same stride.
+template <class T>
+Rows<T> stacked(RowView<T> top, RowView<T> bottom) {
+  MOXIE_ASSERT(top.stride() == bottom.stride());
+  return {top.data(), top.stride(), nullptr, top.rows(), bottom.data() - top.row(top.rows())};
 }
 template <class Scalar>
-Operand<Scalar> transposed(RowView<const std::type_identity_t<Scalar>> m, const Index* rows = nullptr) {
-  return {m.data(), m.stride(), rows, true};
+Operand<Scalar> plain(RowView<const std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), false};
 }
 template <class Scalar>
-Destination<Scalar> replace(RowView<std::type_identity_t<Scalar>> m, const Index* rows = nullptr) {
-  return {m.data(), m.stride(), rows, false};
+Operand<Scalar> transposed(RowView<const std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), true};
 }
 template <class Scalar>
-Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index* rows = nullptr) {
-  return {m.data(), m.stride(), rows, true};
+Destination<Scalar> replace(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), false};
 }
+template <class Scalar>
+Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), true};
+}
+
+/// How many numbers the panels of all of B take.
+template <class Scalar, class Arch = DefaultArch>
+Index panels_size(const Product<Scalar>& p) {
+  return Panels<Scalar, Arch>{p.n, p.halves}.count() * p.k * detail::Tile<Scalar, Arch>::cols;
+}
+/// Packs all of B, so that products with the same B need not pack it each time: set `Product::panels` to `out`, which is
+/// aligned and holds `panels_size` numbers.
+template <class Scalar, class Arch = DefaultArch>
+void pack_panels(const Product<Scalar>& p, Scalar* out) {
+  const Panels<Scalar, Arch> panels{p.n, p.halves};
+  panels.pack(p.b, 0, panels.count(), 0, p.k, out, p.k * detail::Tile<Scalar, Arch>::cols);
+}
+
+/// The usual end of a product: a row of a tile goes to C.
+///
+/// What finishes a product is called once for every row of every tile: `finish(product, i, row, col, n, values)` with the
+/// number i of the product and n sums (pairs of sums, where B has halves: a vector of the first, a vector of the second) for
+/// columns [col, col + n) of C. `values` is aligned and holds two vectors.
+struct Store {
+  template <class Arch, class Scalar>
+  void operator()(Arch /*arch*/, const Product<Scalar>& p, Index /*i*/, Index row, Index col, Index n,
+                  const Scalar* values) const {
+    using T = detail::Tile<Scalar, Arch>;
+    using B = Batch<Scalar, Arch>;
+    Scalar* to = p.c.row(row) + col;
+    if (n < T::cols) {
+      for (Index j = 0; j < n; ++j) {
+        to[j] = p.c.add ? to[j] + values[j] : values[j];
+      }
+      return;
+    }
+    B v0 = B::load_aligned(values);
+    B v1 = B::load_aligned(values + T::width);
+    if (p.c.add) {
+      v0 += B::load_unaligned(to);
+      v1 += B::load_unaligned(to + T::width);
+    }
+    v0.store_unaligned(to);
+    v1.store_unaligned(to + T::width);
+  }
+};
+
+/// A `finish` of two functions.
+template <class Call, class Prefetch>
+struct Finish {
+  Finish(Call of_tile, Prefetch before) : call(std::move(of_tile)), prefetch(std::move(before)) {}
+
+  Call call;
+  Prefetch prefetch;
+
+  template <class... Arguments>
+  void operator()(Arguments&&... arguments) const {
+    call(std::forward<Arguments>(arguments)...);
+  }
+};
 
 namespace detail {
 
-/// The register block: Rows x (2 vectors) accumulators, chosen so that they and the operands fit the vector registers.
+/// How a product is cut. Only `depth` touches the bits of a result, and it depends on k and on whether A is
+/// transposed alone.
 template <class Scalar, class Arch>
-struct Tile {
-  static constexpr Index vectors = 2;
-  static constexpr Index width = Index{Batch<Scalar, Arch>::size};
-  static constexpr Index rows = sizeof(Scalar) * std::size_t{width} >= 64 ? 12 : 6;  // 32 registers of 64 bytes, or 16
-  static constexpr Index cols = vectors * width;
-  /// Depth of one pass: a packed panel of B, (depth x cols), stays in the first-level cache.
-  static constexpr Index depth = 256;
+struct Cut {
+  using T = Tile<Scalar, Arch>;
+  static constexpr Index most_rows = 1020 / T::rows * T::rows;
+
+  Index passes = 1;  // over k
+  Index depth = 0;   // of a pass; the last may be shorter
+  Index rows = 0;    // of a task
+  Index panels = 0;  // of a task
+
+  /// `shrink` halves the tasks as often.
+  Cut(const Product<Scalar>& p, Index shrink) {
+    const Index longest = p.a.transposed ? 256 : 1536;
+    passes = std::max(Index{1}, (p.k + longest - 1) / longest);
+    depth = (p.k + passes - 1) / passes;
+    const Index all_panels = panels_of(p).count();
+    // Two fifths of the second-level cache for the panels of a pass, as much for those of the next, and for sums between
+    // passes.
+    const Index budget = second_level_cache() * 2 / 5 / Index{sizeof(Scalar)};
+    panels = std::clamp(budget / std::max(Index{1}, depth * T::cols), Index{1}, std::max(Index{1}, all_panels));
+    rows = most_rows;
+    if (passes > 1) {
+      rows = std::clamp(budget / (panels * T::cols) / T::rows * T::rows, T::rows, most_rows);
+    }
+    for (; shrink > 0; --shrink) {
+      if (panels > 1) {
+        panels = (panels + 1) / 2;
+      } else {
+        rows = std::max(T::rows, rows / 2 / T::rows * T::rows);
+      }
+    }
+    // Tasks of about the same size.
+    panels = even(all_panels, panels, 1);
+    rows = even(p.m, rows, T::rows);
+  }
+
+  static Panels<Scalar, Arch> panels_of(const Product<Scalar>& p) { return {p.n, p.halves}; }
+  Index row_tasks(const Product<Scalar>& p) const { return (p.m + rows - 1) / rows; }
+  Index panel_tasks(const Product<Scalar>& p) const { return (panels_of(p).count() + panels - 1) / panels; }
+  Index tasks(const Product<Scalar>& p) const { return row_tasks(p) * panel_tasks(p); }
+
+ private:
+  /// The size of parts, a multiple of `unit`, when n is cut into as few parts of at most `most`, all about equal.
+  static Index even(Index n, Index most, Index unit) {
+    const Index parts = std::max(Index{1}, (n + most - 1) / most);
+    return std::max(unit, ((n + parts - 1) / parts + unit - 1) / unit * unit);
+  }
 };
 
-/// acc (rows x cols) = A B over `depth` steps; row i of A is read at a[i][p · step], B from a packed panel. One fused
-/// multiply-add an element and step, in the order of p: the bits of an element depend on nothing but its row of A and its
-/// column of B.
+/// Walks over the lines of memory that a task will read first: its part of B, in the first pass.
 template <class Scalar, class Arch>
-void multiply_tile(Index depth, const Scalar* const* a, Index step, const Scalar* panel, Scalar* out) {
+class Lookahead {
+ public:
   using T = Tile<Scalar, Arch>;
-  using B = Batch<Scalar, Arch>;
-  B acc[T::rows][2];
-#pragma GCC unroll 16
-  for (Index i = 0; i < T::rows; ++i) {
-    acc[i][0] = B(Scalar(0));
-    acc[i][1] = B(Scalar(0));
-  }
-  const Scalar* pointers[T::rows];
-#pragma GCC unroll 16
-  for (Index i = 0; i < T::rows; ++i) {
-    pointers[i] = a[i];
-  }
-  for (Index p = 0; p < depth; ++p) {
-    const B b0 = B::load_aligned(panel + p * T::cols);
-    const B b1 = B::load_aligned(panel + p * T::cols + T::width);
-#pragma GCC unroll 16
-    for (Index i = 0; i < T::rows; ++i) {
-      const B x(pointers[i][p * step]);
-      acc[i][0] = fma(x, b0, acc[i][0]);
-      acc[i][1] = fma(x, b1, acc[i][1]);
+
+  /// For the `task`-th part of a product, while `calls` tiles are computed. Panels that are packed already lie in order, and
+  /// the processor foresees them better; nor is there anything to gain where few tiles are computed for much memory.
+  void start(const Product<Scalar>& product, const Cut<Scalar, Arch>& cut, Index task, Index calls) {
+    if (product.panels != nullptr) {
+      return;
+    }
+    product_ = product;
+    panels_ = cut.panels_of(product);
+    first_ = task % cut.panel_tasks(product) * cut.panels;
+    const Index count = std::min(cut.panels, panels_.count() - first_);
+    rows_ = product.b.transposed ? 2 * count * T::width : cut.depth;
+    length_ = product.b.transposed ? cut.depth : count * T::cols;
+    row_ = 0;
+    at_ = length_;
+    lines_ = (rows_ * ((length_ + line - 1) / line) + calls - 1) / calls;
+    if (lines_ > most_lines) {
+      rows_ = 0;
     }
   }
-#pragma GCC unroll 16
-  for (Index i = 0; i < T::rows; ++i) {
-    acc[i][0].store_aligned(out + i * T::cols);
-    acc[i][1].store_aligned(out + i * T::cols + T::width);
-  }
-}
 
-/// n <= Width elements, then zeros up to Width.
-template <Index Width, class Scalar>
-void copy_padded(const Scalar* from, Index n, Scalar* to) {
-  if (n == Width) {
-    std::memcpy(to, from, Width * sizeof(Scalar));  // of a known size: a few vector instructions, no call
-    return;
-  }
-  for (Index j = 0; j < Width; ++j) {
-    to[j] = j < n ? from[j] : Scalar(0);
-  }
-}
-
-/// Packs rows [k0, k0 + depth) and columns [n0, n0 + n) of B into panels [n / cols][depth][cols], padded with zeros.
-template <class Scalar, class Arch>
-void pack_panels(const Operand<Scalar>& b, Index k0, Index depth, Index n0, Index n, Scalar* out) {
-  using T = Tile<Scalar, Arch>;
-  for (Index j0 = 0; j0 < n; j0 += T::cols, out += depth * T::cols) {
-    const Index cols = std::min(T::cols, n - j0);
-    if (!b.transposed) {
-      for (Index p = 0; p < depth; ++p) {
-        copy_padded<T::cols>(b.row(k0 + p) + n0 + j0, cols, out + p * T::cols);
+  /// Adds the next tile's share.
+  void advance(Ahead& ahead) {
+    for (Index i = 0; i < lines_ && (at_ < length_ || row_ < rows_); ++i, at_ += line) {
+      if (at_ >= length_) {
+        from_ = start_of(row_++);
+        at_ = 0;
       }
-    } else {
-      const Scalar* from[T::cols];
-      for (Index j = 0; j < T::cols; ++j) {
-        from[j] = b.row(n0 + j0 + std::min(j, cols - 1)) + k0;  // padding repeats a row: its columns are never stored
-      }
-      for (Index p = 0; p < depth; ++p) {
-        for (Index j = 0; j < T::cols; ++j) {
-          out[p * T::cols + j] = from[j][p];
-        }
-      }
+      ahead.add(from_ + at_, 1);
     }
   }
-}
 
-/// Copies rows [k0, k0 + depth), columns [m0, m0 + rows) of a transposed A to out [depth][Tile::rows], padded with zeros: there
-/// the tile reads its row i at out + i, with step Tile::rows.
-template <class Scalar, class Arch>
-void pack_transposed_rows(const Operand<Scalar>& a, Index k0, Index depth, Index m0, Index rows, Scalar* out) {
-  using T = Tile<Scalar, Arch>;
-  for (Index p = 0; p < depth; ++p) {
-    copy_padded<T::rows>(a.row(k0 + p) + m0, rows, out + p * T::rows);
-  }
-}
+ private:
+  static constexpr Index line = Index{alignment / sizeof(Scalar)};
+  static constexpr Index most_lines = 160;
 
-/// Writes the first m rows and n columns of a tile to C, or adds them.
-template <class Scalar, class Arch>
-void store_tile(const Scalar* tile, Scalar* const* rows, Index m, Index n, bool add) {
-  using T = Tile<Scalar, Arch>;
-  using B = Batch<Scalar, Arch>;
-  for (Index i = 0; i < m; ++i) {
-    const Scalar* from = tile + i * T::cols;
-    Scalar* to = rows[i];
-    if (n == T::cols) {
-      for (Index j = 0; j < T::cols; j += T::width) {
-        const B values = B::load_aligned(from + j);
-        (add ? B::load_unaligned(to + j) + values : values).store_unaligned(to + j);
-      }
-    } else {
-      for (Index j = 0; j < n; ++j) {
-        to[j] = add ? to[j] + from[j] : from[j];
-      }
+  const Scalar* start_of(Index row) const {
+    if (product_.b.transposed) {
+      const auto [column, columns] = panels_.vector(first_ + row / T::width / 2, row / T::width % 2);
+      return product_.b.row(std::min(column + row % T::width, product_.halves ? 2 * product_.n - 1 : product_.n - 1));
     }
+    return product_.b.row(row) + first_ * T::cols;
   }
-}
 
-/// Rows [m0, m1) and columns [n0, n1) of one product.
-template <class Scalar, class Arch>
-void multiply_block(const Product<Scalar>& product, Index m0, Index m1, Index n0, Index n1) {
+  Product<Scalar> product_;
+  Panels<Scalar, Arch> panels_;
+  Index first_ = 0;   // panel
+  Index rows_ = 0;    // pieces of memory to walk over,
+  Index length_ = 0;  // so long each
+  Index row_ = 0;
+  const Scalar* from_ = nullptr;
+  Index at_ = 0;
+  Index lines_ = 0;  // a tile
+};
+
+/// Memory of a thread that lasts from task to task: one large page, which the largest task fits, so that it is taken once.
+template <class Scalar>
+class TaskMemory {
+ public:
+  void resize(Index panels, Index rows, Index sums) {
+    rows_ = round_up(panels);
+    sums_ = rows_ + round_up(rows);
+    block_.resize(std::max(sums_ + sums, Index{moxie::detail::large_page / sizeof(Scalar)}));
+  }
+  Scalar* panels() { return block_.data(); }
+  Scalar* rows() { return block_.data() + rows_; }
+  Scalar* sums() { return block_.data() + sums_; }
+
+ private:
+  static Index round_up(Index n) { return moxie::detail::spread_stride<Scalar>(n); }
+
+  Buffer<Scalar> block_;
+  Index rows_ = 0;
+  Index sums_ = 0;
+};
+
+/// The `task`-th part of product i, while the memory of a later task is fetched: `prepare(later, calls)` says which.
+template <class Scalar, class Arch, class Finish, class Prepare>
+void multiply_part(const Product<Scalar>& product, Index i, const Cut<Scalar, Arch>& cut, Index task, const Finish& finish,
+                   const Prepare& prepare) {
   using T = Tile<Scalar, Arch>;
-  thread_local Buffer<Scalar> packed_b;
-  thread_local Buffer<Scalar> packed_a;
-  const Index panels = (n1 - n0 + T::cols - 1) / T::cols;
-  packed_b.resize(panels * T::cols * std::min(T::depth, product.k));
-  packed_a.resize(T::rows * T::depth);
-  alignas(alignment) Scalar tile[T::rows * T::cols];
+  thread_local TaskMemory<Scalar> memory;
+  Lookahead<Scalar, Arch> later;
+  Ahead ahead;
+  const Panels<Scalar, Arch> panels = cut.panels_of(product);
+  const Index m0 = task / cut.panel_tasks(product) * cut.rows;
+  const Index m1 = std::min(product.m, m0 + cut.rows);
+  const Index q0 = task % cut.panel_tasks(product) * cut.panels;
+  const Index count = std::min(cut.panels, panels.count() - q0);
+  const Index tiles = (m1 - m0 + T::rows - 1) / T::rows;
+  // Rows that lie a multiple of 4 KiB apart share the sets of the first-level cache: a tile of them is copied.
+  const bool copy_rows = product.a.transposed || product.a.rows.stride * Index{sizeof(Scalar)} % 4096 == 0;
+  constexpr Index copied_tiles = 8;  // of a transposed A: whole cache lines of its rows are read
+  // What is packed side by side starts in different sets of the cache.
+  const Index copied_stride = moxie::detail::spread_stride<Scalar>(cut.depth);
+  const Index copied_tile_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::rows);
+  const Index packed_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::cols);
 
-  Index k0 = 0;
-  do {  // once even for k = 0: an empty sum is zero
-    const Index depth = std::min(T::depth, product.k - k0);
-    const bool add = product.c.add || k0 > 0;
-    pack_panels<Scalar, Arch>(product.b, k0, depth, n0, n1 - n0, packed_b.data());
-    for (Index i0 = m0; i0 < m1; i0 += T::rows) {
-      const Index rows = std::min(T::rows, m1 - i0);
+  memory.resize(product.panels == nullptr ? count * packed_stride : 0,
+                product.a.transposed ? copied_tiles * copied_tile_stride
+                : copy_rows          ? T::rows * copied_stride
+                                     : 0,
+                (cut.passes > 1 ? tiles * count : 1) * T::size);
+  prepare(later, tiles * count * cut.passes);
+  for (Index pass = 0; pass < cut.passes; ++pass) {
+    const Index k0 = pass * cut.depth;
+    const Index depth = std::max(Index{0}, std::min(cut.depth, product.k - k0));
+    const bool packed = product.panels != nullptr;
+    const Index panel_stride = packed ? product.k * T::cols : packed_stride;
+    const Scalar* panel = packed ? product.panels + (q0 * product.k + k0) * T::cols : memory.panels();
+    if (!packed) {
+      panels.pack(product.b, q0, count, k0, depth, memory.panels(), packed_stride);
+    }
+    for (Index tile = 0, row = m0; tile < tiles; ++tile) {
+      // Heights that differ by one at most, unless tiles are copied by whole vectors.
+      const Index rows = product.a.transposed ? std::min(T::rows, m1 - row) : (m1 - row + tiles - tile - 1) / (tiles - tile);
       const Scalar* a[T::rows];
-      Scalar* c[T::rows];
-      Index step = 1;
       if (product.a.transposed) {
-        pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, i0, rows, packed_a.data());
-        step = T::rows;
-      }
-      for (Index i = 0; i < T::rows; ++i) {
-        const Index r = i0 + std::min(i, rows - 1);  // rows beyond the edge repeat the last one and are not stored
-        a[i] = product.a.transposed ? packed_a.data() + i : product.a.row(r) + k0;
-        c[i] = product.c.row(r) + n0;
-      }
-      for (Index q = 0; q < panels; ++q) {
-        multiply_tile<Scalar, Arch>(depth, a, step, packed_b.data() + q * depth * T::cols, tile);
-        store_tile<Scalar, Arch>(tile, c, rows, std::min(T::cols, n1 - n0 - q * T::cols), add);
-        for (Index i = 0; i < rows; ++i) {
-          c[i] += T::cols;
+        const Index local = tile % copied_tiles;
+        if (local == 0) {
+          pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(copied_tiles * T::rows, m1 - row),
+                                             memory.rows(), copied_tile_stride);
+        }
+        a[0] = memory.rows() + local * copied_tile_stride;
+      } else {
+        for (Index r = 0; r < rows; ++r) {
+          a[r] = product.a.row(row + r) + k0;
+          if (copy_rows) {
+            Scalar* copy = memory.rows() + r * copied_stride;
+            std::copy_n(a[r], depth, copy);
+            a[r] = copy;
+          }
         }
       }
+      const auto multiply = (product.a.transposed ? multiply_tiles<true, Scalar, Arch>
+                                                  : multiply_tiles<false, Scalar, Arch>)[std::size_t(rows - 1)];
+      const bool last = pass + 1 == cut.passes;
+      for (Index q = 0; q < count; ++q) {
+        Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * count + q : 0) * T::size;
+        const Index col = (q0 + q) * panels.outputs();
+        ahead.clear();
+        if constexpr (requires { finish.prefetch(ahead, product, i, row, col, col); }) {
+          for (Index r = 0; r < rows && last; ++r) {
+            finish.prefetch(ahead, product, i, row + r, col, panels.outputs());
+          }
+        }
+        later.advance(ahead);
+        ahead.settle();
+        multiply(depth, a, panel + q * panel_stride, sums, pass > 0, ahead);
+        if (last) {
+          const Index n = panels.outputs_of(q0 + q);
+          for (Index r = 0; r < rows; ++r) {
+            finish(Arch{}, product, i, row + r, col, n, sums + r * T::cols);
+          }
+        }
+      }
+      row += rows;
     }
-    k0 += depth;
-  } while (k0 < product.k);
+  }
 }
+
+template <class F>
+struct AtExit {
+  F f;
+  ~AtExit() { f(); }
+};
+template <class F>
+AtExit(F) -> AtExit<F>;
 
 }  // namespace detail
 
-/// Computes `product(i)` for i = 0, ..., count-1 as one list of tasks shared by all threads.
+/// `count` products that may run side by side. `product(i)` is called several times for an index, by several threads at once.
+/// `finish` takes the sums: see `Store`.
+template <class ProductOf, class End = Store>
+struct Stage {
+  explicit Stage(Index products, ProductOf of, End end = {})
+      : count(products), product(std::move(of)), finish(std::move(end)) {}
+
+  Index count;
+  ProductOf product;
+  End finish;
+};
+
+/// Computes stages of equally many products, as one list of tasks shared by all threads. Product i of a stage starts when
+/// product i of every stage before it has ended; all else runs side by side, without a barrier.
 ///
-/// `product` is called several times for an index, by several threads at once. Products may differ in size; an empty one costs
-/// nothing. Accumulation in `Scalar`, one fused multiply-add a step (a multiply
-/// and an add where the instruction set has none), over the depth in order, in passes of a fixed depth: the bits of an element
-/// do not depend on the number of threads, on how the product is cut, nor on the other rows and columns. Two products of a call
-/// must not write the same elements.
+/// Products may differ in size; an empty one costs nothing. Accumulation in `Scalar`, one fused multiply-add a step (a multiply
+/// and an add where the instruction set has none), over the depth in order, in passes whose depth follows from k and from
+/// whether A is transposed: the bits of an element do not depend on the number of threads, on how the product is cut, nor on
+/// the other rows and columns. Products that may run side by side must not write the same elements.
+template <class Scalar, class Arch = DefaultArch, class... Stages>
+void run_stages(const Exec& exec, const Stages&... stages) {
+  using Cut = detail::Cut<Scalar, Arch>;
+  constexpr Index stage_count = sizeof...(Stages);
+  struct Part {
+    Index stage = 0;
+    Index product = 0;
+    Index first = 0;   // its first task, of all
+    Index needed = 0;  // tasks of earlier stages of this product
+  };
+  struct Plan {
+    std::vector<Part> parts;
+    std::vector<Index> tasks;     // of each product, in the stages so far
+    std::vector<Index> finished;  // of each product
+  };
+  thread_local Plan plans;
+  Plan& plan = plans;  // the caller's, also inside the parallel region
+  const Index count = std::get<0>(std::tie(stages...)).count;
+
+  // Tasks halved until every thread has enough of them to share evenly.
+  std::array<Index, std::size_t(stage_count)> shrink{};
+  const Index wanted = exec.thread_count() > 1 ? 16 * exec.thread_count() : 1;
+  Index s = 0;
+  const auto settle = [&](const auto& stage) {
+    MOXIE_ASSERT(stage.count == count);
+    for (;; ++shrink[std::size_t(s)]) {
+      Index tasks = 0;
+      bool smallest = true;
+      for (Index i = 0; i < count; ++i) {
+        const Product<Scalar> p = stage.product(i);
+        const Cut cut(p, shrink[std::size_t(s)]);
+        tasks += cut.tasks(p);
+        smallest = smallest && cut.panels == 1 && cut.rows <= 4 * Cut::T::rows;
+      }
+      if (tasks >= wanted || smallest) {
+        break;
+      }
+    }
+    ++s;
+  };
+  (settle(stages), ...);
+
+  // Each stage one product behind the one before, so that what it waits for has been claimed long ago.
+  plan.parts.clear();
+  plan.tasks.assign(std::size_t(count), 0);
+  plan.finished.assign(std::size_t(count), 0);
+  Index total = 0;
+  for (Index i = 0; i < count + stage_count - 1; ++i) {
+    s = 0;
+    const auto add = [&](const auto& stage) {
+      const Index product = i - s;
+      if (product >= 0 && product < count) {
+        const Product<Scalar> p = stage.product(product);
+        const Index tasks = Cut(p, shrink[std::size_t(s)]).tasks(p);
+        plan.parts.push_back({s, product, total, plan.tasks[std::size_t(product)]});
+        plan.tasks[std::size_t(product)] += tasks;
+        total += tasks;
+      }
+      ++s;
+    };
+    (add(stages), ...);
+  }
+  const auto part_of = [&](Index task) -> const Part& {
+    return *(
+        std::upper_bound(plan.parts.begin(), plan.parts.end(), task, [](Index t, const Part& part) { return t < part.first; }) -
+        1);
+  };
+  // Calls f(stage, product, cut) for a part.
+  const auto with = [&](const Part& part, const auto& f) {
+    Index at = 0;
+    const auto call = [&](const auto& stage) {
+      if (at++ == part.stage) {
+        const Product<Scalar> p = stage.product(part.product);
+        f(stage, p, Cut(p, shrink[std::size_t(part.stage)]));
+      }
+    };
+    (call(stages), ...);
+  };
+  const Index threads = exec.thread_count();
+  exec.parallel_for(total, [&](Index task) {
+    const Part& part = part_of(task);
+    const std::atomic_ref<Index> finished(plan.finished[std::size_t(part.product)]);
+    for (Index spins = 0; finished.load(std::memory_order_acquire) < part.needed; ++spins) {
+      if (spins > 1000) {
+        std::this_thread::yield();
+      }
+    }
+    const detail::AtExit count_as_finished{[&] { finished.fetch_add(1, std::memory_order_release); }};  // even if it throws
+    const auto prepare = [&](detail::Lookahead<Scalar, Arch>& ahead, Index calls) {
+      const Index next = task + threads;  // this thread's next one, most likely
+      if (next < total) {
+        const Part& later = part_of(next);
+        with(later, [&](const auto& /*stage*/, const Product<Scalar>& p, const Cut& cut) {
+          ahead.start(p, cut, next - later.first, calls);
+        });
+      }
+    };
+    with(part, [&](const auto& stage, const Product<Scalar>& p, const Cut& cut) {
+      detail::multiply_part<Scalar, Arch>(p, part.product, cut, task - part.first, stage.finish, prepare);
+    });
+  });
+}
+
+/// Computes `product(i)` for i = 0, ..., count-1.
 template <class Scalar, class Arch = DefaultArch, class F>
 void grouped_gemm(Index count, F&& product, const Exec& exec) {
-  using T = detail::Tile<Scalar, Arch>;
-  const auto blocks = [](Index n, Index block) { return (n + block - 1) / block; };
-  // Blocks as large as the packing needs to be cheap, halved until every thread has some of them.
-  Index rows = 20 * T::rows;
-  Index cols = 256;
-  const Index wanted = exec.thread_count() > 1 ? 4 * exec.thread_count() : 1;
-  thread_local std::vector<Index> starts;  // the first task of each product, and their number
-  std::vector<Index>& first = starts;      // the caller's, also inside the parallel region
-  const auto cut = [&] {
-    first.assign(1, 0);
-    for (Index i = 0; i < count; ++i) {
-      const Product<Scalar> p = product(i);
-      first.push_back(first.back() + blocks(p.m, rows) * blocks(p.n, cols));
-    }
-    return first.back();
-  };
-  while (cut() < wanted && (rows > 4 * T::rows || cols > 64)) {
-    if (cols > 64) {
-      cols /= 2;
-    } else {
-      rows /= 2;
-      rows = blocks(rows, T::rows) * T::rows;
-    }
-  }
-  exec.parallel_for(first.back(), [&](Index task) {
-    const auto next = std::upper_bound(first.begin(), first.end(), task);
-    const Index i = Index(next - first.begin()) - 1;
-    const Product<Scalar> p = product(i);
-    const Index local = task - first[static_cast<std::size_t>(i)];
-    const Index n0 = local % blocks(p.n, cols) * cols;
-    const Index m0 = local / blocks(p.n, cols) * rows;
-    detail::multiply_block<Scalar, Arch>(p, m0, std::min(p.m, m0 + rows), n0, std::min(p.n, n0 + cols));
-  });
+  run_stages<Scalar, Arch>(exec, Stage(count, std::forward<F>(product)));
 }
 
 /// One product: C = A B, or C += A B.

@@ -14,19 +14,66 @@ using DefaultArch = xsimd::default_arch;
 template <class Scalar, class Arch = DefaultArch>
 using Batch = xsimd::batch<Scalar, Arch>;
 
+/// Whether an instruction set with vectors of less than 64 bytes has 32 vector registers, not 16.
+template <class Arch>
+inline constexpr bool has_32_registers = std::is_base_of_v<xsimd::neon64, Arch>;
+
 using xsimd::fma;
 using xsimd::select;  // select(condition, where it holds, elsewhere); conditions are comparisons of batches
 
+/// The same vector, of which the compiler does not know whence it came: clang++ would read a number that two products share
+/// from memory twice, and the second read costs more than a register.
+template <class V>
+MOXIE_INLINE V in_register(V v) {
+#if defined(__clang__) && defined(__x86_64__)
+  asm("" : "+v"(v.data));
+#endif
+  return v;
+}
+
+/// Asks for n elements at p, which will be read.
+template <class Scalar>
+MOXIE_INLINE void prefetch(const Scalar* p, Index n) {
+  for (Index j = 0; j < n; j += Index{64 / sizeof(Scalar)}) {
+    __builtin_prefetch(p + j, 0, 2);
+  }
+}
+
 /// A constant in the precision of the batch's elements.
 template <class V>
-V constant(double value) {
+MOXIE_INLINE V constant(double value) {
   return V(static_cast<typename V::value_type>(value));
 }
 
 /// x within ±1000: what smooth functions that have long reached their limits there may compute with. NaN becomes -1000.
 template <class V>
-V limited(const V& x) {
+MOXIE_INLINE V limited(const V& x) {
   return xsimd::min(constant<V>(1000), xsimd::max(constant<V>(-1000), x));
+}
+
+/// The first n elements at p, zeros after them; n may be more than a vector holds.
+template <class V>
+MOXIE_INLINE V load(const typename V::value_type* p, Index n) {
+  constexpr Index width = Index{V::size};
+  if (n >= width) {
+    return V::load_unaligned(p);
+  }
+  std::array<typename V::value_type, V::size> copy{};
+  std::copy_n(p, n, copy.begin());
+  return V::load_unaligned(copy.data());
+}
+
+/// The first n elements to p; n may be more than a vector holds.
+template <class V>
+MOXIE_INLINE void store(const V& v, typename V::value_type* p, Index n) {
+  constexpr Index width = Index{V::size};
+  if (n >= width) {
+    v.store_unaligned(p);
+    return;
+  }
+  std::array<typename V::value_type, V::size> copy;
+  v.store_unaligned(copy.data());
+  std::copy_n(copy.begin(), n, p);
 }
 
 namespace detail {
@@ -34,7 +81,7 @@ namespace detail {
 /// f(x) for x within ±1000, where exp, tanh and erf have long reached their limits, the limits beyond, and NaN of NaN: they
 /// convert multiples of x to integers, which has no defined result for the largest floating-point numbers and NaN.
 template <class V, class F>
-V within_limits(const V& x, F&& f) {
+MOXIE_INLINE V within_limits(const V& x, F&& f) {
   const auto is_number = x == x;
   return xsimd::select(is_number, f(xsimd::select(is_number, limited(x), constant<V>(0))), x);
 }
@@ -42,15 +89,15 @@ V within_limits(const V& x, F&& f) {
 }  // namespace detail
 
 template <class V>
-V exp(const V& x) {
+MOXIE_INLINE V exp(const V& x) {
   return detail::within_limits(x, [](const V& v) { return xsimd::exp(v); });
 }
 template <class V>
-V tanh(const V& x) {
+MOXIE_INLINE V tanh(const V& x) {
   return detail::within_limits(x, [](const V& v) { return xsimd::tanh(v); });
 }
 template <class V>
-V erf(const V& x) {
+MOXIE_INLINE V erf(const V& x) {
   return detail::within_limits(x, [](const V& v) { return xsimd::erf(v); });
 }
 

@@ -13,6 +13,44 @@
 
 namespace moxie {
 
+namespace detail {
+
+/// What a bank reads in inference: what its `freeze` made, or a copy of its parameters.
+template <class B>
+class Frozen {
+ public:
+  using Scalar = typename B::Scalar;
+  static constexpr bool packs = requires(const B& bank, ParameterView<const Scalar> p, const Exec& exec) {
+    bank.freeze(p, exec);
+  };
+
+  Frozen(const B& bank, ParameterView<const Scalar> p, const Exec& exec) : weights_(make(bank, p, exec)) {}
+
+  template <class... Arguments>
+  void forward(const B& bank, Arguments&&... arguments) const {
+    if constexpr (packs) {
+      bank.forward(weights_, std::forward<Arguments>(arguments)...);
+    } else {
+      bank.forward(ParameterView<const Scalar>(bank.layout(), weights_.data()), std::forward<Arguments>(arguments)...);
+    }
+  }
+
+ private:
+  static auto make(const B& bank, ParameterView<const Scalar> p, const Exec& exec) {
+    if constexpr (packs) {
+      return bank.freeze(p, exec);
+    } else {
+      Buffer<Scalar> copy(bank.layout().size());
+      std::copy_n(p.data(), copy.size(), copy.data());
+      return copy;
+    }
+  }
+
+  decltype(make(std::declval<const B&>(), std::declval<ParameterView<const Scalar>>(), std::declval<const Exec&>())) weights_;
+};
+
+}  // namespace detail
+
 /// The mixture-of-experts layer: the one algorithm under every named layer.
 ///
 ///     plan = route(x)                     who computes what, and how much it counts
@@ -54,6 +92,7 @@ class Moe {
    private:
     friend class Moe;
 
+    Keep keep_ = Keep::activations;
     // The layer that a forward was of; none before the first one, after one that threw, and where the tape was moved away.
     std::shared_ptr<const Layout> layer_;
     Index tokens_ = 0;
@@ -61,11 +100,12 @@ class Moe {
     Buffer<Index> sequence_starts_;
     Plan plan_;
     typename Router_::Tape router_;
+    Buffer<Index> shared_starts_;
+    // What Keep::activations keeps: the slots (dense plans), what the experts made of the rows, and what the banks keep.
     Buffer<Scalar> slots_;
     Buffer<Scalar> h_;
-    Buffer<Index> shared_starts_;
-    typename Experts_::Tape experts_;
-    typename Experts_::Tape shared_;
+    Buffer<Scalar> experts_;
+    Buffer<Scalar> shared_;
     // With a mask: the tokens that take part.
     bool masked_ = false;
     Buffer<Index> unmasked_;         // their rows in x
@@ -76,6 +116,17 @@ class Moe {
     // Scratch of backward: anyone may throw it away.
     mutable typename Plan::Gradient dplan_;
     mutable Workspace workspace_;
+  };
+
+  /// The layer for inference: the router's parameters, and weights in the form that the kernels read. It refers to no block, so
+  /// that parameters may change or go.
+  class Frozen {
+    friend class Moe;
+
+    std::shared_ptr<const Layout> layer_;
+    Buffer<Scalar> router_;
+    std::optional<detail::Frozen<Experts_>> experts_;
+    std::optional<detail::Frozen<Experts_>> shared_;
   };
 
   /// Throws ValueError if the parts differ in experts or width.
@@ -124,9 +175,16 @@ class Moe {
   }
 
   /// A tape. The first step of a shape takes the memory it needs, and later ones reuse it; `max_tokens` is a hint.
-  Tape make_tape(Index max_tokens = 0) const {
+  ///
+  /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds R(D + kept_width) numbers, T·kept_width more for a shared expert,
+  /// RD more for the slots of a dense plan; with Keep::inputs and Keep::nothing none of these. What the router keeps comes on
+  /// top.
+  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
     Tape tape;
-    tape.h_.matrix(max_tokens, model_dim());
+    tape.keep_ = keep;
+    if (keep == Keep::activations) {
+      tape.h_.matrix(max_tokens, model_dim());
+    }
     return tape;
   }
 
@@ -151,28 +209,34 @@ class Moe {
   /// The same over a block of parameters that lives elsewhere (one block for a whole model).
   void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
                const Exec& exec = {}) const {
-    const std::string& where = forward_name_;
-    detail::expect_tokens(where, in, model_dim());
-    detail::expect_shape(where, "y", y, in.count(), model_dim());
-    detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
-    detail::expect_value(!detail::rows_overlap(y), where, "the rows of y overlap");
-    expect_layout(where, p);
-    detail::expect_value(!detail::overlaps(block_of(p), y) && !detail::overlaps(in.condition, y), where,
-                         "y overlaps the parameters or the condition");
-
-    tape.layer_.reset();
-    try {
-      run_unmasked(p, in, y, tape, exec);
-    } catch (...) {  // a tape without a forward, not one with parts of two
-      tape.masked_ = false;
-      tape.plan_ = {};
-      tape.router_ = {};
-      throw;
-    }
+    expect_layout(forward_name_, p);
+    detail::expect_value(!detail::overlaps(block_of(p), y), forward_name_, "y overlaps the parameters");
+    run_checked(p, in, y, tape, exec);
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
     tape.condition_dim_ = in.condition.cols();
     in.sequences.copy_starts(tape.sequence_starts_);
+  }
+
+  /// Packs the layer's weights, or those of a block, for any number of forwards without a backward.
+  Frozen freeze(const Exec& exec = {}) const { return freeze(parameters_.view(), exec); }
+  Frozen freeze(ParameterView<const Scalar> p, const Exec& exec = {}) const {
+    expect_layout(freeze_name_, p);
+    Frozen frozen;
+    frozen.layer_ = layout_;
+    frozen.router_.resize(router_.layout().size());
+    std::copy_n(router_part(p).data(), frozen.router_.size(), frozen.router_.data());
+    frozen.experts_.emplace(experts_, experts_part(p), exec);
+    if (shared_) {
+      frozen.shared_.emplace(*shared_, shared_part(p), exec);
+    }
+    return frozen;
+  }
+  /// The same y as with the parameters that were frozen, faster where experts have few rows; bit for bit. The tape holds the
+  /// plan, and nothing for a backward.
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
+    detail::expect_value(frozen.layer_ == layout_, forward_name_, "the weights were not frozen by this layer");
+    run_checked(frozen, in, y, tape, exec);
   }
 
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
@@ -189,6 +253,7 @@ class Moe {
     detail::expect_value(!detail::overlaps(in.x, din.x) && !detail::overlaps(dy, din.x), where, "dx overlaps x or dy");
     detail::expect_value(!detail::rows_overlap(din.x), where, "the rows of dx overlap");
     detail::expect_value(tape.layer_ == layout_, where, "the tape holds no forward of this layer");
+    detail::expect_value(tape.keep_ != Keep::nothing, where, "the tape was made to keep nothing for a backward");
     detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
     expect_layout(where, p);
     expect_layout(where, grads);
@@ -217,9 +282,30 @@ class Moe {
   }
 
  private:
+  /// Checks all but the weights, and runs; after a failure and afterwards the tape has no forward.
+  template <class Weights>
+  void run_checked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
+    const std::string& where = forward_name_;
+    detail::expect_tokens(where, in, model_dim());
+    detail::expect_shape(where, "y", y, in.count(), model_dim());
+    detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
+    detail::expect_value(!detail::rows_overlap(y), where, "the rows of y overlap");
+    detail::expect_value(!detail::overlaps(in.condition, y), where, "y overlaps the condition");
+
+    tape.layer_.reset();
+    try {
+      run_unmasked(weights, in, y, tape, exec);
+    } catch (...) {  // a tape without a forward, not one with parts of two
+      tape.masked_ = false;
+      tape.plan_ = {};
+      tape.router_ = {};
+      throw;
+    }
+  }
+
   /// Leaves masked tokens out and runs the rest.
-  void run_unmasked(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
-                    const Exec& exec) const {
+  template <class Weights>
+  void run_unmasked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
     tape.masked_ = !in.mask.empty();
     if (tape.masked_) {
       leave_out_masked(in, tape);
@@ -227,44 +313,109 @@ class Moe {
       Workspace& workspace = tape.workspace_;
       const Workspace::Frame frame(workspace);
       const RowView<Scalar> part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
-      run(p, unmasked, part, tape, exec);
+      run(weights, unmasked, part, tape, exec);
       scatter(part, y, tape);
     } else {
-      run(p, in, y, tape, exec);
+      run(weights, in, y, tape, exec);
     }
   }
 
   /// The three steps, over tokens that are not masked; the arguments have been checked.
-  void run(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
-    router_.route(router_part(p), in, tape.plan_, tape.router_, tape.workspace_, exec);
+  template <class Weights>
+  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
+    router_.route(router_part(weights), in, tape.plan_, tape.router_, tape.workspace_, exec);
     if (tape.plan_.tokens() != in.count() || tape.plan_.experts() != experts_.experts()) {
       throw ValueError(forward_name_ + ": the router planned " + std::to_string(tape.plan_.tokens()) + " tokens and " +
                        std::to_string(tape.plan_.experts()) + " experts, expected " + std::to_string(in.count()) + " and " +
                        std::to_string(experts_.experts()));
     }
-    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, tape.slots_, exec);
-    const RowView<Scalar> h = tape.h_.matrix(rows.count(), model_dim());
-    experts_.forward(experts_part(p), rows, h, tape.experts_, exec);
-    if (shared_) {
-      shared_->forward(shared_part(p), all_rows(in, tape), y, tape.shared_, exec);
+    tape.shared_starts_.resize(2);
+    tape.shared_starts_[0] = 0;
+    tape.shared_starts_[1] = in.count();
+    const Workspace::Frame frame(tape.workspace_);
+    if (tape.keep_ == Keep::activations && !std::is_same_v<Weights, Frozen>) {
+      const Index rows = tape.plan_.rows();
+      run_experts(weights, in, y,
+                  {tape.slots_.matrix(slot_rows(tape), model_dim()), tape.h_.matrix(rows, model_dim()),
+                   tape.experts_.spread(rows, experts_.kept_width()), tape.shared_.spread(shared_rows(in), shared_width())},
+                  tape, exec);
     } else {
+      run_experts(weights, in, y, scratch(in, tape, false), tape, exec);
+    }
+  }
+
+  /// What the experts read and write between dispatch and combine.
+  template <class T>
+  struct Activations {
+    RowView<T> slots;    // of a dense plan
+    RowView<T> h;        // what the experts made of the rows
+    RowView<T> experts;  // what the banks keep
+    RowView<T> shared;
+  };
+
+  /// Room that ends with the caller's frame; for the banks none, where no backward follows.
+  Activations<Scalar> scratch(const Tokens<Scalar>& in, const Tape& tape, bool keep) const {
+    const auto room = [&](Index rows, Index width) {
+      return keep ? tape.workspace_.template spread<Scalar>(rows, width) : RowView<Scalar>();
+    };
+    return {tape.workspace_.template matrix<Scalar>(slot_rows(tape), model_dim()),
+            tape.workspace_.template matrix<Scalar>(tape.plan_.rows(), model_dim()),
+            room(tape.plan_.rows(), experts_.kept_width()), room(shared_rows(in), shared_width())};
+  }
+  static Index slot_rows(const Tape& tape) { return gathers ? 0 : tape.plan_.rows(); }
+  Index shared_rows(const Tokens<Scalar>& in) const { return shared_ ? in.count() : 0; }
+  Index shared_width() const { return shared_ ? shared_->kept_width() : 0; }
+
+  /// y (T,D) = C f(A x) + shared(x).
+  template <class Weights>
+  void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Activations<Scalar>& into,
+                   const Tape& tape, const Exec& exec) const {
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slots, exec);
+    if constexpr (std::is_same_v<Weights, Frozen>) {
+      weights.experts_->forward(experts_, rows, into.h, into.experts, tape.workspace_, exec);
+      if (shared_) {
+        weights.shared_->forward(*shared_, all_rows(in, tape), y, into.shared, tape.workspace_, exec);
+      }
+    } else {
+      experts_.forward(experts_part(weights), rows, into.h, into.experts, tape.workspace_, exec);
+      if (shared_) {
+        shared_->forward(shared_part(weights), all_rows(in, tape), y, into.shared, tape.workspace_, exec);
+      }
+    }
+    if (!shared_) {
       y.eigen().setZero();
     }
-    combine(tape.plan_, h, y, exec);
+    combine(tape.plan_, into.h, y, exec);
   }
 
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
                     const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, const Exec& exec) const {
     Workspace& workspace = tape.workspace_;
     const Workspace::Frame frame(workspace);
-    const GroupedRows<Scalar> rows = rows_of(tape, in);
-    const RowView<const Scalar> h = tape.h_.view(rows.count(), model_dim());
+    if (tape.keep_ == Keep::activations) {
+      const Index rows = tape.plan_.rows();
+      run_backward(
+          p, in, dy, din, grads,
+          {tape.slots_.view(slot_rows(tape), model_dim()), tape.h_.view(rows, model_dim()),
+           tape.experts_.spread_view(rows, experts_.kept_width()), tape.shared_.spread_view(shared_rows(in), shared_width())},
+          tape, exec);
+    } else {
+      const Activations<Scalar> again = scratch(in, tape, true);
+      run_experts(p, in, din.x, again, tape, exec);  // dx is written anyway
+      run_backward(p, in, dy, din, grads, {again.slots, again.h, again.experts, again.shared}, tape, exec);
+    }
+  }
+  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
+                    const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Activations<const Scalar>& kept,
+                    const Tape& tape, const Exec& exec) const {
+    Workspace& workspace = tape.workspace_;
+    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slots);
     const RowView<Scalar> dh = workspace.matrix<Scalar>(rows.count(), model_dim());
     const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
-    combine_backward(tape.plan_, h, dy, dh, tape.dplan_, exec);
-    experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), tape.experts_, workspace, exec);
+    combine_backward(tape.plan_, kept.h, dy, dh, tape.dplan_, exec);
+    experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), kept.experts, workspace, exec);
     if (shared_) {
-      shared_->backward(shared_part(p), all_rows(in, tape), dy, din.x, shared_part(grads), tape.shared_, workspace, exec);
+      shared_->backward(shared_part(p), all_rows(in, tape), dy, din.x, shared_part(grads), kept.shared, workspace, exec);
     } else {
       din.x.eigen().setZero();
     }
@@ -351,6 +502,7 @@ class Moe {
   ParameterView<T> router_part(ParameterView<T> p) const {
     return p.block(router_offset_, router_.layout());
   }
+  ParameterView<const Scalar> router_part(const Frozen& frozen) const { return {router_.layout(), frozen.router_.data()}; }
   template <class T>
   ParameterView<T> experts_part(ParameterView<T> p) const {
     return p.block(experts_offset_, experts_.layout());
@@ -360,20 +512,17 @@ class Moe {
     return p.block(shared_offset_, shared_->layout());
   }
 
-  GroupedRows<Scalar> rows_of(const Tape& tape, const Tokens<Scalar>& in) const {
-    if constexpr (requires { tape.plan_.token(); }) {
+  /// Whether dispatch gathers tokens by an index, as sparse plans do; else it computes slots.
+  static constexpr bool gathers = requires(const Plan& plan) { plan.token(); };
+
+  static GroupedRows<Scalar> rows_of(const Tape& tape, const Tokens<Scalar>& in, RowView<const Scalar> slots) {
+    if constexpr (gathers) {
       return {tape.plan_.expert_starts(), in.x, tape.plan_.token().data()};
     } else {
-      return {tape.plan_.expert_starts(), tape.slots_.view(tape.plan_.rows(), model_dim()), nullptr};
+      return {tape.plan_.expert_starts(), slots, nullptr};
     }
   }
   /// All tokens as the rows of one expert.
-  static GroupedRows<Scalar> all_rows(const Tokens<Scalar>& in, Tape& tape) {
-    tape.shared_starts_.resize(2);
-    tape.shared_starts_[0] = 0;
-    tape.shared_starts_[1] = in.count();
-    return all_rows(in, static_cast<const Tape&>(tape));
-  }
   static GroupedRows<Scalar> all_rows(const Tokens<Scalar>& in, const Tape& tape) {
     return {tape.shared_starts_.span(), in.x, nullptr};
   }
@@ -382,6 +531,7 @@ class Moe {
   // Made once: a step allocates nothing.
   std::string forward_name_ = name_ + "::forward";
   std::string backward_name_ = name_ + "::backward";
+  std::string freeze_name_ = name_ + "::freeze";
   Router_ router_;
   Experts_ experts_;
   std::optional<Experts_> shared_;

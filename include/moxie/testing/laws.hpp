@@ -155,12 +155,12 @@ struct Step {
 /// One forward and backward on a fresh tape; dx starts as NaN, gradients as zero.
 template <class Layer, class Scalar = typename Layer::Scalar>
 Step<Scalar> step(const Layer& layer, const Tokens<Scalar>& in, RowView<const std::type_identity_t<Scalar>> dy,
-                  const Exec& exec) {
+                  const Exec& exec, Keep keep = Keep::activations) {
   const auto nan = Matrix<Scalar>::Constant(in.x.rows(), in.x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
   const auto nans =
       Matrix<Scalar>::Constant(in.condition.rows(), in.condition.cols(), std::numeric_limits<Scalar>::quiet_NaN());
   Step<Scalar> s{nan, nan, nans, layer.parameters().zeros_like(), 0};
-  auto tape = layer.make_tape(in.count());
+  auto tape = layer.make_tape(in.count(), keep);
   layer.forward(in, s.y, tape, exec);
   layer.backward(in, dy, {s.dx, s.dcondition}, s.grads, tape, exec);
   s.balance_loss = tape.balance_loss();
@@ -301,9 +301,9 @@ LawResult dispatch_is_adjoint(const Plan& plan, Index dim, const LawOptions& opt
   const Matrix<Scalar> x = random_normal<Scalar>(plan.tokens(), dim, options.rng.split(0));
   const Matrix<Scalar> r = random_normal<Scalar>(plan.rows(), dim, options.rng.split(1));
   const Matrix<Scalar> before = random_normal<Scalar>(plan.tokens(), dim, options.rng.split(2));
-  Buffer<Scalar> storage;
+  Matrix<Scalar> slots(plan.rows(), dim);
   typename Plan::Gradient dplan;
-  const Matrix<Scalar> ax = detail::gathered(dispatch(plan, RowView<const Scalar>(x), storage, options.exec));
+  const Matrix<Scalar> ax = detail::gathered(dispatch(plan, RowView<const Scalar>(x), slots, options.exec));
   Matrix<Scalar> dx = before;
   dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), RowView<Scalar>(dx), dplan, options.exec);
   double error = detail::adjoint_error<Scalar>(ax, r, x, dx - before);
@@ -361,10 +361,10 @@ struct BankRun {
     const GroupedRows<Scalar> rows{starts, x, nullptr};
     h.setConstant(x.rows(), x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
     drows = h;
-    typename Bank_::Tape tape;
+    Buffer<Scalar> kept;
     Workspace workspace;
-    bank.forward(p, rows, h, tape, exec);
-    bank.backward(p, rows, dh, drows, grads, tape, workspace, exec);
+    bank.forward(p, rows, h, kept.spread(rows.count(), bank.kept_width()), workspace, exec);
+    bank.backward(p, rows, dh, drows, grads, kept.spread_view(rows.count(), bank.kept_width()), workspace, exec);
   }
 };
 
@@ -598,6 +598,40 @@ std::vector<LawResult> check_plan_laws(const DensePlan<Scalar>& plan, Index dim,
           combine_is_adjoint(plan, dim, options)};
 }
 
+/// The same bits with Keep::inputs, and the same y with Keep::nothing and with frozen weights, after which there is no
+/// backward.
+template <class Layer, class Scalar = typename Layer::Scalar>
+LawResult keeping_less_changes_nothing(const Layer& layer, const Tokens<Scalar>& in,
+                                       RowView<const std::type_identity_t<Scalar>> dy, const LawOptions& options = {}) {
+  const std::string law = "layer: the same bits whatever the tape keeps, and of frozen weights";
+  const detail::Step<Scalar> first = detail::step(layer, in, dy, options.exec);
+  if (!detail::same_bits(first, detail::step(layer, in, dy, options.exec, Keep::inputs))) {
+    return detail::stated(law, false, "Keep::inputs differs");
+  }
+  detail::Step<Scalar> other = first;
+  auto tape = layer.make_tape(in.count(), Keep::nothing);
+  const auto differs = [&] {
+    try {
+      layer.backward(in, dy, {other.dx, other.dcondition}, other.grads, tape, options.exec);
+      return true;
+    } catch (const ValueError&) {
+      return !detail::same_bits<Scalar>(first.y, other.y);
+    }
+  };
+  other.y.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+  layer.forward(in, other.y, tape, options.exec);
+  if (differs()) {
+    return detail::stated(law, false, "Keep::nothing differs, or has a backward");
+  }
+  tape = layer.make_tape(in.count());
+  other.y.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+  layer.forward(layer.freeze(options.exec), in, other.y, tape, options.exec);
+  if (differs()) {
+    return detail::stated(law, false, "the frozen layer differs, or has a backward");
+  }
+  return detail::stated(law, true, "");
+}
+
 /// All laws of a layer on one batch, with the parameters that the layer has: those of its plan and its bank, and that of the
 /// whole. What differs from layer to layer (what it equals in special cases) is left to its own tests.
 template <class Layer>
@@ -619,6 +653,9 @@ std::vector<LawResult> check_layer_laws(const Layer& layer, const Tokens<typenam
   }
   if (options.mask_tokens) {
     results.push_back(masked_tokens_change_nothing(layer, in, dy, options));
+  }
+  if constexpr (requires { layer.forward(layer.freeze(options.exec), in, y, tape, options.exec); }) {
+    results.push_back(keeping_less_changes_nothing(layer, in, dy, options));
   }
   results.push_back(backward_is_linear(layer, in, options));
   results.push_back(backward_overwrites_dx_and_adds_to_gradients(layer, in, dy, options));

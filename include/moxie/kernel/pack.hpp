@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <moxie/kernel/tile.hpp>
+#include <utility>
+
+namespace moxie::kernel {
+
+/// Rows in memory: row r starts at `data + stride · (index ? index[r] : r)`, so rows can be gathered by an index without a
+/// copy; those from `gap_at` on lie `gap` elements further, so two matrices of one stride can be one on top of the other.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  Index stride = 0;
+  const Index* index = nullptr;
+  Index gap_at = 0;
+  Index gap = 0;
+
+  T* row(Index r) const { return data + stride * (index != nullptr ? index[r] : r) + (r >= gap_at ? gap : 0); }
+};
+
+/// A factor of a product: rows, or their transpose.
+template <class Scalar>
+struct Operand {
+  Rows<const Scalar> rows;
+  bool transposed = false;
+
+  const Scalar* row(Index r) const { return rows.row(r); }
+};
+
+namespace detail {
+
+template <class Scalar, Index Width>
+struct VectorOf {
+  using Type [[gnu::vector_size(Width * sizeof(Scalar))]] = Scalar;
+};
+
+/// The elements of a and b in turn: a0 b0 a1 b1 ...
+template <class V, std::size_t... I>
+void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
+  constexpr int width = sizeof...(I);
+  low = __builtin_shufflevector(a, b, (int(I / 2) + (I % 2 == 0 ? 0 : width))...);
+  high = __builtin_shufflevector(a, b, (int(I / 2) + width / 2 + (I % 2 == 0 ? 0 : width))...);
+}
+
+/// Columns [p, p + Width) of Width rows become rows of `to`. Interleaving the first half of the rows with the second,
+/// log2(Width) times over, transposes them.
+template <Index Width, class Scalar>
+void transpose_square(const Scalar* const* from, Index p, Scalar* to, Index stride) {
+  if constexpr (Width == 1) {
+    to[0] = from[0][p];
+  } else {
+    using V = typename VectorOf<Scalar, Width>::Type;
+    V rows[Width];
+    V next[Width];
+#pragma GCC unroll 16
+    for (Index j = 0; j < Width; ++j) {
+      std::memcpy(&rows[j], from[j] + p, sizeof(V));
+    }
+#pragma GCC unroll 4
+    for (Index step = 1; step < Width; step *= 2) {
+#pragma GCC unroll 16
+      for (Index j = 0; j < Width / 2; ++j) {
+        interleave(next[2 * j], next[2 * j + 1], rows[j], rows[j + Width / 2], std::make_index_sequence<std::size_t(Width)>{});
+      }
+#pragma GCC unroll 16
+      for (Index j = 0; j < Width; ++j) {
+        rows[j] = next[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (Index j = 0; j < Width; ++j) {
+      std::memcpy(to + j * stride, &rows[j], sizeof(V));
+    }
+  }
+}
+
+/// n <= Width elements, then zeros up to Width.
+template <Index Width, class Scalar>
+void copy_padded(const Scalar* from, Index n, Scalar* to) {
+  if (n == Width) {
+    std::memcpy(to, from, Width * sizeof(Scalar));  // of a known size: a few vector instructions, no call
+    return;
+  }
+  for (Index j = 0; j < Width; ++j) {
+    to[j] = j < n ? from[j] : Scalar(0);
+  }
+}
+
+}  // namespace detail
+
+/// How the columns of a factor B (k,n) lie in panels of two vectors: one after the other, or, where they are two halves (gate
+/// and up), a vector of each half side by side, so that a tile holds both values of a unit.
+template <class Scalar, class Arch>
+struct Panels {
+  using T = detail::Tile<Scalar, Arch>;
+
+  Index n = 0;  ///< outputs: columns, or columns of a half
+  bool halves = false;
+
+  Index outputs() const { return halves ? T::width : T::cols; }  ///< of a panel
+  Index count() const { return (n + outputs() - 1) / outputs(); }
+  Index outputs_of(Index panel) const { return std::min(outputs(), n - panel * outputs()); }
+  /// The column of B that vector v of a panel starts with, and how many of the vector's columns there are.
+  std::pair<Index, Index> vector(Index panel, Index v) const {
+    const Index first = halves ? panel * T::width : panel * T::cols + v * T::width;
+    return {first + (halves ? v * n : 0), std::clamp(n - first, Index{0}, T::width)};
+  }
+
+  /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (depth x cols) each and `stride` apart. Where there
+  /// is no column, something that is not stored.
+  void pack(const Operand<Scalar>& b, Index q0, Index panels, Index k0, Index depth, Scalar* out, Index stride) const {
+    if (b.transposed) {
+      pack_transposed(b, q0, panels, k0, depth, out, stride);
+      return;
+    }
+    constexpr Index ahead = 32;
+    for (Index p = 0; p < depth; ++p) {
+      const Scalar* from = b.row(k0 + p);
+      if (!halves) {
+        const Index first = q0 * T::cols;
+        prefetch(b.row(k0 + std::min(p + ahead, depth - 1)) + first, std::min(panels * T::cols, n - first));
+      }
+      for (Index i = 0; i < 2 * panels; ++i) {
+        const auto [first, columns] = vector(q0 + i / 2, i % 2);
+        detail::copy_padded<T::width>(from + first, columns, out + i / 2 * stride + p * T::cols + i % 2 * T::width);
+      }
+    }
+  }
+
+ private:
+  using Columns = const Scalar * [T::width];
+
+  /// Where the columns of a vector start in a transposed B. Padding repeats the last column, which is then not stored.
+  void columns_of(const Operand<Scalar>& b, Index panel, Index v, Index k0, Columns& from) const {
+    const Index first = vector(panel, v).first;
+    const Index last = (halves ? v * n : 0) + n - 1;
+    for (Index j = 0; j < T::width; ++j) {
+      from[j] = b.row(std::min(first + j, last)) + k0;
+    }
+  }
+
+  void pack_transposed(const Operand<Scalar>& b, Index q0, Index panels, Index k0, Index depth, Scalar* out,
+                       Index stride) const {
+    constexpr Index ahead = 8 * T::width;
+    Columns from;
+    Columns next;
+    columns_of(b, q0, 0, k0, next);
+    for (Index i = 0; i < 2 * panels; ++i) {
+      std::copy_n(next, T::width, from);
+      if (i + 1 < 2 * panels) {
+        columns_of(b, q0 + (i + 1) / 2, (i + 1) % 2, k0, next);
+      }
+      Scalar* to = out + i / 2 * stride + i % 2 * T::width;
+      Index p = 0;
+      for (; p + T::width <= depth; p += T::width) {
+        for (Index j = 0; j < T::width; ++j) {
+          prefetch(p + ahead < depth ? from[j] + p + ahead : next[j] + (p + ahead - depth), 1);
+        }
+        detail::transpose_square<T::width>(from, p, to + p * T::cols, T::cols);
+      }
+      for (; p < depth; ++p) {
+        for (Index j = 0; j < T::width; ++j) {
+          to[p * T::cols + j] = from[j][p];
+        }
+      }
+    }
+  }
+};
+
+namespace detail {
+
+/// Copies rows [k0, k0 + depth), columns [m0, m0 + rows) of a transposed A to tiles (depth x Tile::rows), `stride` apart,
+/// padded with zeros: what packed tiles read.
+template <class Scalar, class Arch>
+void pack_transposed_rows(const Operand<Scalar>& a, Index k0, Index depth, Index m0, Index rows, Scalar* out, Index stride) {
+  using T = Tile<Scalar, Arch>;
+  constexpr Index ahead = 32;
+  for (Index p = 0; p < depth; ++p) {
+    const Scalar* from = a.row(k0 + p) + m0;
+    prefetch(a.row(k0 + std::min(p + ahead, depth - 1)) + m0, rows);
+    Scalar* to = out + p * T::rows;
+    for (Index i = 0; i < rows; i += T::rows, to += stride) {
+      copy_padded<T::rows>(from + i, std::min(T::rows, rows - i), to);
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace moxie::kernel

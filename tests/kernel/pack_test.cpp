@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <moxie/core/buffer.hpp>
+#include <moxie/kernel/gemm.hpp>
+#include <support.hpp>
+
+namespace {
+
+using moxie::Buffer;
+using moxie::Index;
+using moxie::Matrix;
+using moxie::RowView;
+namespace kernel = moxie::kernel;
+
+TEST_CASE_TEMPLATE("pack: a square of every vector width is transposed", S, float, double) {
+  const auto check = [](auto width) {
+    constexpr Index n = decltype(width)::value;
+    const Matrix<S> from = moxie::test::random<S>(n, 2 * n + 1, 201);
+    const S* rows[n];
+    for (Index j = 0; j < n; ++j) {
+      rows[j] = from.data() + j * from.cols();
+    }
+    Matrix<S> to = moxie::test::untouched<S>(n, n + 3);
+    kernel::detail::transpose_square<n>(rows, n, to.data(), to.cols());
+    CHECK((to.leftCols(n).array() == from.middleCols(n, n).transpose().array()).all());
+    CHECK(moxie::test::is_untouched<S>(to.rightCols(3)));
+  };
+  check(std::integral_constant<Index, 1>{});
+  check(std::integral_constant<Index, 2>{});
+  check(std::integral_constant<Index, 4>{});
+  check(std::integral_constant<Index, 8>{});
+  check(std::integral_constant<Index, 16>{});
+}
+
+// Every element of B is in its panel, once; zeros, or repeated columns that nobody reads, elsewhere.
+TEST_CASE_TEMPLATE("pack: panels hold the columns of B, one vector after the other or of two halves", S, float, double) {
+  using P = kernel::Panels<S, kernel::DefaultArch>;
+  constexpr Index width = P::T::width, cols = P::T::cols;
+  for (const bool halves : {false, true}) {
+    for (const Index n : {Index{1}, width - 1, width, width + 1, 3 * cols + 2}) {
+      const P panels{n, halves};
+      const Index all = halves ? 2 * n : n;
+      for (const Index depth : {Index{1}, width, 5 * width + 3}) {
+        const Index k0 = 4;
+        const Matrix<S> b = moxie::test::random<S>(k0 + depth + 2, all, 202);
+        const Matrix<S> bt = b.transpose();
+        for (const bool transpose : {false, true}) {
+          const Index stride = depth * cols + 64;
+          Buffer<S> out(panels.count() * stride);
+          panels.pack(transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b), 0, panels.count(), k0, depth, out.data(),
+                      stride);
+          Index wrong = 0;
+          Index outputs = 0;
+          for (Index q = 0; q < panels.count(); ++q) {
+            outputs += panels.outputs_of(q);
+            for (Index p = 0; p < depth; ++p) {
+              for (Index j = 0; j < cols; ++j) {
+                const Index half = halves ? j / width : 0;
+                const Index column = halves ? q * width + j % width : q * cols + j;
+                if (column < n && out[q * stride + p * cols + j] != b(k0 + p, half * n + column)) {
+                  ++wrong;
+                }
+              }
+            }
+          }
+          CHECK(wrong == 0);
+          CHECK(outputs == n);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("pack: rows of a transposed A are cut into tiles, padded with zeros", S, float, double) {
+  using T = kernel::detail::Tile<S, kernel::DefaultArch>;
+  const Index depth = 9, k0 = 2, m0 = 3;
+  const Matrix<S> a = moxie::test::random<S>(k0 + depth + 1, m0 + 3 * T::rows, 203);
+  for (const Index rows : {Index{1}, T::rows, T::rows + 1, 3 * T::rows}) {
+    const Index tiles = (rows + T::rows - 1) / T::rows;
+    const Index stride = depth * T::rows + 5;
+    Buffer<S> out(tiles * stride);
+    kernel::detail::pack_transposed_rows<S, kernel::DefaultArch>(kernel::transposed<S>(a), k0, depth, m0, rows, out.data(),
+                                                                 stride);
+    for (Index i = 0; i < tiles * T::rows; ++i) {
+      for (Index p = 0; p < depth; ++p) {
+        CHECK(out[i / T::rows * stride + p * T::rows + i % T::rows] == (i < rows ? a(k0 + p, m0 + i) : S(0)));
+      }
+    }
+  }
+}
+
+TEST_CASE("pack: rows are found by stride, by index, and beyond a gap") {
+  const Matrix<float> m = moxie::test::random<float>(10, 3, 204);
+  const Index index[] = {7, 2};
+  const auto plain = kernel::rows_of(RowView<const float>(m));
+  const auto gathered = kernel::rows_of(RowView<const float>(m), index);
+  const RowView<const float> view(m);
+  const auto stacked = kernel::stacked(view.middle_rows(1, 2), view.middle_rows(6, 3));
+  CHECK(plain.row(4) == m.data() + 12);
+  CHECK(gathered.row(0) == m.data() + 21);
+  CHECK(gathered.row(1) == m.data() + 6);
+  CHECK(stacked.row(1) == m.data() + 6);
+  CHECK(stacked.row(2) == m.data() + 18);
+}
+
+}  // namespace

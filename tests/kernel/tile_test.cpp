@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+#include <moxie/core/buffer.hpp>
+#include <moxie/kernel/tile.hpp>
+#include <support.hpp>
+#include <vector>
+
+namespace {
+
+using moxie::Buffer;
+using moxie::Index;
+using moxie::Matrix;
+namespace kernel = moxie::kernel;
+
+TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-add a step from zero", S, float, double) {
+  using Arch = kernel::DefaultArch;
+  using T = kernel::detail::Tile<S, Arch>;
+  for (const Index depth : {0, 1, 2, 7, 300}) {
+    const Matrix<S> a = moxie::test::random<S>(T::rows, depth + 1, 301);
+    const Matrix<S> b = moxie::test::random<S>(depth + 1, T::cols, 302);
+    Buffer<S> packed(T::rows * depth + 1), panel(T::cols * depth + 1);  // not null where the depth is 0
+    for (Index p = 0; p < depth; ++p) {
+      std::copy_n(b.data() + p * T::cols, T::cols, panel.data() + p * T::cols);
+      for (Index i = 0; i < T::rows; ++i) {
+        packed[p * T::rows + i] = a(i, p);
+      }
+    }
+    for (Index rows = 1; rows <= T::rows; ++rows) {
+      std::vector<const S*> pointers;
+      for (Index i = 0; i < rows; ++i) {
+        pointers.push_back(a.data() + i * a.cols());
+      }
+      const S* start = packed.data();
+      for (const bool add : {false, true}) {
+        Buffer<S> sums(T::size), from_packed(T::size);
+        sums.assign(T::size, S(0.25));
+        from_packed.assign(T::size, S(0.25));
+        const kernel::detail::Ahead ahead;
+        kernel::detail::multiply_tiles<false, S, Arch>[std::size_t(rows - 1)](depth, pointers.data(), panel.data(), sums.data(),
+                                                                              add, ahead);
+        kernel::detail::multiply_tiles<true, S, Arch>[std::size_t(rows - 1)](depth, &start, panel.data(), from_packed.data(),
+                                                                             add, ahead);
+        CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(T::size) * sizeof(S)) == 0);
+        for (Index i = 0; i < T::rows; ++i) {
+          for (Index j = 0; j < T::cols; ++j) {
+            double expected = add || i >= rows ? 0.25 : 0;  // rows beyond the height are not written
+            double size = 1;
+            for (Index p = 0; p < depth && i < rows; ++p) {
+              expected += double(a(i, p)) * double(b(p, j));
+              size += std::abs(double(a(i, p)) * double(b(p, j)));
+            }
+            CHECK(std::abs(double(sums[i * T::cols + j]) - expected) < moxie::test::Tolerance<S>::sum * size);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("tile: addresses ahead are asked for once, by line, as far as there is room") {
+  kernel::detail::Ahead ahead;
+  const std::vector<float> memory(100'000);
+  CHECK(ahead[0] == &ahead);
+  ahead.add(memory.data(), 33);  // three lines
+  ahead.settle();
+  CHECK(ahead[0] == memory.data());
+  CHECK(ahead[1] == memory.data() + 16);
+  CHECK(ahead[2] == memory.data() + 32);
+  CHECK(ahead[3] == &ahead);
+  ahead.clear();
+  ahead.settle();
+  CHECK(ahead[0] == &ahead);
+  ahead.add(memory.data(), 100'000);
+  ahead.settle();
+  CHECK(ahead[254] == memory.data() + 254 * 16);
+  CHECK(ahead[255] == &ahead);
+  CHECK(ahead[10'000] == &ahead);
+}
+
+}  // namespace
