@@ -2,6 +2,7 @@
 # The project's commands, from a fresh clone on:
 #   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
 #   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
+#   ./run.sh bench [ARGUMENT...]  compares with other libraries, ten minutes (the arguments go to moxie_benchmarks)
 #   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
 # On Debian and its relatives what is missing is installed first.
 set -euo pipefail
@@ -9,6 +10,7 @@ cd "$(dirname "$0")"
 
 need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev zlib1g-dev)
 need_demo=(gnuplot-nox dataset-fashion-mnist)
+need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev gnuplot-nox python3)
 need_test=(doctest-dev clang libclang-rt-dev libomp-dev)
 out=out/demo
 
@@ -74,13 +76,22 @@ case ${1:-} in
     echo "subdirs(${presets[*]})" >build/CTestTestfile.cmake
     ctest --test-dir build -j "$(nproc)" --timeout 600 --output-on-failure --no-tests=error
     ;;
+  bench)
+    install_missing "${need[@]}" "${need_bench[@]}"
+    build release -DMOXIE_BUILD_TESTS=OFF -- --target moxie_benchmarks
+    say "measuring"
+    mkdir -p out/bench
+    build/release/benchmarks/moxie_benchmarks --benchmark_repetitions=5 --benchmark_min_time=0.2 \
+      --benchmark_enable_random_interleaving=true --benchmark_out=out/bench/results.json "${@:2}"
+    python3 benchmarks/table.py out/bench/results.json out/bench/peak.png | tee out/bench/table.md
+    ;;
   planted)
     install_missing "${need[@]}" "${need_test[@]}"
     build planted
     ctest --preset planted -j "$(nproc)"
     ;;
   *)
-    sed -n '2,6s/^# \?//p' "$0" >&2
+    sed -n '2,7s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac

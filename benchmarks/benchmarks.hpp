@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <functional>
+#include <machine.hpp>
+#include <string>
+#include <vector>
+
+namespace moxie::bench {
+
+/// What adds the benchmarks of a file, once the options are known.
+using Registration = std::function<void(const Exec&)>;
+
+inline std::vector<Registration>& registrations() {
+  static std::vector<Registration> all;
+  return all;
+}
+
+struct Register {
+  explicit Register(Registration add) { registrations().push_back(std::move(add)); }
+};
+
+/// The least work that a step can do.
+struct Work {
+  double flops = 0;
+  double bytes = 0;
+};
+
+/// Runs `step` and reports GFLOP/s, the fraction of the multiply-add peak, and of the step's own bound, which is the larger of
+/// flops / peak and bytes / read bandwidth. The limits are measured before and after, so that they and the step meet the same
+/// machine.
+template <class Scalar, class Step>
+void measure(benchmark::State& state, const Exec& exec, const Work& work, Step&& step) {
+  step();  // touches the memory that an earlier one has put together
+  const double peak_before = fma_peak<Scalar>(exec);
+  const double bandwidth_before = read_bandwidth(exec);
+  const double start = seconds();
+  for (auto _ : state) {
+    step();
+  }
+  const double time = (seconds() - start) / double(state.iterations());
+  const double peak = (peak_before + fma_peak<Scalar>(exec)) / 2;
+  const double bandwidth = (bandwidth_before + read_bandwidth(exec)) / 2;
+  state.counters["gflops"] = work.flops / time / 1e9;
+  state.counters["peak_fraction"] = work.flops / time / peak;
+  state.counters["bound_fraction"] = std::max(work.flops / peak, work.bytes / bandwidth) / time;
+}
+
+}  // namespace moxie::bench

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <moxie/core/buffer.hpp>
+#include <moxie/core/exec.hpp>
+#include <moxie/kernel/simd.hpp>
+
+/// What this machine can do, measured: the limits that benchmarks compare with.
+namespace moxie::bench {
+
+inline double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+namespace detail {
+
+/// Runs `work(thread)` on every thread at once, three times, and returns the least seconds.
+template <class Work>
+double time_on_all(const Exec& exec, Work&& work) {
+  double best = 1e30;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const double start = seconds();
+    exec.parallel_for(exec.thread_count(), work);
+    best = std::min(best, seconds() - start);
+  }
+  return best;
+}
+
+}  // namespace detail
+
+/// Operations a second of fused multiply-adds in registers, all threads, in the widest vectors of this build. About 30 ms.
+template <class Scalar>
+double fma_peak(const Exec& exec) {
+  using B = kernel::Batch<Scalar>;
+  constexpr int sums = 12;  // more than latency x pipes, and they fit 16 registers
+  const long steps = 3'000'000;
+  const double time = detail::time_on_all(exec, [&](Index thread) {
+    volatile Scalar factor = Scalar(0.999);
+    const B x(factor);
+    const B y(Scalar(thread) + factor);
+    B sum[sums];
+#pragma GCC unroll 16
+    for (int i = 0; i < sums; ++i) {
+      sum[i] = B(Scalar(i) + factor);
+    }
+    for (long step = 0; step < steps; ++step) {
+#pragma GCC unroll 16
+      for (int i = 0; i < sums; ++i) {
+        sum[i] = kernel::fma(sum[i], x, y);
+      }
+    }
+    alignas(alignment) Scalar out[B::size];
+#pragma GCC unroll 16
+    for (int i = 1; i < sums; ++i) {
+      sum[0] += sum[i];
+    }
+    sum[0].store_aligned(out);
+    asm volatile("" : : "r"(out) : "memory");
+  });
+  return 2.0 * double(B::size) * sums * double(steps) * exec.thread_count() / time;
+}
+
+/// Bytes a second that all threads read of a block that no cache holds. About 30 ms.
+inline double read_bandwidth(const Exec& exec) {
+  static const Buffer<double> block = [] {
+    Buffer<double> b(Index{32} << 20);
+    b.assign(b.size(), 1);
+    return b;
+  }();
+  using B = kernel::Batch<double>;
+  const Index part = block.size() / exec.thread_count() / 64 * 64;
+  const double time = detail::time_on_all(exec, [&](Index thread) {
+    const double* p = block.data() + thread * part;
+    B sum[4] = {B(0.0), B(0.0), B(0.0), B(0.0)};
+    for (Index i = 0; i + 4 * Index{B::size} <= part; i += 4 * Index{B::size}) {
+#pragma GCC unroll 4
+      for (Index j = 0; j < 4; ++j) {
+        sum[j] += B::load_aligned(p + i + j * Index{B::size});
+      }
+    }
+    alignas(alignment) double out[B::size];
+    (sum[0] + sum[1] + sum[2] + sum[3]).store_aligned(out);
+    asm volatile("" : : "r"(out) : "memory");
+  });
+  return double(part) * double(sizeof(double)) * exec.thread_count() / time;
+}
+
+}  // namespace moxie::bench
