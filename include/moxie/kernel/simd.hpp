@@ -3,30 +3,82 @@
 
 #include <array>
 #include <moxie/core/matrix.hpp>
+#include <moxie/kernel/scalar.hpp>
 #include <xsimd/xsimd.hpp>
 
 /// The room of vector instructions: nothing outside names xsimd. `Arch` is a template parameter of everything here, so that
 /// translation units built for different instruction sets never share one inline body.
 namespace moxie::kernel {
 
-using DefaultArch = xsimd::default_arch;
+#if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
 
+using DefaultArch = ScalarArch;
 template <class Scalar, class Arch = DefaultArch>
-using Batch = xsimd::batch<Scalar, Arch>;
+using Batch = One<Scalar>;
+template <class Arch>
+inline constexpr bool has_32_registers = false;
+
+#else
+
+namespace detail {
+
+template <class Scalar, class Arch>
+struct BatchOf {
+  using Type = xsimd::batch<Scalar, Arch>;
+};
+template <class Scalar>
+struct BatchOf<Scalar, ScalarArch> {
+  using Type = One<Scalar>;
+};
+
+}  // namespace detail
+
+#if defined(MOXIE_SCALAR_KERNELS)
+using DefaultArch = ScalarArch;
+#else
+using DefaultArch = xsimd::default_arch;
+#endif
+
+/// A vector of an instruction set.
+template <class Scalar, class Arch = DefaultArch>
+using Batch = typename detail::BatchOf<Scalar, Arch>::Type;
 
 /// Whether an instruction set with vectors of less than 64 bytes has 32 vector registers, not 16.
 template <class Arch>
 inline constexpr bool has_32_registers = std::is_base_of_v<xsimd::neon64, Arch>;
 
 using xsimd::fma;
+using xsimd::max;
+using xsimd::min;
 using xsimd::select;  // select(condition, where it holds, elsewhere); conditions are comparisons of batches
+
+namespace detail {
+
+template <class Scalar, class Arch>
+MOXIE_INLINE xsimd::batch<Scalar, Arch> exp_within_limits(const xsimd::batch<Scalar, Arch>& x) {
+  return xsimd::exp(x);
+}
+template <class Scalar, class Arch>
+MOXIE_INLINE xsimd::batch<Scalar, Arch> tanh_within_limits(const xsimd::batch<Scalar, Arch>& x) {
+  return xsimd::tanh(x);
+}
+template <class Scalar, class Arch>
+MOXIE_INLINE xsimd::batch<Scalar, Arch> erf_within_limits(const xsimd::batch<Scalar, Arch>& x) {
+  return xsimd::erf(x);
+}
+
+}  // namespace detail
+
+#endif
 
 /// The same vector, of which the compiler does not know whence it came: clang++ would read a number that two products share
 /// from memory twice, and the second read costs more than a register.
 template <class V>
 MOXIE_INLINE V in_register(V v) {
 #if defined(__clang__) && defined(__x86_64__)
-  asm("" : "+v"(v.data));
+  if constexpr (requires { v.data; }) {
+    asm("" : "+v"(v.data));
+  }
 #endif
   return v;
 }
@@ -48,7 +100,7 @@ MOXIE_INLINE V constant(double value) {
 /// x within ±1000: what smooth functions that have long reached their limits there may compute with. NaN becomes -1000.
 template <class V>
 MOXIE_INLINE V limited(const V& x) {
-  return xsimd::min(constant<V>(1000), xsimd::max(constant<V>(-1000), x));
+  return min(constant<V>(1000), max(constant<V>(-1000), x));
 }
 
 /// The first n elements at p, zeros after them; n may be more than a vector holds.
@@ -83,22 +135,22 @@ namespace detail {
 template <class V, class F>
 MOXIE_INLINE V within_limits(const V& x, F&& f) {
   const auto is_number = x == x;
-  return xsimd::select(is_number, f(xsimd::select(is_number, limited(x), constant<V>(0))), x);
+  return select(is_number, f(select(is_number, limited(x), constant<V>(0))), x);
 }
 
 }  // namespace detail
 
 template <class V>
 MOXIE_INLINE V exp(const V& x) {
-  return detail::within_limits(x, [](const V& v) { return xsimd::exp(v); });
+  return detail::within_limits(x, [](const V& v) { return detail::exp_within_limits(v); });
 }
 template <class V>
 MOXIE_INLINE V tanh(const V& x) {
-  return detail::within_limits(x, [](const V& v) { return xsimd::tanh(v); });
+  return detail::within_limits(x, [](const V& v) { return detail::tanh_within_limits(v); });
 }
 template <class V>
 MOXIE_INLINE V erf(const V& x) {
-  return detail::within_limits(x, [](const V& v) { return xsimd::erf(v); });
+  return detail::within_limits(x, [](const V& v) { return detail::erf_within_limits(v); });
 }
 
 /// Element-wise `out[i]... = f(in[i]...)` over rows of n contiguous elements, one vector at a time.
