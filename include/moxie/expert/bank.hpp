@@ -25,9 +25,8 @@ enum class Keep {
 ///
 /// * `Scalar`; `layout()`, `initialize(p, rng)`, `experts()`, `model_dim()`;
 /// * `kept_width()`: how many numbers a row `forward` keeps for `backward`;
-/// * `forward(p, rows, h, kept, workspace, exec)`: h (R,D) = expert of each row, overwritten, and kept (R, kept_width()) unless
-/// it
-///   is empty: then no backward follows, and nothing is kept;
+/// * `forward(p, rows, h, kept, workspace, exec)`: h (R,D) = expert of each row, overwritten, and kept (R, kept_width()); where
+///   kept is empty no backward follows, and nothing is kept;
 /// * `backward(p, rows, dh, drows, dp, kept, workspace, exec)`: drows (R,D) overwritten, parameter gradients added to dp;
 /// * where inference can be faster with weights in another form, `freeze(p, exec)` returns them, and `forward` takes them in
 ///   place of p.
@@ -119,7 +118,7 @@ struct BankTensor {
   }
 };
 
-/// The tensor of each expert as a function of the expert, which is what the products below take.
+/// The tensor of each expert as a function of the expert.
 template <class T>
 auto of(ParameterView<T> p, BankTensor tensor) {
   return [p, tensor](Index expert) { return tensor.of(p, expert); };
@@ -156,14 +155,9 @@ kernel::Product<Scalar> through(RowView<const Scalar> weight) {
 
 /// dh_e W_e: (R_e,out)(out,in) -> (R_e,in).
 template <class Scalar>
-kernel::Product<Scalar> back_through(RowView<const Scalar> dh, RowView<const std::type_identity_t<Scalar>> weight,
-                                     kernel::Destination<Scalar> drows = {}) {
-  return {.m = dh.rows(),
-          .n = weight.cols(),
-          .k = weight.rows(),
-          .a = kernel::plain<Scalar>(dh),
-          .b = kernel::plain<Scalar>(weight),
-          .c = drows};
+kernel::Product<Scalar> back_through(RowView<const Scalar> dh, kernel::Rows<const std::type_identity_t<Scalar>> weight,
+                                     Index in, kernel::Destination<Scalar> drows = {}) {
+  return {.m = dh.rows(), .n = in, .k = dh.cols(), .a = kernel::plain<Scalar>(dh), .b = {weight}, .c = drows};
 }
 
 /// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order.
@@ -217,6 +211,65 @@ struct StoreWithBias {
 template <class Scalar, class BiasOf>
 StoreWithBias<Scalar, BiasOf> store_with_bias(BiasOf bias) {
   return {bias};
+}
+
+/// Says to a product which rows of these matrices the end of a tile will touch; empty ones are left out.
+template <class Scalar, class... T>
+auto rows_ahead(const GroupedRows<Scalar>& rows, RowView<T>... matrices) {
+  return [=](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
+    const auto add = [&](const auto& m) {
+      if (m.size() != 0) {
+        ahead.add(m.row(rows.begin(e) + row) + col, n);
+      }
+    };
+    (add(matrices), ...);
+  };
+}
+
+/// Half 0 or 1 of the columns.
+template <class T>
+RowView<T> half(RowView<T> m, Index which) {
+  return {m.data() + which * (m.cols() / 2), m.rows(), m.cols() / 2, m.stride()};
+}
+
+/// Experts with one hidden layer: `to_hidden(e)` and `to_out(e)` are an expert's two products without rows; `activate` ends the
+/// first, which fills `hidden` (R,H), and `end` the second, which fills h (R,D).
+template <class Scalar, class First, class Second, class Activate, class End>
+void forward_hidden(const GroupedRows<Scalar>& rows, RowView<std::type_identity_t<Scalar>> hidden,
+                    RowView<std::type_identity_t<Scalar>> h, const First& to_hidden, const Second& to_out, Activate activate,
+                    End end, const Exec& exec) {
+  kernel::run_stages<Scalar>(
+      exec,
+      kernel::Stage(
+          rows.experts(), [&](Index e) { return with_rows(to_hidden(e), rows.operand(e), rows.count(e)); }, activate),
+      kernel::Stage(
+          rows.experts(),
+          [&](Index e) {
+            return with_rows(to_out(e), kernel::plain<Scalar>(rows.part(hidden, e)), rows.count(e),
+                             kernel::replace<Scalar>(rows.part(h, e)));
+          },
+          end));
+}
+
+/// Their adjoint, with W1 and W2 the weights of the two products as rows, (out,in) each: `differentiate` ends dh W2, and fills
+/// `hidden` and `before`, the gradient of what the first product gave; drows = before W1, dW1 += beforeᵀ rows, dW2 += dhᵀ
+/// hidden.
+template <class Scalar, class Weight1, class Weight2, class Gradient1, class Gradient2, class Differentiate>
+void backward_hidden(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh,
+                     RowView<const std::type_identity_t<Scalar>> hidden, RowView<const std::type_identity_t<Scalar>> before,
+                     RowView<std::type_identity_t<Scalar>> drows, const Weight1& w1, const Weight2& w2, const Gradient1& dw1,
+                     const Gradient2& dw2, Differentiate differentiate, const Exec& exec) {
+  kernel::run_stages<Scalar>(
+      exec,
+      kernel::Stage(
+          rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate),
+      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient(rows, before, dw1(e), e); }),
+      kernel::Stage(rows.experts(),
+                    [&](Index e) {
+                      return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(),
+                                                  kernel::replace<Scalar>(rows.part(drows, e)));
+                    }),
+      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient(regrouped(rows, hidden), dh, dw2(e), e); }));
 }
 
 }  // namespace detail

@@ -70,46 +70,29 @@ class GluExperts {
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
     const RowView<Scalar> dgate_up = workspace.spread<Scalar>(rows.count(), 2 * hidden_dim_);
+    const RowView<const Scalar> gates = detail::half(kept, 0);
+    const RowView<const Scalar> ups = detail::half(kept, 1);
+    const RowView<Scalar> dgates = detail::half(dgate_up, 0);
+    const RowView<Scalar> dups = detail::half(dgate_up, 1);
     const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                                    const Scalar* values) {
       using V = kernel::Batch<Scalar, decltype(arch)>;
       const Index r = rows.begin(e) + row;
       for (Index j = 0; j < n; j += Index{V::size}) {
         const V dhidden = V::load_aligned(values + j);
-        const V gate = kernel::load<V>(kept.row(r) + col + j, n - j);
-        const V up = kernel::load<V>(kept.row(r) + hidden_dim_ + col + j, n - j);
+        const V gate = kernel::load<V>(gates.row(r) + col + j, n - j);
+        const V up = kernel::load<V>(ups.row(r) + col + j, n - j);
         const V value = Activation::value(gate);
         kernel::store(value * up, hidden.row(r) + col + j, n - j);
-        kernel::store(dhidden * up * Activation::derivative(gate), dgate_up.row(r) + col + j, n - j);
-        kernel::store(dhidden * value, dgate_up.row(r) + hidden_dim_ + col + j, n - j);
+        kernel::store(dhidden * up * Activation::derivative(gate), dgates.row(r) + col + j, n - j);
+        kernel::store(dhidden * value, dups.row(r) + col + j, n - j);
       }
     };
-    kernel::run_stages<Scalar>(
-        exec,
-        kernel::Stage(
-            experts_, [&](Index e) { return detail::back_through<Scalar>(rows.part(dh, e), down_.of(p, e)); },
-            kernel::Finish(differentiate,
-                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
-                             const Index r = rows.begin(e) + row;
-                             ahead.add(kept.row(r) + col, n);
-                             ahead.add(kept.row(r) + hidden_dim_ + col, n);
-                             ahead.add(hidden.row(r) + col, n);
-                             ahead.add(dgate_up.row(r) + col, n);
-                             ahead.add(dgate_up.row(r) + hidden_dim_ + col, n);
-                           })),
-        kernel::Stage(experts_, [&](Index e) { return detail::weight_gradient(rows, dgate_up, gate_up_weight(dp, e), e); }),
-        kernel::Stage(experts_,
-                      [&](Index e) -> kernel::Product<Scalar> {  // (R,2H)(2H,D) -> (R,D)
-                        return {.m = rows.count(e),
-                                .n = model_dim_,
-                                .k = 2 * hidden_dim_,
-                                .a = kernel::plain<Scalar>(rows.part(dgate_up, e)),
-                                .b = {gate_up_weight(p, e)},
-                                .c = kernel::replace<Scalar>(rows.part(drows, e))};
-                      }),
-        kernel::Stage(experts_, [&](Index e) {
-          return detail::weight_gradient(detail::regrouped(rows, hidden), dh, kernel::rows_of(down_.of(dp, e)), e);
-        }));
+    detail::backward_hidden(
+        rows, dh, hidden, dgate_up, drows, [&](Index e) { return gate_up_weight(p, e); },
+        [&](Index e) { return kernel::rows_of(down_.of(p, e)); }, [&](Index e) { return gate_up_weight(dp, e); },
+        [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
+        kernel::Finish(differentiate, detail::rows_ahead(rows, gates, ups, hidden, dgates, dups)), exec);
   }
 
  private:
@@ -126,7 +109,8 @@ class GluExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
-    const bool keep = kept.size() != 0;
+    const RowView<Scalar> gates = detail::half(kept, 0);
+    const RowView<Scalar> ups = detail::half(kept, 1);
     // A tile holds a vector of gates beside the same units' ups.
     const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                               const Scalar* values) {
@@ -134,29 +118,15 @@ class GluExperts {
       const Index r = rows.begin(e) + row;
       const V gate = V::load_aligned(values);
       const V up = V::load_aligned(values + V::size);
-      if (keep) {
-        kernel::store(gate, kept.row(r) + col, n);
-        kernel::store(up, kept.row(r) + hidden_dim_ + col, n);
+      if (gates.size() != 0) {
+        kernel::store(gate, gates.row(r) + col, n);
+        kernel::store(up, ups.row(r) + col, n);
       }
       kernel::store(Activation::value(gate) * up, hidden.row(r) + col, n);
     };
-    kernel::run_stages<Scalar>(
-        exec,
-        kernel::Stage(
-            experts_, [&](Index e) { return detail::with_rows(to_hidden(weights, e), rows.operand(e), rows.count(e)); },
-            kernel::Finish(activate,
-                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
-                             const Index r = rows.begin(e) + row;
-                             ahead.add(hidden.row(r) + col, n);
-                             if (keep) {
-                               ahead.add(kept.row(r) + col, n);
-                               ahead.add(kept.row(r) + hidden_dim_ + col, n);
-                             }
-                           })),
-        kernel::Stage(experts_, [&](Index e) {
-          return detail::with_rows(to_out(weights, e), kernel::plain<Scalar>(rows.part(hidden, e)), rows.count(e),
-                                   kernel::replace<Scalar>(rows.part(h, e)));
-        }));
+    detail::forward_hidden(
+        rows, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
+        kernel::Finish(activate, detail::rows_ahead(rows, hidden, gates, ups)), kernel::Store{}, exec);
   }
 
   static constexpr detail::BankTensor gate_{0, 3};

@@ -73,7 +73,7 @@ class LinearExperts {
         kernel::Stage(experts_,
                       [&](Index e) { return detail::weight_gradient(rows, dh, kernel::rows_of(weight().of(dp, e)), e); }),
         kernel::Stage(experts_, [&](Index e) {
-          return detail::back_through<Scalar>(rows.part(dh, e), weight().of(p, e),
+          return detail::back_through<Scalar>(rows.part(dh, e), kernel::rows_of(weight().of(p, e)), model_dim_,
                                               kernel::replace<Scalar>(rows.part(drows, e)));
         }));
     if (bias_) {

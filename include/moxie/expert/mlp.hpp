@@ -62,8 +62,8 @@ class MlpExperts {
     std::vector<kernel::Product<Scalar>> products;
     std::vector<RowView<const Scalar>> biases;
     for (Index e = 0; e < experts_; ++e) {
-      products.push_back(detail::through(fc1_.of(p, e)));
-      products.push_back(detail::through(fc2_.of(p, e)));
+      products.push_back(to_hidden(p, e));
+      products.push_back(to_out(p, e));
       biases.push_back(bias1_.of(p, e));
       biases.push_back(bias2_.of(p, e));
     }
@@ -87,26 +87,11 @@ class MlpExperts {
         kernel::store(V::load_aligned(values + j) * Activation::derivative(before), da.row(r) + col + j, n - j);
       }
     };
-    kernel::run_stages<Scalar>(
-        exec,
-        kernel::Stage(
-            experts_, [&](Index e) { return detail::back_through<Scalar>(rows.part(dh, e), fc2_.of(p, e)); },
-            kernel::Finish(differentiate,
-                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
-                             const Index r = rows.begin(e) + row;
-                             ahead.add(kept.row(r) + col, n);
-                             ahead.add(hidden.row(r) + col, n);
-                             ahead.add(da.row(r) + col, n);
-                           })),
-        kernel::Stage(experts_, [&](Index e) { return detail::weight_gradient(rows, da, kernel::rows_of(fc1_.of(dp, e)), e); }),
-        kernel::Stage(experts_,
-                      [&](Index e) {
-                        return detail::back_through<Scalar>(rows.part(RowView<const Scalar>(da), e), fc1_.of(p, e),
-                                                            kernel::replace<Scalar>(rows.part(drows, e)));
-                      }),
-        kernel::Stage(experts_, [&](Index e) {
-          return detail::weight_gradient(detail::regrouped(rows, hidden), dh, kernel::rows_of(fc2_.of(dp, e)), e);
-        }));
+    detail::backward_hidden(
+        rows, dh, hidden, da, drows, [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); },
+        [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); },
+        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
+        kernel::Finish(differentiate, detail::rows_ahead(rows, kept, hidden, da)), exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
@@ -127,7 +112,6 @@ class MlpExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
-    const bool keep = kept.size() != 0;
     const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                               const Scalar* values) {
       using V = kernel::Batch<Scalar, decltype(arch)>;
@@ -135,31 +119,16 @@ class MlpExperts {
       const Scalar* bias = hidden_bias(weights, e) + col;
       for (Index j = 0; j < n; j += Index{V::size}) {
         const V before = V::load_aligned(values + j) + kernel::load<V>(bias + j, n - j);
-        if (keep) {
+        if (kept.size() != 0) {
           kernel::store(before, kept.row(r) + col + j, n - j);
         }
         kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
       }
     };
-    kernel::run_stages<Scalar>(
-        exec,
-        kernel::Stage(
-            experts_, [&](Index e) { return detail::with_rows(to_hidden(weights, e), rows.operand(e), rows.count(e)); },
-            kernel::Finish(activate,
-                           [&](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
-                             const Index r = rows.begin(e) + row;
-                             ahead.add(hidden.row(r) + col, n);
-                             if (keep) {
-                               ahead.add(kept.row(r) + col, n);
-                             }
-                           })),
-        kernel::Stage(
-            experts_,
-            [&](Index e) {
-              return detail::with_rows(to_out(weights, e), kernel::plain<Scalar>(rows.part(hidden, e)), rows.count(e),
-                                       kernel::replace<Scalar>(rows.part(h, e)));
-            },
-            detail::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); })));
+    detail::forward_hidden(
+        rows, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
+        kernel::Finish(activate, detail::rows_ahead(rows, hidden, kept)),
+        detail::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
   }
 
   static constexpr detail::BankTensor fc1_{0, 4};
