@@ -16,7 +16,7 @@ namespace moxie {
 /// What a forward keeps for its backward.
 enum class Keep {
   activations,  ///< all that backward needs
-  inputs,       ///< the routing alone: backward computes the experts again, with memory that it gives back
+  inputs,       ///< the routing alone: backward computes the experts again, in scratch
   nothing,      ///< no backward follows (inference)
 };
 

@@ -49,6 +49,16 @@ class Frozen {
   decltype(make(std::declval<const B&>(), std::declval<ParameterView<const Scalar>>(), std::declval<const Exec&>())) weights_;
 };
 
+/// `bank.forward` of parameters, or of what was frozen of them.
+template <class B, class Scalar = typename B::Scalar, class... Arguments>
+void forward_bank(const B& bank, ParameterView<const std::type_identity_t<Scalar>> p, Arguments&&... arguments) {
+  bank.forward(p, std::forward<Arguments>(arguments)...);
+}
+template <class B, class... Arguments>
+void forward_bank(const B& bank, const Frozen<B>& frozen, Arguments&&... arguments) {
+  frozen.forward(bank, std::forward<Arguments>(arguments)...);
+}
+
 }  // namespace detail
 
 /// The mixture-of-experts layer: the one algorithm under every named layer.
@@ -178,7 +188,8 @@ class Moe {
   ///
   /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds R(D + kept_width) numbers, T·kept_width more for a shared expert,
   /// RD more for the slots of a dense plan; with Keep::inputs and Keep::nothing none of these. What the router keeps comes on
-  /// top.
+  /// top, and scratch, which stays on the tape for the next step: with Keep::inputs a backward's scratch has room for all of
+  /// the above.
   Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
     Tape tape;
     tape.keep_ = keep;
@@ -371,18 +382,10 @@ class Moe {
   void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Activations<Scalar>& into,
                    const Tape& tape, const Exec& exec) const {
     const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slots, exec);
-    if constexpr (std::is_same_v<Weights, Frozen>) {
-      weights.experts_->forward(experts_, rows, into.h, into.experts, tape.workspace_, exec);
-      if (shared_) {
-        weights.shared_->forward(*shared_, all_rows(in, tape), y, into.shared, tape.workspace_, exec);
-      }
+    detail::forward_bank(experts_, experts_part(weights), rows, into.h, into.experts, tape.workspace_, exec);
+    if (shared_) {
+      detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, into.shared, tape.workspace_, exec);
     } else {
-      experts_.forward(experts_part(weights), rows, into.h, into.experts, tape.workspace_, exec);
-      if (shared_) {
-        shared_->forward(shared_part(weights), all_rows(in, tape), y, into.shared, tape.workspace_, exec);
-      }
-    }
-    if (!shared_) {
       y.eigen().setZero();
     }
     combine(tape.plan_, into.h, y, exec);
@@ -503,6 +506,8 @@ class Moe {
     return p.block(router_offset_, router_.layout());
   }
   ParameterView<const Scalar> router_part(const Frozen& frozen) const { return {router_.layout(), frozen.router_.data()}; }
+  static const detail::Frozen<Experts_>& experts_part(const Frozen& frozen) { return *frozen.experts_; }
+  static const detail::Frozen<Experts_>& shared_part(const Frozen& frozen) { return *frozen.shared_; }
   template <class T>
   ParameterView<T> experts_part(ParameterView<T> p) const {
     return p.block(experts_offset_, experts_.layout());
