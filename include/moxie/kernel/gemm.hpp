@@ -128,6 +128,9 @@ template <class Scalar, class Arch>
 struct Cut {
   using T = Tile<Scalar, Arch>;
   static constexpr Index most_rows = 1020 / T::rows * T::rows;
+  /// Steps of a pass: all of most layers' widths; few where both factors have to be packed, so that many columns share one A.
+  static constexpr Index longest = 1536;
+  static constexpr Index longest_transposed = 256;
 
   Index passes = 1;  // over k
   Index depth = 0;   // of a pass; the last may be shorter
@@ -136,12 +139,11 @@ struct Cut {
 
   /// `shrink` halves the tasks as often.
   Cut(const Product<Scalar>& p, Index shrink) {
-    const Index longest = p.a.transposed ? 256 : 1536;
-    passes = std::max(Index{1}, (p.k + longest - 1) / longest);
+    const Index most = p.a.transposed ? longest_transposed : longest;
+    passes = std::max(Index{1}, (p.k + most - 1) / most);
     depth = (p.k + passes - 1) / passes;
     const Index all_panels = panels_of(p).count();
-    // Two fifths of the second-level cache for the panels of a pass, as much for those of the next, and for sums between
-    // passes.
+    // Two fifths of the second-level cache for the panels of a pass, and as much for sums between passes.
     const Index budget = second_level_cache() * 2 / 5 / Index{sizeof(Scalar)};
     panels = std::clamp(budget / std::max(Index{1}, depth * T::cols), Index{1}, std::max(Index{1}, all_panels));
     rows = most_rows;
@@ -189,7 +191,7 @@ class Lookahead {
     panels_ = cut.panels_of(product);
     first_ = task % cut.panel_tasks(product) * cut.panels;
     const Index count = std::min(cut.panels, panels_.count() - first_);
-    rows_ = product.b.transposed ? 2 * count * T::width : cut.depth;
+    rows_ = product.b.transposed ? count * T::cols : cut.depth;
     length_ = product.b.transposed ? cut.depth : count * T::cols;
     row_ = 0;
     at_ = length_;
@@ -216,8 +218,7 @@ class Lookahead {
 
   const Scalar* start_of(Index row) const {
     if (product_.b.transposed) {
-      const auto [column, columns] = panels_.vector(first_ + row / T::width / 2, row / T::width % 2);
-      return product_.b.row(std::min(column + row % T::width, product_.halves ? 2 * product_.n - 1 : product_.n - 1));
+      return product_.b.row(panels_.column(first_ + row / T::cols, row / T::width % 2, row % T::width));
     }
     return product_.b.row(row) + first_ * T::cols;
   }

@@ -109,6 +109,11 @@ struct Panels {
     return {first + (halves ? v * n : 0), std::clamp(n - first, Index{0}, T::width)};
   }
 
+  /// The column of B in one lane of vector v. Padding repeats the last one of the vector's half, and is then not stored.
+  Index column(Index panel, Index v, Index lane) const {
+    return std::min(vector(panel, v).first + lane, (halves ? v * n : 0) + n - 1);
+  }
+
   /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (depth x cols) each and `stride` apart. Where there
   /// is no column, something that is not stored.
   void pack(const Operand<Scalar>& b, Index q0, Index panels, Index k0, Index depth, Scalar* out, Index stride) const {
@@ -133,12 +138,10 @@ struct Panels {
  private:
   using Columns = const Scalar * [T::width];
 
-  /// Where the columns of a vector start in a transposed B. Padding repeats the last column, which is then not stored.
+  /// Where the columns of a vector start in a transposed B.
   void columns_of(const Operand<Scalar>& b, Index panel, Index v, Index k0, Columns& from) const {
-    const Index first = vector(panel, v).first;
-    const Index last = (halves ? v * n : 0) + n - 1;
     for (Index j = 0; j < T::width; ++j) {
-      from[j] = b.row(std::min(first + j, last)) + k0;
+      from[j] = b.row(column(panel, v, j)) + k0;
     }
   }
 

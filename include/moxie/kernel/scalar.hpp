@@ -12,7 +12,7 @@ struct ScalarArch {
   static constexpr const char* name() { return "scalar"; }
 };
 
-/// A vector of one number, with what the kernels need of `xsimd::batch`.
+/// A vector of one number, with what kernels and activations need of `xsimd::batch`.
 template <class T>
 struct One {
   using value_type = T;
