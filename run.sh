@@ -2,7 +2,7 @@
 # The project's commands, from a fresh clone on:
 #   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
 #   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
-#   ./run.sh bench [ARGUMENT...]  compares with other libraries, ten minutes (the arguments go to moxie_benchmarks)
+#   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
 #   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
 # On Debian and its relatives what is missing is installed first.
 set -euo pipefail
