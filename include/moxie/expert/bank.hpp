@@ -229,7 +229,7 @@ auto rows_ahead(const GroupedRows<Scalar>& rows, RowView<T>... matrices) {
 /// Half 0 or 1 of the columns.
 template <class T>
 RowView<T> half(RowView<T> m, Index which) {
-  return {m.data() + which * (m.cols() / 2), m.rows(), m.cols() / 2, m.stride()};
+  return {m.rows() == 0 ? nullptr : m.row(0) + which * (m.cols() / 2), m.rows(), m.cols() / 2, m.stride()};
 }
 
 /// Experts with one hidden layer: `to_hidden(e)` and `to_out(e)` are an expert's two products without rows; `activate` ends the
