@@ -30,25 +30,29 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
     }
     for (Index rows = 1; rows <= T::rows; ++rows) {
       std::vector<const S*> pointers;
-      for (Index i = 0; i < rows; ++i) {
+      for (Index i = 0; i < T::rows; ++i) {
         pointers.push_back(a.data() + i * a.cols());
       }
+      const auto [multiply, height] = kernel::detail::tile_of<false, S, Arch>(rows);
+      const auto [multiply_packed, packed_height] = kernel::detail::tile_of<true, S, Arch>(rows);
+      CHECK((height == rows || height == rows + 1));
+      CHECK(height <= T::rows);
+      CHECK(packed_height >= rows);
+      CHECK(packed_height <= T::rows);
       const S* start = packed.data();
       for (const bool add : {false, true}) {
         Buffer<S> sums(T::size), from_packed(T::size);
         sums.assign(T::size, S(0.25));
         from_packed.assign(T::size, S(0.25));
         const kernel::detail::Ahead ahead;
-        kernel::detail::multiply_tiles<false, S, Arch>[std::size_t(rows - 1)](depth, pointers.data(), panel.data(), sums.data(),
-                                                                              add, ahead);
-        kernel::detail::multiply_tiles<true, S, Arch>[std::size_t(rows - 1)](depth, &start, panel.data(), from_packed.data(),
-                                                                             add, ahead);
-        CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(T::size) * sizeof(S)) == 0);
+        multiply(depth, pointers.data(), panel.data(), sums.data(), add, ahead);
+        multiply_packed(depth, &start, panel.data(), from_packed.data(), add, ahead);
+        CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(rows * T::cols) * sizeof(S)) == 0);
         for (Index i = 0; i < T::rows; ++i) {
           for (Index j = 0; j < T::cols; ++j) {
-            double expected = add || i >= rows ? 0.25 : 0;  // rows beyond the height are not written
+            double expected = add || i >= height ? 0.25 : 0;  // rows beyond the height are not written
             double size = 1;
-            for (Index p = 0; p < depth && i < rows; ++p) {
+            for (Index p = 0; p < depth && i < height; ++p) {
               expected += double(a(i, p)) * double(b(p, j));
               size += std::abs(double(a(i, p)) * double(b(p, j)));
             }

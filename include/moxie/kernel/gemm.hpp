@@ -293,8 +293,12 @@ void multiply_part(const Product<Scalar>& product, Index i, const Cut<Scalar, Ar
       panels.pack(product.b, q0, count, k0, depth, memory.panels(), packed_stride);
     }
     for (Index tile = 0, row = m0; tile < tiles; ++tile) {
-      // Heights that differ by one at most, unless tiles are copied by whole vectors.
-      const Index rows = product.a.transposed ? std::min(T::rows, m1 - row) : (m1 - row + tiles - tile - 1) / (tiles - tile);
+      // Heights that differ by two at most, unless tiles are copied by whole vectors.
+      const Index rows = product.a.transposed
+                             ? std::min(T::rows, m1 - row)
+                             : std::min((m1 - row + 2 * (tiles - tile) - 1) / (2 * (tiles - tile)) * 2, m1 - row);
+      const auto [multiply, height] =
+          product.a.transposed ? tile_of<true, Scalar, Arch>(rows) : tile_of<false, Scalar, Arch>(rows);
       const Scalar* a[T::rows];
       if (product.a.transposed) {
         const Index local = tile % copied_tiles;
@@ -312,9 +316,8 @@ void multiply_part(const Product<Scalar>& product, Index i, const Cut<Scalar, Ar
             a[r] = copy;
           }
         }
+        std::fill(a + rows, a + height, a[0]);
       }
-      const auto multiply = (product.a.transposed ? multiply_tiles<true, Scalar, Arch>
-                                                  : multiply_tiles<false, Scalar, Arch>)[std::size_t(rows - 1)];
       const bool last = pass + 1 == cut.passes;
       for (Index q = 0; q < count; ++q) {
         Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * count + q : 0) * T::size;

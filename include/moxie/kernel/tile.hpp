@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <moxie/kernel/simd.hpp>
-#include <type_traits>
 #include <utility>
 
 namespace moxie::kernel::detail {
@@ -108,13 +107,27 @@ void multiply_tile(Index depth, const Scalar* const* a, const Scalar* panel, Sca
 template <class Scalar>
 using MultiplyTile = void (*)(Index, const Scalar* const*, const Scalar*, Scalar*, bool, const Ahead&);
 
-/// The tile of 1, 2, ..., Tile::rows rows.
-template <bool Packed, class Scalar, class Arch, Index... I>
-constexpr std::array<MultiplyTile<Scalar>, sizeof...(I)> tiles_of(std::integer_sequence<Index, I...> /*rows*/) {
-  return {multiply_tile<Packed, I + 1, Scalar, Arch>...};
-}
+/// A tile that computes `rows` rows or a few more, which are then rows of something that can be read, and not used. Each height
+/// is code of its own, so there are not all of them: 1, 2, 4, 6, ..., and of packed rows, whose padding is there anyway, half a
+/// tile and a whole one.
 template <bool Packed, class Scalar, class Arch>
-inline constexpr auto multiply_tiles =
-    tiles_of<Packed, Scalar, Arch>(std::make_integer_sequence<Index, Tile<Scalar, Arch>::rows>{});
+std::pair<MultiplyTile<Scalar>, Index> tile_of(Index rows) {
+  constexpr Index full = Tile<Scalar, Arch>::rows;
+  if constexpr (Packed) {
+    if (rows <= full / 2) {
+      return {multiply_tile<Packed, full / 2, Scalar, Arch>, full / 2};
+    }
+    return {multiply_tile<Packed, full, Scalar, Arch>, full};
+  } else {
+    if (rows == 1) {
+      return {multiply_tile<Packed, 1, Scalar, Arch>, 1};
+    }
+    constexpr auto even = []<Index... I>(std::integer_sequence<Index, I...>) {
+      return std::array<MultiplyTile<Scalar>, sizeof...(I)>{multiply_tile<Packed, 2 * I + 2, Scalar, Arch>...};
+    }
+    (std::make_integer_sequence<Index, full / 2>{});
+    return {even[std::size_t((rows - 1) / 2)], (rows + 1) / 2 * 2};
+  }
+}
 
 }  // namespace moxie::kernel::detail
