@@ -32,17 +32,18 @@ struct Work {
 /// Runs `step` and reports GFLOP/s, the fraction of the multiply-add peak, and of the step's own bound, which is the larger of
 /// flops / peak and bytes / read bandwidth. The limits are measured before and after, so that they and the step meet the same
 /// machine.
-template <class Scalar, class Step>
+template <class Element, class Step>
 void measure(benchmark::State& state, const Exec& exec, const Work& work, Step&& step) {
   step();  // touches the memory that an earlier one has put together
-  const double peak_before = fma_peak<Scalar>(exec);
+  using Scalar = std::conditional_t<std::is_same_v<Element, BFloat16>, float, Element>;
+  const double peak_before = fma_peak<Scalar, Element>(exec);
   const double bandwidth_before = read_bandwidth(exec);
   const double start = seconds();
   for (auto _ : state) {
     step();
   }
   const double time = (seconds() - start) / double(state.iterations());
-  const double peak = (peak_before + fma_peak<Scalar>(exec)) / 2;
+  const double peak = (peak_before + fma_peak<Scalar, Element>(exec)) / 2;
   const double bandwidth = (bandwidth_before + read_bandwidth(exec)) / 2;
   state.counters["gflops"] = work.flops / time / 1e9;
   state.counters["peak_fraction"] = work.flops / time / peak;

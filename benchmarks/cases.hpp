@@ -32,9 +32,10 @@ inline constexpr Case cases[] = {
 };
 
 /// A layer and tokens. The first feature of a token is 1, so that the first column of the gate sets the load.
-template <class Scalar>
+template <class Element>
 struct Setup {
-  using Layer = TopKMoE<Scalar>;
+  using Scalar = float;
+  using Layer = TopKMoE<Scalar, SwiGluExperts<Scalar, Element>>;
 
   Setup(const Case& c, Keep keep)
       : layer({.model_dim = c.dim, .experts = c.experts, .top_k = c.top_k, .expert = {.hidden_dim = c.hidden}}),
@@ -68,15 +69,16 @@ struct Setup {
 };
 
 /// The work of a step: 6RDH flops forward, 18RDH forward and backward; all weights of the experts that have rows, read once
-/// (forward), or read twice with the gradients read and written; and the tokens.
-template <class Scalar>
-Work work_of(const Case& c, const SparsePlan<Scalar>& plan, bool backward) {
+/// (forward), or read twice with the gradients read and written; and the tokens. Frozen weights are Elements, all else floats.
+template <class Element = float>
+Work work_of(const Case& c, const SparsePlan<float>& plan, bool backward) {
+  using Scalar = float;
   double active = 0;
   for (const auto n : plan.tokens_per_expert()) {
     active += n > 0 ? 1 : 0;
   }
   const double product = 2.0 * double(plan.rows()) * double(c.dim) * double(c.hidden);
-  const double weights = 3 * active * double(c.dim) * double(c.hidden) * sizeof(Scalar);
+  const double weights = 3 * active * double(c.dim) * double(c.hidden) * sizeof(Element);
   const double tokens = double(c.tokens) * double(c.dim) * sizeof(Scalar);
   return backward ? Work{9 * product, 4 * weights + 4 * tokens} : Work{3 * product, weights + 2 * tokens};
 }

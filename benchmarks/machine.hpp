@@ -5,7 +5,7 @@
 #include <chrono>
 #include <moxie/core/buffer.hpp>
 #include <moxie/core/exec.hpp>
-#include <moxie/kernel/simd.hpp>
+#include <moxie/kernel/element.hpp>
 
 /// What this machine can do, measured: the limits that benchmarks compare with.
 namespace moxie::bench {
@@ -28,25 +28,29 @@ double time_on_all(const Exec& exec, Work&& work) {
 
 }  // namespace detail
 
-/// Operations a second of fused multiply-adds in registers, all threads, in the widest vectors of this build. About 30 ms.
-template <class Scalar>
+/// Operations a second of the products' multiply-adds in registers, all threads, in the widest vectors of this build: fused
+/// ones of Scalars, or, where Elements are BFloat16, dot products of pairs. About 30 ms.
+template <class Scalar, class Element = Scalar>
 double fma_peak(const Exec& exec) {
   using B = kernel::Batch<Scalar>;
+  using Step = kernel::detail::Step<Scalar, Element, kernel::DefaultArch>;
   constexpr int sums = 12;  // more than latency x pipes, and they fit 16 registers
   const long steps = 3'000'000;
   const double time = detail::time_on_all(exec, [&](Index thread) {
-    volatile Scalar factor = Scalar(0.999);
-    const B x(factor);
-    const B y(Scalar(thread) + factor);
+    alignas(alignment) Element ones[kernel::UnitOf<Element>::elements * B::size];
+    std::fill(std::begin(ones), std::end(ones), Element(Scalar(1)));
+    asm volatile("" : : "r"(ones) : "memory");
+    const auto x = Step::broadcast(kernel::detail::unit<Element>(ones, kernel::UnitOf<Element>::elements));
+    const auto y = Step::load(reinterpret_cast<const kernel::Unit<Element>*>(ones));
     B sum[sums];
 #pragma GCC unroll 16
     for (int i = 0; i < sums; ++i) {
-      sum[i] = B(Scalar(i) + factor);
+      sum[i] = B(Scalar(i + thread));
     }
     for (long step = 0; step < steps; ++step) {
 #pragma GCC unroll 16
       for (int i = 0; i < sums; ++i) {
-        sum[i] = kernel::fma(sum[i], x, y);
+        sum[i] = Step::add(x, y, sum[i]);
       }
     }
     alignas(alignment) Scalar out[B::size];
@@ -57,7 +61,7 @@ double fma_peak(const Exec& exec) {
     sum[0].store_aligned(out);
     asm volatile("" : : "r"(out) : "memory");
   });
-  return 2.0 * double(B::size) * sums * double(steps) * exec.thread_count() / time;
+  return 2.0 * double(kernel::UnitOf<Element>::elements * Index{B::size}) * sums * double(steps) * exec.thread_count() / time;
 }
 
 /// Bytes a second that all threads read of a block that no cache holds. About 30 ms.

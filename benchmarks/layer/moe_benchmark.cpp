@@ -9,37 +9,45 @@ using moxie::Keep;
 using moxie::bench::Case;
 using moxie::bench::Setup;
 
-/// `make_step(setup)` makes what is measured.
-template <class MakeStep>
-void add(const std::string& pass, const Case& c, const Exec& exec, Keep keep, bool backward, MakeStep make_step) {
-  benchmark::RegisterBenchmark((pass + "/" + c.name).c_str(),
-                               [=](benchmark::State& state) {
-                                 Setup<float> s(c, keep);
-                                 auto step = make_step(s);
-                                 step();  // makes the plan
-                                 moxie::bench::measure<float>(state, exec, moxie::bench::work_of(c, s.tape.plan(), backward),
-                                                              step);
-                               })
+enum class Pass { forward, frozen, forward_backward };
+
+template <class Element>
+void add(const std::string& name, Pass pass, const Case& c, const Exec& exec) {
+  benchmark::RegisterBenchmark(
+      (name + "/" + c.name).c_str(),
+      [=](benchmark::State& state) {
+        const bool backward = pass == Pass::forward_backward;
+        Setup<Element> s(c, backward ? Keep::activations : Keep::nothing);
+        s.layer.forward(s.x, s.y, s.tape, exec);  // makes the plan
+        if (pass == Pass::frozen) {
+          const auto frozen = s.layer.freeze(exec);
+          moxie::bench::measure<Element>(state, exec, moxie::bench::work_of<Element>(c, s.tape.plan(), false),
+                                         [&] { s.layer.forward(frozen, s.x, s.y, s.tape, exec); });
+        } else {
+          moxie::bench::measure<Element>(state, exec, moxie::bench::work_of(c, s.tape.plan(), backward), [&] {
+            s.layer.forward(s.x, s.y, s.tape, exec);
+            if (backward) {
+              s.layer.backward(s.x, s.dy, s.dx, s.grads, s.tape, exec);
+            }
+          });
+        }
+      })
       ->UseRealTime()
       ->Unit(benchmark::kMillisecond);
 }
 
-void add_all(const Exec& exec) {
+template <class Element>
+void add_all(const std::string& suffix, const Exec& exec) {
   for (const Case& c : moxie::bench::cases) {
-    add("forward", c, exec, Keep::nothing, false,
-        [=](Setup<float>& s) { return [=, &s] { s.layer.forward(s.x, s.y, s.tape, exec); }; });
-    add("forward_frozen", c, exec, Keep::nothing, false, [=](Setup<float>& s) {
-      return [exec, &s, frozen = s.layer.freeze(exec)] { s.layer.forward(frozen, s.x, s.y, s.tape, exec); };
-    });
-    add("forward_backward", c, exec, Keep::activations, true, [=](Setup<float>& s) {
-      return [=, &s] {
-        s.layer.forward(s.x, s.y, s.tape, exec);
-        s.layer.backward(s.x, s.dy, s.dx, s.grads, s.tape, exec);
-      };
-    });
+    add<Element>("forward" + suffix, Pass::forward, c, exec);
+    add<Element>("forward_frozen" + suffix, Pass::frozen, c, exec);
+    add<Element>("forward_backward" + suffix, Pass::forward_backward, c, exec);
   }
 }
 
-const moxie::bench::Register registration(add_all);
+const moxie::bench::Register registration([](const Exec& exec) {
+  add_all<float>("", exec);
+  add_all<moxie::BFloat16>("_bf16", exec);
+});
 
 }  // namespace

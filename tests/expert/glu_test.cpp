@@ -51,6 +51,18 @@ TEST_CASE_TEMPLATE("GLU experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::ReGluExperts<S>(3, dim, {hidden}));
 }
 
+TEST_CASE("GLU experts: of BFloat16 elements are close, and keep the laws of banks") {
+  using moxie::BFloat16;
+  for (const auto& [width, wide] : {std::pair<Index, Index>{dim, hidden}, {33, 70}, {64, 32}}) {
+    check_bfloat16(moxie::SwiGluExperts<float, BFloat16>(experts, width, {wide}),
+                   moxie::SwiGluExperts<double>(experts, width, {wide}));
+  }
+  check_bfloat16(moxie::GegluTanhExperts<float, BFloat16>(experts, dim, {hidden}),
+                 moxie::GegluTanhExperts<double>(experts, dim, {hidden}));
+  check_laws(moxie::SwiGluExperts<float, BFloat16>(3, dim, {hidden}));
+  check_laws(moxie::SwiGluExperts<float, BFloat16>(2, 33, {70}));
+}
+
 TEST_CASE("GLU experts: tensors are named and shaped as in the reference") {
   const moxie::SwiGluExperts<float> bank(2, dim, {hidden});
   CHECK(bank.layout().tensors().size() == 6);

@@ -31,6 +31,14 @@ TEST_CASE_TEMPLATE("linear experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::LinearExperts<S>(1, 1));
 }
 
+TEST_CASE("linear experts: of BFloat16 elements are close, and keep the laws of banks") {
+  using moxie::BFloat16;
+  for (const moxie::Index width : {dim, moxie::Index{33}}) {
+    check_bfloat16(moxie::LinearExperts<float, BFloat16>(experts, width), moxie::LinearExperts<double>(experts, width));
+  }
+  check_laws(moxie::LinearExperts<float, BFloat16>(3, dim));
+}
+
 TEST_CASE("linear experts: have a bias unless told otherwise, and start it at zero") {
   const moxie::LinearExperts<double> bank(2, dim);
   moxie::Parameters<double> p = random_parameters(bank);

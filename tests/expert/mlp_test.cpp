@@ -40,6 +40,16 @@ TEST_CASE_TEMPLATE("MLP experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::ReluSquaredExperts<S>(3, dim, {hidden}));
 }
 
+TEST_CASE("MLP experts: of BFloat16 elements are close, and keep the laws of banks") {
+  using moxie::BFloat16;
+  for (const auto& [width, wide] : {std::pair<Index, Index>{dim, hidden}, {33, 71}, {64, 32}}) {
+    check_bfloat16(moxie::GeluTanhExperts<float, BFloat16>(experts, width, {wide}),
+                   moxie::GeluTanhExperts<double>(experts, width, {wide}));
+  }
+  check_laws(moxie::GeluTanhExperts<float, BFloat16>(3, dim, {hidden}));
+  check_laws(moxie::GeluTanhExperts<float, BFloat16>(2, 33, {71}));
+}
+
 TEST_CASE("MLP experts: tensors are named and shaped as said") {
   const moxie::GeluTanhExperts<float> bank(2, dim, {hidden});
   const auto shape = [&](const std::string& name) {

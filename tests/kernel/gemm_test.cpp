@@ -6,6 +6,7 @@
 
 namespace {
 
+using moxie::BFloat16;
 using moxie::Exec;
 using moxie::Index;
 using moxie::Matrix;
@@ -192,6 +193,51 @@ TEST_CASE_TEMPLATE("gemm: a row and a column alone have the bits that they have 
                     Exec{});
     CHECK(moxie::test::same_bits<S>(row, c.row(i)));
   }
+}
+
+// Every depth and remainder, both factors plain or transposed, B rounded while it is packed or before.
+TEST_CASE_TEMPLATE("gemm: of BFloat16 elements is the sum of their products, in float", Source, float, BFloat16) {
+  using T = kernel::detail::Tile<float, kernel::DefaultArch>;
+  using P = kernel::Product<float, BFloat16, Source>;
+  double worst = 0;
+  Index cases = 0;
+  for (const Index m : {Index{1}, T::rows + 3, 5 * T::rows}) {
+    for (const Index n : {Index{1}, T::cols + 3, 3 * T::cols}) {
+      for (const Index k : {1, 2, 7, 64, 515, 3200}) {
+        const Matrix<BFloat16> a = moxie::test::random<float>(m, k, 131).cast<BFloat16>();
+        const Matrix<Source> b = moxie::test::random<float>(k, n, 132).cast<Source>();
+        const Matrix<BFloat16> at = a.transpose();
+        const Matrix<Source> bt = b.transpose();
+        const Matrix<double> expected = a.cast<double>() * b.template cast<BFloat16>().template cast<double>();
+        const Matrix<double> size =
+            a.cast<double>().cwiseAbs() * b.template cast<BFloat16>().template cast<double>().cwiseAbs();
+        for (const int way : {0, 1, 2, 3}) {
+          Matrix<float> c(m, n), again(m, n);
+          P product{.m = m,
+                    .n = n,
+                    .k = k,
+                    .a = way % 2 == 0 ? kernel::plain<BFloat16>(a) : kernel::transposed<BFloat16>(at),
+                    .b = way / 2 == 0 ? kernel::plain<Source>(b) : kernel::transposed<Source>(bt),
+                    .c = kernel::replace<float>(c)};
+          kernel::grouped_gemm<float>(
+              1, [&](Index) { return product; }, Exec{});
+          const double error = ((c.cast<double>() - expected).cwiseAbs().cwiseQuotient(size)).maxCoeff();
+          worst = error <= worst ? worst : error;
+          ++cases;
+          moxie::Buffer<std::uint32_t> panels(kernel::panels_size(product));
+          kernel::pack_panels(product, panels.data());
+          product.b = {};
+          product.panels = panels.data();
+          product.c = kernel::replace<float>(again);
+          kernel::grouped_gemm<float>(
+              1, [&](Index) { return product; }, Exec{.threads = 3});
+          CHECK(moxie::test::same_bits(again, c));
+        }
+      }
+    }
+  }
+  CHECK(cases == 216);
+  CHECK(worst < Tolerance<float>::sum);
 }
 
 // Two matrices on top of one another, a gap between them, as both factors and as the destination.

@@ -22,7 +22,7 @@ TEST_CASE_TEMPLATE("pack: a square of every vector width is transposed", S, floa
       rows[j] = from.data() + j * from.cols();
     }
     Matrix<S> to = moxie::test::untouched<S>(n, n + 3);
-    kernel::detail::transpose_square<n>(rows, n, to.data(), to.cols());
+    kernel::detail::transpose_square<S, n>(rows, n, to.data(), to.cols());
     CHECK((to.leftCols(n).array() == from.middleCols(n, n).transpose().array()).all());
     CHECK(moxie::test::is_untouched<S>(to.rightCols(3)));
   };

@@ -33,8 +33,8 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
       for (Index i = 0; i < T::rows; ++i) {
         pointers.push_back(a.data() + i * a.cols());
       }
-      const auto [multiply, height] = kernel::detail::tile_of<false, S, Arch>(rows);
-      const auto [multiply_packed, packed_height] = kernel::detail::tile_of<true, S, Arch>(rows);
+      const auto [multiply, height] = kernel::detail::tile_of<false, S, S, Arch>(rows);
+      const auto [multiply_packed, packed_height] = kernel::detail::tile_of<true, S, S, Arch>(rows);
       CHECK((height == rows || height == rows + 1));
       CHECK(height <= T::rows);
       CHECK(packed_height >= rows);

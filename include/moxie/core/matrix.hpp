@@ -12,6 +12,10 @@ namespace moxie {
 template <class Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
+/// A number of 16 bits: float's range, 8 bits of precision. Expert banks can multiply such numbers and add in float; see
+/// `GluExperts`.
+using BFloat16 = Eigen::bfloat16;
+
 namespace detail {
 
 // Eigen expressions that a view can point into: plain memory, rows contiguous, the same scalar.

@@ -49,47 +49,53 @@ concept Bank = std::copyable<B> &&
 
 /// The weights of a bank, packed for its products once: what `freeze` makes of parameters and inference reads instead of them.
 /// It does not refer to the parameters, which may change or go.
-template <class Scalar>
+template <class Scalar, class Element = Scalar>
 class FrozenWeights {
  public:
+  using Product = kernel::Product<Scalar, Element, Scalar>;
+
   /// Of the factors B of these products, numbered from 0, and of vectors (biases).
-  FrozenWeights(std::vector<kernel::Product<Scalar>> products, const std::vector<RowView<const Scalar>>& vectors,
-                const Exec& exec)
+  FrozenWeights(std::vector<Product> products, const std::vector<RowView<const Scalar>>& vectors, const Exec& exec)
       : products_(std::move(products)) {
-    Index size = 0;
-    const auto take = [&](Index n) {
-      offsets_.push_back(size);
-      size += (n + Layout::granularity - 1) / Layout::granularity * Layout::granularity;
-    };
-    for (const auto& product : products_) {
-      take(kernel::panels_size(product));
-    }
-    for (const auto& v : vectors) {
-      take(v.size());
-    }
-    block_.resize(size);
+    panels_.resize(place(
+        products_, [](const Product& product) { return kernel::panels_size(product); }, panel_offsets_));
+    vectors_.resize(place(
+        vectors, [](RowView<const Scalar> v) { return v.size(); }, vector_offsets_));
     exec.parallel_for(Index(products_.size()), [&](Index i) {
       auto& product = products_[std::size_t(i)];
-      kernel::pack_panels(product, block_.data() + offsets_[std::size_t(i)]);
+      kernel::pack_panels(product, panels_.data() + panel_offsets_[std::size_t(i)]);
       product.b = {};
     });
     for (std::size_t i = 0; i < vectors.size(); ++i) {
-      std::copy_n(vectors[i].data(), vectors[i].size(), block_.data() + offsets_[products_.size() + i]);
+      std::copy_n(vectors[i].data(), vectors[i].size(), vectors_.data() + vector_offsets_[i]);
     }
   }
 
   /// The product without its rows.
-  kernel::Product<Scalar> product(Index i) const {
-    kernel::Product<Scalar> out = products_[std::size_t(i)];
-    out.panels = block_.data() + offsets_[std::size_t(i)];
+  Product product(Index i) const {
+    Product out = products_[std::size_t(i)];
+    out.panels = panels_.data() + panel_offsets_[std::size_t(i)];
     return out;
   }
-  const Scalar* vector(Index i) const { return block_.data() + offsets_[products_.size() + std::size_t(i)]; }
+  const Scalar* vector(Index i) const { return vectors_.data() + vector_offsets_[std::size_t(i)]; }
 
  private:
-  std::vector<kernel::Product<Scalar>> products_;
-  std::vector<Index> offsets_;  // of the panels, then of the vectors
-  Buffer<Scalar> block_;
+  /// Where each begins in a block, whose size is returned.
+  template <class T, class Size>
+  static Index place(const std::vector<T>& parts, const Size& size_of, std::vector<Index>& offsets) {
+    Index size = 0;
+    for (const T& part : parts) {
+      offsets.push_back(size);
+      size += (size_of(part) + Layout::granularity - 1) / Layout::granularity * Layout::granularity;
+    }
+    return size;
+  }
+
+  std::vector<Product> products_;
+  std::vector<Index> panel_offsets_;
+  std::vector<Index> vector_offsets_;
+  Buffer<kernel::Unit<Element>> panels_;
+  Buffer<Scalar> vectors_;
 };
 
 /// Options of the expert families with one hidden layer.
@@ -125,9 +131,47 @@ auto of(ParameterView<T> p, BankTensor tensor) {
 }
 
 /// The grouping of `rows` over other rows, which lie in order.
-template <class Scalar>
-GroupedRows<Scalar> regrouped(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> contiguous) {
+template <class Scalar, class Element>
+GroupedRows<Element> regrouped(const GroupedRows<Scalar>& rows, RowView<const Element> contiguous) {
   return {rows.starts, contiguous, nullptr};
+}
+
+/// A matrix as what products multiply: itself, or rounded, in scratch.
+template <class Element, class Scalar>
+RowView<const Element> as_elements(RowView<const Scalar> m, Workspace& workspace, const Exec& exec) {
+  if constexpr (std::is_same_v<Element, Scalar>) {
+    return m;
+  } else {
+    const RowView<Element> out = workspace.spread<Element>(m.rows(), m.cols());
+    constexpr Index rows = 16;  // of a task
+    exec.parallel_for((m.rows() + rows - 1) / rows, [&](Index task) {
+      using V = kernel::Batch<Scalar>;
+      for (Index r = task * rows; r < std::min(m.rows(), (task + 1) * rows); ++r) {
+        for (Index j = 0; j < m.cols(); j += Index{V::size}) {
+          kernel::store(kernel::load<V>(m.row(r) + j, m.cols() - j), out.row(r) + j, m.cols() - j);
+        }
+      }
+    });
+    return out;
+  }
+}
+template <class Element, class Scalar>
+GroupedRows<Element> as_elements(const GroupedRows<Scalar>& rows, Workspace& workspace, const Exec& exec) {
+  return {rows.starts, as_elements<Element>(rows.rows, workspace, exec), rows.index};
+}
+
+/// What a bank keeps, (R, width) Elements in a matrix of Scalars, and how many columns that one has.
+template <class Element, class T>
+auto kept_elements(RowView<T> kept, Index width) {
+  using E = std::conditional_t<std::is_const_v<T>, const Element, Element>;
+  constexpr Index fit = Index{sizeof(T) / sizeof(E)};
+  return kept.rows() == 0 ? RowView<E>()
+                          : RowView<E>(reinterpret_cast<E*>(kept.data()), kept.rows(), width, kept.stride() * fit);
+}
+template <class Element, class Scalar>
+constexpr Index kept_columns(Index width) {
+  constexpr Index fit = Index{sizeof(Scalar) / sizeof(Element)};
+  return (width + fit - 1) / fit;
 }
 
 /// Uniform on ±√(6 / (in + out)) for a weight (out,in): Glorot and Bengio 2010, equation 16.
@@ -138,9 +182,8 @@ void initialize_glorot(RowView<Scalar> weight, const Rng& rng) {
 }
 
 /// A product of these rows with what it was given, to h.
-template <class Scalar>
-kernel::Product<Scalar> with_rows(kernel::Product<Scalar> product, kernel::Operand<Scalar> rows, Index count,
-                                  kernel::Destination<Scalar> h = {}) {
+template <class P>
+P with_rows(P product, kernel::Operand<typename P::Element> rows, Index count, kernel::Destination<typename P::Scalar> h = {}) {
   product.m = count;
   product.a = rows;
   product.c = h;
@@ -148,45 +191,45 @@ kernel::Product<Scalar> with_rows(kernel::Product<Scalar> product, kernel::Opera
 }
 
 /// A product with Wᵀ, without rows: (.,in)(in,out) -> (.,out). Weights are (out,in).
-template <class Scalar>
-kernel::Product<Scalar> through(RowView<const Scalar> weight) {
+template <class Element, class Scalar>
+kernel::Product<Scalar, Element, Scalar> through(RowView<const Scalar> weight) {
   return {.n = weight.rows(), .k = weight.cols(), .b = kernel::transposed<Scalar>(weight)};
 }
 
 /// dh_e W_e: (R_e,out)(out,in) -> (R_e,in).
-template <class Scalar>
-kernel::Product<Scalar> back_through(RowView<const Scalar> dh, kernel::Rows<const std::type_identity_t<Scalar>> weight,
-                                     Index in, kernel::Destination<Scalar> drows = {}) {
-  return {.m = dh.rows(), .n = in, .k = dh.cols(), .a = kernel::plain<Scalar>(dh), .b = {weight}, .c = drows};
+template <class Scalar, class Element>
+kernel::Product<Scalar, Element, Scalar> back_through(RowView<const Element> dh, kernel::Rows<const Scalar> weight, Index in,
+                                                      kernel::Destination<Scalar> drows = {}) {
+  return {.m = dh.rows(), .n = in, .k = dh.cols(), .a = kernel::plain<Element>(dh), .b = {weight}, .c = drows};
 }
 
 /// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order.
-template <class Scalar>
-kernel::Product<Scalar> weight_gradient(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh,
-                                        kernel::Rows<std::type_identity_t<Scalar>> dw, Index e) {
+template <class Scalar, class Element>
+kernel::Product<Scalar, Element> weight_gradient(const GroupedRows<Element>& rows, RowView<const Element> dh,
+                                                 kernel::Rows<Scalar> dw, Index e) {
   if (rows.count(e) == 0) {
     return {};
   }
   return {.m = dh.cols(),
           .n = rows.rows.cols(),
           .k = rows.count(e),
-          .a = kernel::transposed<Scalar>(rows.part(dh, e)),
+          .a = kernel::transposed<Element>(rows.part(dh, e)),
           .b = rows.operand(e),
           .c = {dw, true}};
 }
 
 /// db_e += column sums of dh_e, in order of rows.
-template <class Scalar, class BiasOf>
-void add_bias_gradient(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh, BiasOf&& dbias,
-                       const Exec& exec) {
+template <class Rows, class T, class BiasOf>
+void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Exec& exec) {
   constexpr Index columns = 256;
   const Index parts = (dh.cols() + columns - 1) / columns;
   exec.parallel_for(rows.experts() * parts, [&](Index i) {
-    const RowView<Scalar> db = dbias(i / parts);
+    const auto db = dbias(i / parts);
+    using Scalar = typename decltype(db)::Scalar;
     const Index first = i % parts * columns;
     const Index count = std::min(columns, dh.cols() - first);
     for (Index r = rows.begin(i / parts); r < rows.begin(i / parts + 1); ++r) {
-      db.eigen().middleCols(first, count) += dh.eigen().row(r).segment(first, count);
+      db.eigen().middleCols(first, count) += dh.eigen().row(r).segment(first, count).template cast<Scalar>();
     }
   });
 }
@@ -197,8 +240,7 @@ struct StoreWithBias {
   BiasOf bias;
 
   template <class Arch>
-  void operator()(Arch /*arch*/, const kernel::Product<Scalar>& p, Index e, Index row, Index col, Index n,
-                  const Scalar* values) const {
+  void operator()(Arch /*arch*/, const auto& p, Index e, Index row, Index col, Index n, const Scalar* values) const {
     using V = kernel::Batch<Scalar, Arch>;
     const Scalar* b = bias(e) + col;
     Scalar* to = p.c.row(row) + col;
@@ -214,8 +256,8 @@ StoreWithBias<Scalar, BiasOf> store_with_bias(BiasOf bias) {
 }
 
 /// Says to a product which rows of these matrices the end of a tile will touch; empty ones are left out.
-template <class Scalar, class... T>
-auto rows_ahead(const GroupedRows<Scalar>& rows, RowView<T>... matrices) {
+template <class Element, class... T>
+auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {
   return [=](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
     const auto add = [&](const auto& m) {
       if (m.size() != 0) {
@@ -234,10 +276,9 @@ RowView<T> half(RowView<T> m, Index which) {
 
 /// Experts with one hidden layer: `to_hidden(e)` and `to_out(e)` are an expert's two products without rows; `activate` ends the
 /// first, which fills `hidden` (R,H), and `end` the second, which fills h (R,D).
-template <class Scalar, class First, class Second, class Activate, class End>
-void forward_hidden(const GroupedRows<Scalar>& rows, RowView<std::type_identity_t<Scalar>> hidden,
-                    RowView<std::type_identity_t<Scalar>> h, const First& to_hidden, const Second& to_out, Activate activate,
-                    End end, const Exec& exec) {
+template <class Scalar, class Element, class First, class Second, class Activate, class End>
+void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, RowView<Scalar> h, const First& to_hidden,
+                    const Second& to_out, Activate activate, End end, const Exec& exec) {
   kernel::run_stages<Scalar>(
       exec,
       kernel::Stage(
@@ -245,7 +286,7 @@ void forward_hidden(const GroupedRows<Scalar>& rows, RowView<std::type_identity_
       kernel::Stage(
           rows.experts(),
           [&](Index e) {
-            return with_rows(to_out(e), kernel::plain<Scalar>(rows.part(hidden, e)), rows.count(e),
+            return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
                              kernel::replace<Scalar>(rows.part(h, e)));
           },
           end));
@@ -254,22 +295,22 @@ void forward_hidden(const GroupedRows<Scalar>& rows, RowView<std::type_identity_
 /// Their adjoint, with W1 and W2 the weights of the two products as rows, (out,in) each: `differentiate` ends dh W2, and fills
 /// `hidden` and `before`, the gradient of what the first product gave; drows = before W1, dW1 += beforeᵀ rows, dW2 += dhᵀ
 /// hidden.
-template <class Scalar, class Weight1, class Weight2, class Gradient1, class Gradient2, class Differentiate>
-void backward_hidden(const GroupedRows<Scalar>& rows, RowView<const std::type_identity_t<Scalar>> dh,
-                     RowView<const std::type_identity_t<Scalar>> hidden, RowView<const std::type_identity_t<Scalar>> before,
-                     RowView<std::type_identity_t<Scalar>> drows, const Weight1& w1, const Weight2& w2, const Gradient1& dw1,
-                     const Gradient2& dw2, Differentiate differentiate, const Exec& exec) {
+template <class Scalar, class Element, class Weight1, class Weight2, class Gradient1, class Gradient2, class Differentiate>
+void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh,
+                     RowView<const std::type_identity_t<Element>> hidden, RowView<const std::type_identity_t<Element>> before,
+                     RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const Gradient1& dw1, const Gradient2& dw2,
+                     Differentiate differentiate, const Exec& exec) {
   kernel::run_stages<Scalar>(
       exec,
       kernel::Stage(
           rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate),
-      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient(rows, before, dw1(e), e); }),
+      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(rows, before, dw1(e), e); }),
       kernel::Stage(rows.experts(),
                     [&](Index e) {
                       return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(),
                                                   kernel::replace<Scalar>(rows.part(drows, e)));
                     }),
-      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient(regrouped(rows, hidden), dh, dw2(e), e); }));
+      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(regrouped(rows, hidden), dh, dw2(e), e); }));
 }
 
 }  // namespace detail

@@ -12,11 +12,17 @@ namespace moxie {
 ///
 /// Shazeer 2020, "GLU variants improve transformer", equation 6; SwiGLU with act = SiLU, as in DiT-MoE and DeepSeekMoE. Tensors
 /// of expert e: `experts.e.gate_proj.weight` (H,D), `experts.e.up_proj.weight` (H,D), `experts.e.down_proj.weight` (D,H). Keeps
-/// 2RH numbers. Cost: 6RDH forward, 12RDH backward.
-template <class Scalar_, class Activation>
+/// 2RH Elements. Cost: 6RDH forward, 12RDH backward.
+///
+/// With Element = BFloat16 and Scalar = float, rows, weights, hidden values and the gradients with respect to them are rounded
+/// to BFloat16 (to nearest, ties to even) where products read them, and products add in float. Parameters, their gradients, x
+/// and y stay float: master weights, as Micikevicius et al. 2018, "Mixed precision training".
+template <class Scalar_, class Activation, class Element_ = Scalar_>
 class GluExperts {
  public:
   using Scalar = Scalar_;
+  using Element = Element_;
+  using Frozen = FrozenWeights<Scalar, Element>;
   using Config = HiddenConfig;
 
   GluExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
@@ -36,8 +42,8 @@ class GluExperts {
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
   Index hidden_dim() const { return hidden_dim_; }
-  /// x Wgᵀ and x Wuᵀ, side by side.
-  Index kept_width() const { return 2 * hidden_dim_; }
+  /// x Wgᵀ and x Wuᵀ, side by side, as Elements.
+  Index kept_width() const { return detail::kept_columns<Element, Scalar>(2 * hidden_dim_); }
 
   /// Glorot uniform, each tensor from a stream of its own.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -50,12 +56,12 @@ class GluExperts {
                Workspace& workspace, const Exec& exec) const {
     run(p, rows, h, kept, workspace, exec);
   }
-  void forward(const FrozenWeights<Scalar>& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
                Workspace& workspace, const Exec& exec) const {
     run(weights, rows, h, kept, workspace, exec);
   }
-  FrozenWeights<Scalar> freeze(ParameterView<const Scalar> p, const Exec& exec) const {
-    std::vector<kernel::Product<Scalar>> products;
+  Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    std::vector<Product> products;
     for (Index e = 0; e < experts_; ++e) {
       products.push_back(to_hidden(p, e));
       products.push_back(to_out(p, e));
@@ -68,12 +74,14 @@ class GluExperts {
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
                 ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
-    const RowView<Scalar> dgate_up = workspace.spread<Scalar>(rows.count(), 2 * hidden_dim_);
-    const RowView<const Scalar> gates = detail::half(kept, 0);
-    const RowView<const Scalar> ups = detail::half(kept, 1);
-    const RowView<Scalar> dgates = detail::half(dgate_up, 0);
-    const RowView<Scalar> dups = detail::half(dgate_up, 1);
+    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> dgate_up = workspace.spread<Element>(rows.count(), 2 * hidden_dim_);
+    const RowView<const Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
+    const RowView<const Element> gates = detail::half(gate_up, 0);
+    const RowView<const Element> ups = detail::half(gate_up, 1);
+    const RowView<Element> dgates = detail::half(dgate_up, 0);
+    const RowView<Element> dups = detail::half(dgate_up, 1);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                                    const Scalar* values) {
       using V = kernel::Batch<Scalar, decltype(arch)>;
@@ -89,28 +97,31 @@ class GluExperts {
       }
     };
     detail::backward_hidden(
-        rows, dh, hidden, dgate_up, drows, [&](Index e) { return gate_up_weight(p, e); },
-        [&](Index e) { return kernel::rows_of(down_.of(p, e)); }, [&](Index e) { return gate_up_weight(dp, e); },
-        [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
-        kernel::Finish(differentiate, detail::rows_ahead(rows, gates, ups, hidden, dgates, dups)), exec);
+        x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
+        [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
+        [&](Index e) { return gate_up_weight(dp, e); }, [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
+        kernel::Finish(differentiate, detail::rows_ahead(x, gates, ups, hidden, dgates, dups)), exec);
   }
 
  private:
   // The two products of an expert, without rows.
-  kernel::Product<Scalar> to_hidden(ParameterView<const Scalar> p, Index e) const {
+  using Product = typename Frozen::Product;
+  Product to_hidden(ParameterView<const Scalar> p, Index e) const {
     return {.n = hidden_dim_, .k = model_dim_, .b = {gate_up_weight(p, e), true}, .halves = true};
   }
-  static kernel::Product<Scalar> to_out(ParameterView<const Scalar> p, Index e) { return detail::through(down_.of(p, e)); }
-  static kernel::Product<Scalar> to_hidden(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e); }
-  static kernel::Product<Scalar> to_out(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e + 1); }
+  static Product to_out(ParameterView<const Scalar> p, Index e) { return detail::through<Element>(down_.of(p, e)); }
+  static Product to_hidden(const Frozen& weights, Index e) { return weights.product(2 * e); }
+  static Product to_out(const Frozen& weights, Index e) { return weights.product(2 * e + 1); }
 
   template <class Weights>
   void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
-    const RowView<Scalar> gates = detail::half(kept, 0);
-    const RowView<Scalar> ups = detail::half(kept, 1);
+    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
+    const RowView<Element> gates = detail::half(gate_up, 0);
+    const RowView<Element> ups = detail::half(gate_up, 1);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     // A tile holds a vector of gates beside the same units' ups.
     const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                               const Scalar* values) {
@@ -125,8 +136,8 @@ class GluExperts {
       kernel::store(Activation::value(gate) * up, hidden.row(r) + col, n);
     };
     detail::forward_hidden(
-        rows, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(rows, hidden, gates, ups)), kernel::Store{}, exec);
+        x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
+        kernel::Finish(activate, detail::rows_ahead(x, hidden, gates, ups)), kernel::Store{}, exec);
   }
 
   static constexpr detail::BankTensor gate_{0, 3};
@@ -146,16 +157,16 @@ class GluExperts {
 };
 
 /// DiT-MoE's and DeepSeekMoE's expert.
-template <class Scalar>
-using SwiGluExperts = GluExperts<Scalar, Silu>;
+template <class Scalar, class Element = Scalar>
+using SwiGluExperts = GluExperts<Scalar, Silu, Element>;
 /// GEGLU with the tanh approximation of GELU, as T5 1.1 and flax compute it. Shazeer 2020, equation 6.
-template <class Scalar>
-using GegluTanhExperts = GluExperts<Scalar, GeluTanh>;
+template <class Scalar, class Element = Scalar>
+using GegluTanhExperts = GluExperts<Scalar, GeluTanh, Element>;
 /// GEGLU with the exact GELU. Shazeer 2020, equation 6.
-template <class Scalar>
-using GegluErfExperts = GluExperts<Scalar, GeluErf>;
+template <class Scalar, class Element = Scalar>
+using GegluErfExperts = GluExperts<Scalar, GeluErf, Element>;
 /// ReGLU: the gate is max(x Wgᵀ, 0). Shazeer 2020, equation 6.
-template <class Scalar>
-using ReGluExperts = GluExperts<Scalar, Relu>;
+template <class Scalar, class Element = Scalar>
+using ReGluExperts = GluExperts<Scalar, Relu, Element>;
 
 }  // namespace moxie

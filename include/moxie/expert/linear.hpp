@@ -10,11 +10,14 @@ struct LinearConfig {
 };
 
 /// A bank of affine maps f(x) = x Wᵀ + b (Switch-DiT's expert). Tensors of expert e: `experts.e.weight` (D,D), `experts.e.bias`
-/// (D). Keeps nothing. Cost: 2RD² forward, 4RD² backward.
-template <class Scalar_>
+/// (D). Keeps nothing. Cost: 2RD² forward, 4RD² backward. Element = BFloat16 means what it does in `GluExperts`; biases are
+/// added in float.
+template <class Scalar_, class Element_ = Scalar_>
 class LinearExperts {
  public:
   using Scalar = Scalar_;
+  using Element = Element_;
+  using Frozen = FrozenWeights<Scalar, Element>;
   using Config = LinearConfig;
 
   LinearExperts(Index experts, Index model_dim, const Config& config = {}, const BankNames& names = {})
@@ -45,19 +48,19 @@ class LinearExperts {
   }
 
   void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> /*kept*/,
-               Workspace& /*workspace*/, const Exec& exec) const {
-    run([&](Index e) { return detail::through(weight().of(p, e)); }, [&](Index e) { return bias().of(p, e).data(); }, rows, h,
-        exec);
+               Workspace& workspace, const Exec& exec) const {
+    run([&](Index e) { return detail::through<Element>(weight().of(p, e)); }, [&](Index e) { return bias().of(p, e).data(); },
+        rows, h, workspace, exec);
   }
-  void forward(const FrozenWeights<Scalar>& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h,
-               RowView<Scalar> /*kept*/, Workspace& /*workspace*/, const Exec& exec) const {
-    run([&](Index e) { return weights.product(e); }, [&](Index e) { return weights.vector(e); }, rows, h, exec);
+  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> /*kept*/,
+               Workspace& workspace, const Exec& exec) const {
+    run([&](Index e) { return weights.product(e); }, [&](Index e) { return weights.vector(e); }, rows, h, workspace, exec);
   }
-  FrozenWeights<Scalar> freeze(ParameterView<const Scalar> p, const Exec& exec) const {
-    std::vector<kernel::Product<Scalar>> products;
+  Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    std::vector<typename Frozen::Product> products;
     std::vector<RowView<const Scalar>> biases;
     for (Index e = 0; e < experts_; ++e) {
-      products.push_back(detail::through(weight().of(p, e)));
+      products.push_back(detail::through<Element>(weight().of(p, e)));
       if (bias_) {
         biases.push_back(bias().of(p, e));
       }
@@ -67,13 +70,16 @@ class LinearExperts {
 
   /// drows = dh W, dW += dhᵀ x, db += Σ dh.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, RowView<const Scalar> /*kept*/, Workspace& /*workspace*/, const Exec& exec) const {
+                ParameterView<Scalar> dp, RowView<const Scalar> /*kept*/, Workspace& workspace, const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
+    const RowView<const Element> d = detail::as_elements<Element>(dh, workspace, exec);
     kernel::run_stages<Scalar>(
         exec,
         kernel::Stage(experts_,
-                      [&](Index e) { return detail::weight_gradient(rows, dh, kernel::rows_of(weight().of(dp, e)), e); }),
+                      [&](Index e) { return detail::weight_gradient<Scalar>(x, d, kernel::rows_of(weight().of(dp, e)), e); }),
         kernel::Stage(experts_, [&](Index e) {
-          return detail::back_through<Scalar>(rows.part(dh, e), kernel::rows_of(weight().of(p, e)), model_dim_,
+          return detail::back_through<Scalar>(rows.part(d, e), kernel::rows_of(weight().of(p, e)), model_dim_,
                                               kernel::replace<Scalar>(rows.part(drows, e)));
         }));
     if (bias_) {
@@ -84,9 +90,11 @@ class LinearExperts {
  private:
   template <class ProductOf, class BiasOf>
   void run(const ProductOf& product_of, const BiasOf& bias_of, const GroupedRows<Scalar>& rows, RowView<Scalar> h,
-           const Exec& exec) const {
+           Workspace& workspace, const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto product = [&](Index e) {
-      return detail::with_rows(product_of(e), rows.operand(e), rows.count(e), kernel::replace<Scalar>(rows.part(h, e)));
+      return detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::replace<Scalar>(rows.part(h, e)));
     };
     if (bias_) {
       kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product, detail::store_with_bias<Scalar>(bias_of)));

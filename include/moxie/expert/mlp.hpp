@@ -12,11 +12,14 @@ namespace moxie {
 ///
 /// The feed-forward of the transformer; act = GeluTanh in DiT and in Soft MoE's reference, GeluErf elsewhere. Tensors of expert
 /// e: `experts.e.fc1.weight` (H,D), `experts.e.fc1.bias` (H), `experts.e.fc2.weight` (D,H), `experts.e.fc2.bias` (D). Keeps RH
-/// numbers. Cost: 4RDH forward, 8RDH backward.
-template <class Scalar_, class Activation>
+/// Elements. Cost: 4RDH forward, 8RDH backward. Element = BFloat16 means what it does in `GluExperts`; biases are added in
+/// float.
+template <class Scalar_, class Activation, class Element_ = Scalar_>
 class MlpExperts {
  public:
   using Scalar = Scalar_;
+  using Element = Element_;
+  using Frozen = FrozenWeights<Scalar, Element>;
   using Config = HiddenConfig;
 
   MlpExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
@@ -37,8 +40,8 @@ class MlpExperts {
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
   Index hidden_dim() const { return hidden_dim_; }
-  /// x W1ᵀ + b1.
-  Index kept_width() const { return hidden_dim_; }
+  /// x W1ᵀ + b1, as Elements.
+  Index kept_width() const { return detail::kept_columns<Element, Scalar>(hidden_dim_); }
 
   /// Weights Glorot uniform, biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -54,12 +57,12 @@ class MlpExperts {
                Workspace& workspace, const Exec& exec) const {
     run(p, rows, h, kept, workspace, exec);
   }
-  void forward(const FrozenWeights<Scalar>& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
+  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
                Workspace& workspace, const Exec& exec) const {
     run(weights, rows, h, kept, workspace, exec);
   }
-  FrozenWeights<Scalar> freeze(ParameterView<const Scalar> p, const Exec& exec) const {
-    std::vector<kernel::Product<Scalar>> products;
+  Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    std::vector<Product> products;
     std::vector<RowView<const Scalar>> biases;
     for (Index e = 0; e < experts_; ++e) {
       products.push_back(to_hidden(p, e));
@@ -75,43 +78,48 @@ class MlpExperts {
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
                 ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
-    const RowView<Scalar> da = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> da = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<const Element> a = detail::kept_elements<Element>(kept, hidden_dim_);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                                    const Scalar* values) {
       using V = kernel::Batch<Scalar, decltype(arch)>;
       const Index r = rows.begin(e) + row;
       for (Index j = 0; j < n; j += Index{V::size}) {
-        const V before = kernel::load<V>(kept.row(r) + col + j, n - j);
+        const V before = kernel::load<V>(a.row(r) + col + j, n - j);
         kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
         kernel::store(V::load_aligned(values + j) * Activation::derivative(before), da.row(r) + col + j, n - j);
       }
     };
     detail::backward_hidden(
-        rows, dh, hidden, da, drows, [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); },
-        [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); },
-        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
-        kernel::Finish(differentiate, detail::rows_ahead(rows, kept, hidden, da)), exec);
+        x, detail::as_elements<Element>(dh, workspace, exec), hidden, da, drows,
+        [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
+        [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
+        kernel::Finish(differentiate, detail::rows_ahead(x, a, hidden, da)), exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
 
  private:
   // The two products of an expert, without rows, and their biases.
-  static kernel::Product<Scalar> to_hidden(ParameterView<const Scalar> p, Index e) { return detail::through(fc1_.of(p, e)); }
-  static kernel::Product<Scalar> to_out(ParameterView<const Scalar> p, Index e) { return detail::through(fc2_.of(p, e)); }
+  using Product = typename Frozen::Product;
+  static Product to_hidden(ParameterView<const Scalar> p, Index e) { return detail::through<Element>(fc1_.of(p, e)); }
+  static Product to_out(ParameterView<const Scalar> p, Index e) { return detail::through<Element>(fc2_.of(p, e)); }
   static const Scalar* hidden_bias(ParameterView<const Scalar> p, Index e) { return bias1_.of(p, e).data(); }
   static const Scalar* out_bias(ParameterView<const Scalar> p, Index e) { return bias2_.of(p, e).data(); }
-  static kernel::Product<Scalar> to_hidden(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e); }
-  static kernel::Product<Scalar> to_out(const FrozenWeights<Scalar>& weights, Index e) { return weights.product(2 * e + 1); }
-  static const Scalar* hidden_bias(const FrozenWeights<Scalar>& weights, Index e) { return weights.vector(2 * e); }
-  static const Scalar* out_bias(const FrozenWeights<Scalar>& weights, Index e) { return weights.vector(2 * e + 1); }
+  static Product to_hidden(const Frozen& weights, Index e) { return weights.product(2 * e); }
+  static Product to_out(const Frozen& weights, Index e) { return weights.product(2 * e + 1); }
+  static const Scalar* hidden_bias(const Frozen& weights, Index e) { return weights.vector(2 * e); }
+  static const Scalar* out_bias(const Frozen& weights, Index e) { return weights.vector(2 * e + 1); }
 
   template <class Weights>
   void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> hidden = workspace.spread<Scalar>(rows.count(), hidden_dim_);
+    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> a = detail::kept_elements<Element>(kept, hidden_dim_);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                               const Scalar* values) {
       using V = kernel::Batch<Scalar, decltype(arch)>;
@@ -119,15 +127,15 @@ class MlpExperts {
       const Scalar* bias = hidden_bias(weights, e) + col;
       for (Index j = 0; j < n; j += Index{V::size}) {
         const V before = V::load_aligned(values + j) + kernel::load<V>(bias + j, n - j);
-        if (kept.size() != 0) {
-          kernel::store(before, kept.row(r) + col + j, n - j);
+        if (a.size() != 0) {
+          kernel::store(before, a.row(r) + col + j, n - j);
         }
         kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
       }
     };
     detail::forward_hidden(
-        rows, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(rows, hidden, kept)),
+        x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
+        kernel::Finish(activate, detail::rows_ahead(x, hidden, a)),
         detail::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
   }
 
@@ -143,13 +151,13 @@ class MlpExperts {
 };
 
 /// Soft MoE's expert, and DiT's feed-forward: the tanh approximation of GELU.
-template <class Scalar>
-using GeluTanhExperts = MlpExperts<Scalar, GeluTanh>;
+template <class Scalar, class Element = Scalar>
+using GeluTanhExperts = MlpExperts<Scalar, GeluTanh, Element>;
 /// The same with the exact GELU.
-template <class Scalar>
-using GeluErfExperts = MlpExperts<Scalar, GeluErf>;
+template <class Scalar, class Element = Scalar>
+using GeluErfExperts = MlpExperts<Scalar, GeluErf, Element>;
 /// Primer's feed-forward, with biases: max(x W1ᵀ + b1, 0)² W2ᵀ + b2. So et al. 2021.
-template <class Scalar>
-using ReluSquaredExperts = MlpExperts<Scalar, ReluSquared>;
+template <class Scalar, class Element = Scalar>
+using ReluSquaredExperts = MlpExperts<Scalar, ReluSquared, Element>;
 
 }  // namespace moxie

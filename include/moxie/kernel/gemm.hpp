@@ -22,19 +22,26 @@ struct Destination {
   Scalar* row(Index r) const { return rows.row(r); }
 };
 
-/// C (m,n) = A (m,k) B (k,n), or C += A B.
-template <class Scalar>
+/// C (m,n) = A (m,k) B (k,n), or C += A B. The sums are Scalars. What is multiplied are Elements: A holds them, and B is
+/// rounded to them.
+template <class Scalar_, class Element_ = Scalar_, class Source_ = Element_>
 struct Product {
+  using Scalar = Scalar_;
+  using Element = Element_;
+  using Source = Source_;
+
   Index m = 0;
   Index n = 0;
   Index k = 0;
-  Operand<Scalar> a = {};
-  Operand<Scalar> b = {};
+  Operand<Element> a = {};
+  Operand<Source> b = {};
   Destination<Scalar> c = {};
   /// B has 2n columns, column n + j beside column j: whoever finishes the tiles makes one number of the two.
   bool halves = false;
   /// B's panels, as `pack_panels` made them, instead of B.
-  const Scalar* panels = nullptr;
+  const Unit<Element>* panels = nullptr;
+
+  Index steps() const { return (k + UnitOf<Element>::elements - 1) / UnitOf<Element>::elements; }
 };
 
 template <class T>
@@ -64,17 +71,17 @@ Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index*
   return {rows_of(m, index), true};
 }
 
-/// How many numbers the panels of all of B take.
-template <class Scalar, class Arch = DefaultArch>
-Index panels_size(const Product<Scalar>& p) {
-  return Panels<Scalar, Arch>{p.n, p.halves}.count() * p.k * detail::Tile<Scalar, Arch>::cols;
+/// How many units the panels of all of B take.
+template <class Arch = DefaultArch, class Scalar, class Element, class Source>
+Index panels_size(const Product<Scalar, Element, Source>& p) {
+  return Panels<Scalar, Arch, Element>{p.n, p.halves}.count() * p.steps() * detail::Tile<Scalar, Arch>::cols;
 }
 /// Packs all of B, so that products with the same B need not pack it each time: set `Product::panels` to `out`, which is
-/// aligned and holds `panels_size` numbers.
-template <class Scalar, class Arch = DefaultArch>
-void pack_panels(const Product<Scalar>& p, Scalar* out) {
-  const Panels<Scalar, Arch> panels{p.n, p.halves};
-  panels.pack(p.b, 0, panels.count(), 0, p.k, out, p.k * detail::Tile<Scalar, Arch>::cols);
+/// aligned and holds `panels_size` units.
+template <class Arch = DefaultArch, class Scalar, class Element, class Source>
+void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) {
+  const Panels<Scalar, Arch, Element> panels{p.n, p.halves};
+  panels.pack(p.b, 0, panels.count(), 0, p.k, out, p.steps() * detail::Tile<Scalar, Arch>::cols);
 }
 
 /// The usual end of a product: a row of a tile goes to C.
@@ -83,9 +90,10 @@ void pack_panels(const Product<Scalar>& p, Scalar* out) {
 /// number i of the product and n sums (pairs of sums, where B has halves: a vector of the first, a vector of the second) for
 /// columns [col, col + n) of C. `values` is aligned and holds two vectors.
 struct Store {
-  template <class Arch, class Scalar>
-  void operator()(Arch /*arch*/, const Product<Scalar>& p, Index /*i*/, Index row, Index col, Index n,
-                  const Scalar* values) const {
+  template <class Arch, class P>
+  void operator()(Arch /*arch*/, const P& p, Index /*i*/, Index row, Index col, Index n,
+                  const typename P::Scalar* values) const {
+    using Scalar = typename P::Scalar;
     using T = detail::Tile<Scalar, Arch>;
     using B = Batch<Scalar, Arch>;
     Scalar* to = p.c.row(row) + col;
@@ -124,8 +132,9 @@ namespace detail {
 
 /// How a product is cut. Only `depth` touches the bits of a result, and it depends on k and on whether A is
 /// transposed alone.
-template <class Scalar, class Arch>
+template <class P, class Arch>
 struct Cut {
+  using Scalar = typename P::Scalar;
   using T = Tile<Scalar, Arch>;
   static constexpr Index most_rows = 1020 / T::rows * T::rows;
   /// Steps of a pass: all of most layers' widths; few where both factors have to be packed, so that many columns share one A.
@@ -133,15 +142,15 @@ struct Cut {
   static constexpr Index longest_transposed = 256;
 
   Index passes = 1;  // over k
-  Index depth = 0;   // of a pass; the last may be shorter
+  Index depth = 0;   // of a pass, in steps; the last may be shorter
   Index rows = 0;    // of a task
   Index panels = 0;  // of a task
 
   /// `shrink` halves the tasks as often.
-  Cut(const Product<Scalar>& p, Index shrink) {
+  Cut(const P& p, Index shrink) {
     const Index most = p.a.transposed ? longest_transposed : longest;
-    passes = std::max(Index{1}, (p.k + most - 1) / most);
-    depth = (p.k + passes - 1) / passes;
+    passes = std::max(Index{1}, (p.steps() + most - 1) / most);
+    depth = (p.steps() + passes - 1) / passes;
     const Index all_panels = panels_of(p).count();
     // Two fifths of the second-level cache for the panels of a pass, and as much for sums between passes.
     const Index budget = second_level_cache() * 2 / 5 / Index{sizeof(Scalar)};
@@ -162,10 +171,10 @@ struct Cut {
     rows = even(p.m, rows, T::rows);
   }
 
-  static Panels<Scalar, Arch> panels_of(const Product<Scalar>& p) { return {p.n, p.halves}; }
-  Index row_tasks(const Product<Scalar>& p) const { return (p.m + rows - 1) / rows; }
-  Index panel_tasks(const Product<Scalar>& p) const { return (panels_of(p).count() + panels - 1) / panels; }
-  Index tasks(const Product<Scalar>& p) const { return row_tasks(p) * panel_tasks(p); }
+  static Panels<Scalar, Arch, typename P::Element> panels_of(const P& p) { return {p.n, p.halves}; }
+  Index row_tasks(const P& p) const { return (p.m + rows - 1) / rows; }
+  Index panel_tasks(const P& p) const { return (panels_of(p).count() + panels - 1) / panels; }
+  Index tasks(const P& p) const { return row_tasks(p) * panel_tasks(p); }
 
  private:
   /// The size of parts, a multiple of `unit`, when n is cut into as few parts of at most `most`, all about equal.
@@ -183,16 +192,22 @@ class Lookahead {
 
   /// For the `task`-th part of a product, while `calls` tiles are computed. Panels that are packed already lie in order, and
   /// the processor foresees them better; nor is there anything to gain where few tiles are computed for much memory.
-  void start(const Product<Scalar>& product, const Cut<Scalar, Arch>& cut, Index task, Index calls) {
+  template <class P>
+  void start(const P& product, const Cut<P, Arch>& cut, Index task, Index calls) {
     if (product.panels != nullptr) {
       return;
     }
-    product_ = product;
-    panels_ = cut.panels_of(product);
-    first_ = task % cut.panel_tasks(product) * cut.panels;
-    const Index count = std::min(cut.panels, panels_.count() - first_);
-    rows_ = product.b.transposed ? count * T::cols : cut.depth;
-    length_ = product.b.transposed ? cut.depth : count * T::cols;
+    constexpr Index size = sizeof(typename P::Source);
+    const auto& b = product.b.rows;
+    b_ = {reinterpret_cast<const std::byte*>(b.data), b.stride * size, b.index, b.gap_at, b.gap * size};
+    transposed_ = product.b.transposed;
+    panels_ = {product.n, product.halves};
+    panel_ = task % cut.panel_tasks(product) * cut.panels;
+    first_ = panel_ * T::cols * size;
+    const Index columns = std::min(cut.panels, panels_.count() - panel_) * T::cols;
+    const Index depth = std::min(cut.depth * UnitOf<typename P::Element>::elements, product.k);
+    rows_ = transposed_ ? columns : depth;
+    length_ = (transposed_ ? depth : columns) * size;
     row_ = 0;
     at_ = length_;
     lines_ = (rows_ * ((length_ + line - 1) / line) + calls - 1) / calls;
@@ -213,42 +228,51 @@ class Lookahead {
   }
 
  private:
-  static constexpr Index line = Index{alignment / sizeof(Scalar)};
+  static constexpr Index line = Index{alignment};
   static constexpr Index most_lines = 160;
 
-  const Scalar* start_of(Index row) const {
-    if (product_.b.transposed) {
-      return product_.b.row(panels_.column(first_ + row / T::cols, row / T::width % 2, row % T::width));
-    }
-    return product_.b.row(row) + first_ * T::cols;
+  const std::byte* start_of(Index row) const {
+    return transposed_ ? b_.row(panels_.column(panel_ + row / T::cols, row / T::width % 2, row % T::width))
+                       : b_.row(row) + first_;
   }
 
-  Product<Scalar> product_;
+  Rows<const std::byte> b_;  // distances in bytes
+  bool transposed_ = false;
   Panels<Scalar, Arch> panels_;
-  Index first_ = 0;   // panel
+  Index panel_ = 0;   // the first one
+  Index first_ = 0;   // where it begins in a row
   Index rows_ = 0;    // pieces of memory to walk over,
   Index length_ = 0;  // so long each
   Index row_ = 0;
-  const Scalar* from_ = nullptr;
+  const std::byte* from_ = nullptr;
   Index at_ = 0;
   Index lines_ = 0;  // a tile
 };
 
 /// Memory of a thread that lasts from task to task: one large page, which the largest task fits, so that it is taken once.
-template <class Scalar>
+template <class Scalar, class Element>
 class TaskMemory {
  public:
+  /// So many units of panels and of rows, and so many sums.
   void resize(Index panels, Index rows, Index sums) {
-    rows_ = round_up(panels);
-    sums_ = rows_ + round_up(rows);
+    rows_ = moxie::detail::spread_stride<Scalar>(panels);
+    sums_ = rows_ + moxie::detail::spread_stride<Scalar>(rows);
     block_.resize(std::max(sums_ + sums, Index{moxie::detail::large_page / sizeof(Scalar)}));
   }
-  Scalar* panels() { return block_.data(); }
-  Scalar* rows() { return block_.data() + rows_; }
+  Unit<Element>* panels() { return at<Unit<Element>>(0); }
+  template <class T>
+  T* rows() {
+    return at<T>(rows_);
+  }
   Scalar* sums() { return block_.data() + sums_; }
 
  private:
-  static Index round_up(Index n) { return moxie::detail::spread_stride<Scalar>(n); }
+  static_assert(sizeof(Unit<Element>) == sizeof(Scalar));
+
+  template <class T>
+  T* at(Index offset) {
+    return reinterpret_cast<T*>(block_.data() + offset);
+  }
 
   Buffer<Scalar> block_;
   Index rows_ = 0;
@@ -256,23 +280,26 @@ class TaskMemory {
 };
 
 /// The `task`-th part of product i, while the memory of a later task is fetched: `prepare(later, calls)` says which.
-template <class Scalar, class Arch, class Finish, class Prepare>
-void multiply_part(const Product<Scalar>& product, Index i, const Cut<Scalar, Arch>& cut, Index task, const Finish& finish,
+template <class Arch, class P, class Finish, class Prepare>
+void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index task, const Finish& finish,
                    const Prepare& prepare) {
+  using Scalar = typename P::Scalar;
+  using Element = typename P::Element;
   using T = Tile<Scalar, Arch>;
-  thread_local TaskMemory<Scalar> memory;
+  constexpr Index elements = UnitOf<Element>::elements;
+  thread_local TaskMemory<Scalar, Element> memory;
   Lookahead<Scalar, Arch> later;
   Ahead ahead;
-  const Panels<Scalar, Arch> panels = cut.panels_of(product);
+  const auto panels = cut.panels_of(product);
   const Index m0 = task / cut.panel_tasks(product) * cut.rows;
   const Index m1 = std::min(product.m, m0 + cut.rows);
   const Index q0 = task % cut.panel_tasks(product) * cut.panels;
   const Index count = std::min(cut.panels, panels.count() - q0);
   const Index tiles = (m1 - m0 + T::rows - 1) / T::rows;
   // Rows that lie a multiple of 4 KiB apart share the sets of the first-level cache: a tile of them is copied.
-  const bool copy_rows = product.a.transposed || product.a.rows.stride * Index{sizeof(Scalar)} % 4096 == 0;
+  const bool copy_rows = product.a.transposed || product.a.rows.stride * Index{sizeof(Element)} % 4096 == 0;
   constexpr Index copied_tiles = 8;  // of a transposed A: whole cache lines of its rows are read
-  // What is packed side by side starts in different sets of the cache.
+  // What is packed side by side starts in different sets of the cache. In units.
   const Index copied_stride = moxie::detail::spread_stride<Scalar>(cut.depth);
   const Index copied_tile_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::rows);
   const Index packed_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::cols);
@@ -284,59 +311,65 @@ void multiply_part(const Product<Scalar>& product, Index i, const Cut<Scalar, Ar
                 (cut.passes > 1 ? tiles * count : 1) * T::size);
   prepare(later, tiles * count * cut.passes);
   for (Index pass = 0; pass < cut.passes; ++pass) {
-    const Index k0 = pass * cut.depth;
-    const Index depth = std::max(Index{0}, std::min(cut.depth, product.k - k0));
+    const Index s0 = pass * cut.depth;
+    const Index k0 = s0 * elements;
+    const Index depth = std::max(Index{0}, std::min(cut.depth * elements, product.k - k0));
     const bool packed = product.panels != nullptr;
-    const Index panel_stride = packed ? product.k * T::cols : packed_stride;
-    const Scalar* panel = packed ? product.panels + (q0 * product.k + k0) * T::cols : memory.panels();
+    const Index panel_stride = packed ? product.steps() * T::cols : packed_stride;
+    const Unit<Element>* panel = packed ? product.panels + (q0 * product.steps() + s0) * T::cols : memory.panels();
     if (!packed) {
       panels.pack(product.b, q0, count, k0, depth, memory.panels(), packed_stride);
     }
     for (Index tile = 0, row = m0; tile < tiles; ++tile) {
       // Heights that differ by two at most, unless tiles are copied by whole vectors.
-      const Index rows = product.a.transposed
-                             ? std::min(T::rows, m1 - row)
-                             : std::min((m1 - row + 2 * (tiles - tile) - 1) / (2 * (tiles - tile)) * 2, m1 - row);
-      const auto [multiply, height] =
-          product.a.transposed ? tile_of<true, Scalar, Arch>(rows) : tile_of<false, Scalar, Arch>(rows);
-      const Scalar* a[T::rows];
+      const Index left = tiles - tile;
+      const Index rows =
+          product.a.transposed ? std::min(T::rows, m1 - row) : std::min((m1 - row + 2 * left - 1) / (2 * left) * 2, m1 - row);
+      // Computes the tile's sums of one panel.
+      const auto multiply = [&, row, rows, tile](const auto& of_panels) {
+        const bool last = pass + 1 == cut.passes;
+        for (Index q = 0; q < count; ++q) {
+          Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * count + q : 0) * T::size;
+          const Index col = (q0 + q) * panels.outputs();
+          ahead.clear();
+          if constexpr (requires { finish.prefetch(ahead, product, i, row, col, col); }) {
+            for (Index r = 0; r < rows && last; ++r) {
+              finish.prefetch(ahead, product, i, row + r, col, panels.outputs());
+            }
+          }
+          later.advance(ahead);
+          ahead.settle();
+          of_panels(panel + q * panel_stride, sums);
+          if (last) {
+            const Index n = panels.outputs_of(q0 + q);
+            for (Index r = 0; r < rows; ++r) {
+              finish(Arch{}, product, i, row + r, col, n, sums + r * T::cols);
+            }
+          }
+        }
+      };
       if (product.a.transposed) {
         const Index local = tile % copied_tiles;
         if (local == 0) {
           pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(copied_tiles * T::rows, m1 - row),
-                                             memory.rows(), copied_tile_stride);
+                                             memory.template rows<Unit<Element>>(), copied_tile_stride);
         }
-        a[0] = memory.rows() + local * copied_tile_stride;
+        const Unit<Element>* a = memory.template rows<Unit<Element>>() + local * copied_tile_stride;
+        const auto tile_function = tile_of<true, Scalar, Element, Arch>(rows).first;
+        multiply([&](const Unit<Element>* b, Scalar* sums) { tile_function(depth, &a, b, sums, pass > 0, ahead); });
       } else {
+        const auto [tile_function, height] = tile_of<false, Scalar, Element, Arch>(rows);
+        const Element* a[T::rows];
         for (Index r = 0; r < rows; ++r) {
           a[r] = product.a.row(row + r) + k0;
           if (copy_rows) {
-            Scalar* copy = memory.rows() + r * copied_stride;
+            Element* copy = memory.template rows<Element>() + r * copied_stride * elements;
             std::copy_n(a[r], depth, copy);
             a[r] = copy;
           }
         }
         std::fill(a + rows, a + height, a[0]);
-      }
-      const bool last = pass + 1 == cut.passes;
-      for (Index q = 0; q < count; ++q) {
-        Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * count + q : 0) * T::size;
-        const Index col = (q0 + q) * panels.outputs();
-        ahead.clear();
-        if constexpr (requires { finish.prefetch(ahead, product, i, row, col, col); }) {
-          for (Index r = 0; r < rows && last; ++r) {
-            finish.prefetch(ahead, product, i, row + r, col, panels.outputs());
-          }
-        }
-        later.advance(ahead);
-        ahead.settle();
-        multiply(depth, a, panel + q * panel_stride, sums, pass > 0, ahead);
-        if (last) {
-          const Index n = panels.outputs_of(q0 + q);
-          for (Index r = 0; r < rows; ++r) {
-            finish(Arch{}, product, i, row + r, col, n, sums + r * T::cols);
-          }
-        }
+        multiply([&, f = tile_function](const Unit<Element>* b, Scalar* sums) { f(depth, a, b, sums, pass > 0, ahead); });
       }
       row += rows;
     }
@@ -374,8 +407,8 @@ struct Stage {
 /// the other rows and columns. Products that may run side by side must not write the same elements.
 template <class Scalar, class Arch = DefaultArch, class... Stages>
 void run_stages(const Exec& exec, const Stages&... stages) {
-  using Cut = detail::Cut<Scalar, Arch>;
   constexpr Index stage_count = sizeof...(Stages);
+  const auto cut_of = []<class P>(const P& product, Index shrink) { return detail::Cut<P, Arch>(product, shrink); };
   struct Part {
     Index stage = 0;
     Index product = 0;
@@ -401,10 +434,10 @@ void run_stages(const Exec& exec, const Stages&... stages) {
       Index tasks = 0;
       bool smallest = true;
       for (Index i = 0; i < count; ++i) {
-        const Product<Scalar> p = stage.product(i);
-        const Cut cut(p, shrink[std::size_t(s)]);
+        const auto p = stage.product(i);
+        const auto cut = cut_of(p, shrink[std::size_t(s)]);
         tasks += cut.tasks(p);
-        smallest = smallest && cut.panels == 1 && cut.rows <= 4 * Cut::T::rows;
+        smallest = smallest && cut.panels == 1 && cut.rows <= 4 * detail::Tile<Scalar, Arch>::rows;
       }
       if (tasks >= wanted || smallest) {
         break;
@@ -424,8 +457,8 @@ void run_stages(const Exec& exec, const Stages&... stages) {
     const auto add = [&](const auto& stage) {
       const Index product = i - s;
       if (product >= 0 && product < count) {
-        const Product<Scalar> p = stage.product(product);
-        const Index tasks = Cut(p, shrink[std::size_t(s)]).tasks(p);
+        const auto p = stage.product(product);
+        const Index tasks = cut_of(p, shrink[std::size_t(s)]).tasks(p);
         plan.parts.push_back({s, product, total, plan.tasks[std::size_t(product)]});
         plan.tasks[std::size_t(product)] += tasks;
         total += tasks;
@@ -444,8 +477,8 @@ void run_stages(const Exec& exec, const Stages&... stages) {
     Index at = 0;
     const auto call = [&](const auto& stage) {
       if (at++ == part.stage) {
-        const Product<Scalar> p = stage.product(part.product);
-        f(stage, p, Cut(p, shrink[std::size_t(part.stage)]));
+        const auto p = stage.product(part.product);
+        f(stage, p, cut_of(p, shrink[std::size_t(part.stage)]));
       }
     };
     (call(stages), ...);
@@ -464,13 +497,12 @@ void run_stages(const Exec& exec, const Stages&... stages) {
       const Index next = task + threads;  // this thread's next one, most likely
       if (next < total) {
         const Part& later = part_of(next);
-        with(later, [&](const auto& /*stage*/, const Product<Scalar>& p, const Cut& cut) {
-          ahead.start(p, cut, next - later.first, calls);
-        });
+        with(later,
+             [&](const auto& /*stage*/, const auto& p, const auto& cut) { ahead.start(p, cut, next - later.first, calls); });
       }
     };
-    with(part, [&](const auto& stage, const Product<Scalar>& p, const Cut& cut) {
-      detail::multiply_part<Scalar, Arch>(p, part.product, cut, task - part.first, stage.finish, prepare);
+    with(part, [&](const auto& stage, const auto& p, const auto& cut) {
+      detail::multiply_part<Arch>(p, part.product, cut, task - part.first, stage.finish, prepare);
     });
   });
 }

@@ -32,11 +32,6 @@ struct Operand {
 
 namespace detail {
 
-template <class Scalar, Index Width>
-struct VectorOf {
-  using Type [[gnu::vector_size(Width * sizeof(Scalar))]] = Scalar;
-};
-
 /// The elements of a and b in turn: a0 b0 a1 b1 ...
 template <class V, std::size_t... I>
 void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
@@ -45,19 +40,19 @@ void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<I..
   high = __builtin_shufflevector(a, b, (int(I / 2) + width / 2 + (I % 2 == 0 ? 0 : width))...);
 }
 
-/// Columns [p, p + Width) of Width rows become rows of `to`. Interleaving the first half of the rows with the second,
-/// log2(Width) times over, transposes them.
-template <Index Width, class Scalar>
-void transpose_square(const Scalar* const* from, Index p, Scalar* to, Index stride) {
+/// Units of Width steps, from column p on, of Width rows become rows of `to`. Interleaving the first half of the rows with the
+/// second, log2(Width) times over, transposes them.
+template <class Element, Index Width, class Source>
+void transpose_square(const Source* const* from, Index p, Unit<Element>* to, Index stride) {
   if constexpr (Width == 1) {
-    to[0] = from[0][p];
+    to[0] = unit<Element>(from[0] + p, UnitOf<Element>::elements);
   } else {
-    using V = typename VectorOf<Scalar, Width>::Type;
+    using V = typename VectorOf<Unit<Element>, Width>::Type;
     V rows[Width];
     V next[Width];
 #pragma GCC unroll 16
     for (Index j = 0; j < Width; ++j) {
-      std::memcpy(&rows[j], from[j] + p, sizeof(V));
+      units_along<Element>(from[j] + p, rows[j]);
     }
 #pragma GCC unroll 4
     for (Index step = 1; step < Width; step *= 2) {
@@ -77,25 +72,31 @@ void transpose_square(const Scalar* const* from, Index p, Scalar* to, Index stri
   }
 }
 
-/// n <= Width elements, then zeros up to Width.
-template <Index Width, class Scalar>
-void copy_padded(const Scalar* from, Index n, Scalar* to) {
-  if (n == Width) {
-    std::memcpy(to, from, Width * sizeof(Scalar));  // of a known size: a few vector instructions, no call
-    return;
+/// Rows k, k + 1, ... of an operand that one step takes; none from row `end` on.
+template <class Element, class Source>
+auto rows_of_step(const Operand<Source>& b, Index k, Index end) {
+  std::array<const Source*, UnitOf<Element>::elements> rows;
+  for (Index i = 0; i < UnitOf<Element>::elements; ++i) {
+    rows[std::size_t(i)] = k + i < end ? b.row(k + i) : nullptr;
   }
-  for (Index j = 0; j < Width; ++j) {
-    to[j] = j < n ? from[j] : Scalar(0);
+  return rows;
+}
+template <class Rows>
+Rows from_column(Rows rows, Index column) {
+  for (auto& row : rows) {
+    row = row != nullptr ? row + column : row;
   }
+  return rows;
 }
 
 }  // namespace detail
 
 /// How the columns of a factor B (k,n) lie in panels of two vectors: one after the other, or, where they are two halves (gate
 /// and up), a vector of each half side by side, so that a tile holds both values of a unit.
-template <class Scalar, class Arch>
+template <class Scalar, class Arch, class Element = Scalar>
 struct Panels {
   using T = detail::Tile<Scalar, Arch>;
+  static constexpr Index elements = UnitOf<Element>::elements;
 
   Index n = 0;  ///< outputs: columns, or columns of a half
   bool halves = false;
@@ -114,59 +115,67 @@ struct Panels {
     return std::min(vector(panel, v).first + lane, (halves ? v * n : 0) + n - 1);
   }
 
-  /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (depth x cols) each and `stride` apart. Where there
-  /// is no column, something that is not stored.
-  void pack(const Operand<Scalar>& b, Index q0, Index panels, Index k0, Index depth, Scalar* out, Index stride) const {
+  /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (steps x cols) each and `stride` apart. Where there
+  /// is no column, something that is not stored; where a step has no second row, zeros.
+  template <class Source>
+  void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride) const {
     if (b.transposed) {
       pack_transposed(b, q0, panels, k0, depth, out, stride);
       return;
     }
     constexpr Index ahead = 32;
-    for (Index p = 0; p < depth; ++p) {
-      const Scalar* from = b.row(k0 + p);
+    for (Index p = 0; p < depth; p += elements) {
+      const auto rows = detail::rows_of_step<Element>(b, k0 + p, k0 + depth);
       if (!halves) {
         const Index first = q0 * T::cols;
-        prefetch(b.row(k0 + std::min(p + ahead, depth - 1)) + first, std::min(panels * T::cols, n - first));
+        for (Index i = 0; i < elements; ++i) {
+          prefetch(b.row(k0 + std::min(p + i + ahead, depth - 1)) + first, std::min(panels * T::cols, n - first));
+        }
       }
       for (Index i = 0; i < 2 * panels; ++i) {
         const auto [first, columns] = vector(q0 + i / 2, i % 2);
-        detail::copy_padded<T::width>(from + first, columns, out + i / 2 * stride + p * T::cols + i % 2 * T::width);
+        detail::units_across<Element, T::width>(detail::from_column(rows, first), columns,
+                                                out + i / 2 * stride + p / elements * T::cols + i % 2 * T::width);
       }
     }
   }
 
  private:
-  using Columns = const Scalar * [T::width];
+  template <class Source>
+  using Columns = const Source * [T::width];
 
   /// Where the columns of a vector start in a transposed B.
-  void columns_of(const Operand<Scalar>& b, Index panel, Index v, Index k0, Columns& from) const {
+  template <class Source>
+  void columns_of(const Operand<Source>& b, Index panel, Index v, Index k0, Columns<Source>& from) const {
     for (Index j = 0; j < T::width; ++j) {
       from[j] = b.row(column(panel, v, j)) + k0;
     }
   }
 
-  void pack_transposed(const Operand<Scalar>& b, Index q0, Index panels, Index k0, Index depth, Scalar* out,
+  template <class Source>
+  void pack_transposed(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out,
                        Index stride) const {
-    constexpr Index ahead = 8 * T::width;
-    Columns from;
-    Columns next;
+    constexpr Index square = T::width * elements;  // so many numbers of a column
+    constexpr Index ahead = 8 * square;
+    Columns<Source> from;
+    Columns<Source> next;
     columns_of(b, q0, 0, k0, next);
     for (Index i = 0; i < 2 * panels; ++i) {
       std::copy_n(next, T::width, from);
       if (i + 1 < 2 * panels) {
         columns_of(b, q0 + (i + 1) / 2, (i + 1) % 2, k0, next);
       }
-      Scalar* to = out + i / 2 * stride + i % 2 * T::width;
+      Unit<Element>* to = out + i / 2 * stride + i % 2 * T::width;
       Index p = 0;
-      for (; p + T::width <= depth; p += T::width) {
+      for (; p + square <= depth; p += square) {
         for (Index j = 0; j < T::width; ++j) {
-          prefetch(p + ahead < depth ? from[j] + p + ahead : next[j] + (p + ahead - depth), 1);
+          prefetch(p + ahead < depth ? from[j] + p + ahead : next[j] + (p + ahead - depth), square);
         }
-        detail::transpose_square<T::width>(from, p, to + p * T::cols, T::cols);
+        detail::transpose_square<Element, T::width>(from, p, to + p / elements * T::cols, T::cols);
       }
-      for (; p < depth; ++p) {
+      for (; p < depth; p += elements) {
         for (Index j = 0; j < T::width; ++j) {
-          to[p * T::cols + j] = from[j][p];
+          to[p / elements * T::cols + j] = detail::unit<Element>(from[j] + p, depth - p);
         }
       }
     }
@@ -175,18 +184,22 @@ struct Panels {
 
 namespace detail {
 
-/// Copies rows [k0, k0 + depth), columns [m0, m0 + rows) of a transposed A to tiles (depth x Tile::rows), `stride` apart,
+/// Copies rows [k0, k0 + depth), columns [m0, m0 + rows) of a transposed A to tiles (steps x Tile::rows), `stride` apart,
 /// padded with zeros: what packed tiles read.
-template <class Scalar, class Arch>
-void pack_transposed_rows(const Operand<Scalar>& a, Index k0, Index depth, Index m0, Index rows, Scalar* out, Index stride) {
+template <class Scalar, class Arch, class Element>
+void pack_transposed_rows(const Operand<Element>& a, Index k0, Index depth, Index m0, Index rows, Unit<Element>* out,
+                          Index stride) {
   using T = Tile<Scalar, Arch>;
+  constexpr Index elements = UnitOf<Element>::elements;
   constexpr Index ahead = 32;
-  for (Index p = 0; p < depth; ++p) {
-    const Scalar* from = a.row(k0 + p) + m0;
-    prefetch(a.row(k0 + std::min(p + ahead, depth - 1)) + m0, rows);
-    Scalar* to = out + p * T::rows;
+  for (Index p = 0; p < depth; p += elements) {
+    const auto from = rows_of_step<Element>(a, k0 + p, k0 + depth);
+    for (Index i = 0; i < elements; ++i) {
+      prefetch(a.row(k0 + std::min(p + i + ahead, depth - 1)) + m0, rows);
+    }
+    Unit<Element>* to = out + p / elements * T::rows;
     for (Index i = 0; i < rows; i += T::rows, to += stride) {
-      copy_padded<T::rows>(from + i, std::min(T::rows, rows - i), to);
+      units_across<Element, T::rows>(from_column(from, m0 + i), std::min(T::rows, rows - i), to);
     }
   }
 }

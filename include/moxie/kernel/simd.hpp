@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <moxie/core/matrix.hpp>
 #include <moxie/kernel/scalar.hpp>
 #include <xsimd/xsimd.hpp>
@@ -70,6 +71,22 @@ MOXIE_INLINE xsimd::batch<Scalar, Arch> erf_within_limits(const xsimd::batch<Sca
 }  // namespace detail
 
 #endif
+
+namespace detail {
+
+/// The compiler's own vectors: for what xsimd has no words.
+template <class T, Index Width>
+struct VectorOf {
+  using Type [[gnu::vector_size(Width * sizeof(T))]] = T;
+};
+template <Index Width>
+using Floats = typename VectorOf<float, Width>::Type;
+template <Index Width>
+using Words = typename VectorOf<std::uint32_t, Width>::Type;
+template <Index Width>
+using Halves = typename VectorOf<std::uint16_t, Width>::Type;
+
+}  // namespace detail
 
 /// The same vector, of which the compiler does not know whence it came: clang++ would read a number that two products share
 /// from memory twice, and the second read costs more than a register.

@@ -3,7 +3,8 @@
 
 #include <algorithm>
 #include <array>
-#include <moxie/kernel/simd.hpp>
+#include <moxie/kernel/element.hpp>
+#include <type_traits>
 #include <utility>
 
 namespace moxie::kernel::detail {
@@ -45,49 +46,67 @@ class Ahead {
   std::size_t used_ = 0;
 };
 
-/// sums (Rows x cols, dense) = A B over `depth` steps, or += where `add`. B is read from a packed panel (depth x cols). Row i
-/// of A is read at a[i][p], or, where A is packed as (depth x Tile::rows), at a[0][p · Tile::rows + i]. One fused multiply-add
-/// an element and step, in the order of p, from zero: the bits of an element depend on nothing but its row of A and its column
-/// of B. On the way it asks for what is `ahead`.
-template <bool Packed, Index Rows, class Scalar, class Arch>
-void multiply_tile(Index depth, const Scalar* const* a, const Scalar* panel, Scalar* sums, bool add, const Ahead& ahead) {
+/// Where a tile reads A: the starts of its rows, or one address of (steps x Tile::rows) packed units.
+template <bool Packed, class Element>
+using TileRows = const std::conditional_t<Packed, Unit<Element>, Element>* const*;
+
+/// The unit of row i in a step, where so many numbers of the row are left; `rows` are those of a tile from row 0 on.
+template <bool Packed, class Scalar, class Element, class Arch, class P>
+MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index left) {
+  if constexpr (Packed) {
+    return rows[0][step * Tile<Scalar, Arch>::rows + i];
+  } else {
+    return unit<Element>(rows[i] + step * UnitOf<Element>::elements, left);
+  }
+}
+
+/// sums (Rows x cols, dense) = A B over `depth` numbers of a row, or += where `add`. B is read from a packed panel (steps x
+/// cols). Row i of A is read from a[i] on, or, where A is packed, at a[0][p · Tile::rows + i] for step p. One fused
+/// multiply-add a number, in order, from zero: the bits of a sum depend on nothing but its row of A and its column of B. On
+/// the way it asks for what is `ahead`.
+template <bool Packed, Index Rows, class Scalar, class Element, class Arch>
+void multiply_tile(Index depth, TileRows<Packed, Element> a, const Unit<Element>* panel, Scalar* sums, bool add,
+                   const Ahead& ahead) {
   using T = Tile<Scalar, Arch>;
   using B = Batch<Scalar, Arch>;
+  using S = Step<Scalar, Element, Arch>;
+  constexpr Index elements = UnitOf<Element>::elements;
   B sum[Rows][2];
-  const Scalar* row[Rows];
+  std::remove_const_t<std::remove_pointer_t<TileRows<Packed, Element>>> row[Rows];
 #pragma GCC unroll 16
   for (Index i = 0; i < Rows; ++i) {
     sum[i][0] = B(Scalar(0));
     sum[i][1] = B(Scalar(0));
     row[i] = Packed ? a[0] + i : a[i];
   }
-  constexpr Index step = Packed ? T::rows : 1;
+  const Index steps = (depth + elements - 1) / elements;
+  const Index whole = Packed ? steps : depth / elements;
   Index p = 0;
   // Two steps at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
   constexpr Index together = 2;
-  for (; p + together <= depth; p += together) {
+  for (; p + together <= whole; p += together) {
 #pragma GCC unroll 2
     for (Index u = 0; u < together; ++u) {
       __builtin_prefetch(ahead[p + u], 0, 2);
-      const B b0 = B::load_aligned(panel + u * T::cols);
-      const B b1 = B::load_aligned(panel + u * T::cols + T::width);
+      const auto b0 = S::load(panel + u * T::cols);
+      const auto b1 = S::load(panel + u * T::cols + T::width);
 #pragma GCC unroll 16
       for (Index i = 0; i < Rows; ++i) {
-        const B x = in_register(B(Packed ? row[0][(p + u) * step + i] : row[i][p + u]));
-        sum[i][0] = fma(x, b0, sum[i][0]);
-        sum[i][1] = fma(x, b1, sum[i][1]);
+        const auto x = S::broadcast(unit_at<Packed, Scalar, Element, Arch>(row, i, p + u, elements));
+        sum[i][0] = S::add(x, b0, sum[i][0]);
+        sum[i][1] = S::add(x, b1, sum[i][1]);
       }
     }
     panel += together * T::cols;
   }
-  for (; p < depth; ++p, panel += T::cols) {
-    const B b0 = B::load_aligned(panel);
-    const B b1 = B::load_aligned(panel + T::width);
+  for (; p < steps; ++p, panel += T::cols) {
+    const auto b0 = S::load(panel);
+    const auto b1 = S::load(panel + T::width);
 #pragma GCC unroll 16
     for (Index i = 0; i < Rows; ++i) {
-      const B x(row[i][p * step]);
-      sum[i][0] = fma(x, b0, sum[i][0]);
-      sum[i][1] = fma(x, b1, sum[i][1]);
+      const auto x = S::broadcast(unit_at<Packed, Scalar, Element, Arch>(row, i, p, depth - p * elements));
+      sum[i][0] = S::add(x, b0, sum[i][0]);
+      sum[i][1] = S::add(x, b1, sum[i][1]);
     }
   }
   if (add) {
@@ -104,29 +123,26 @@ void multiply_tile(Index depth, const Scalar* const* a, const Scalar* panel, Sca
   }
 }
 
-template <class Scalar>
-using MultiplyTile = void (*)(Index, const Scalar* const*, const Scalar*, Scalar*, bool, const Ahead&);
-
 /// A tile that computes `rows` rows or a few more, which are then rows of something that can be read, and not used. Each height
 /// is code of its own, so there are not all of them: 1, 2, 4, 6, ..., and of packed rows, whose padding is there anyway, half a
 /// tile and a whole one.
-template <bool Packed, class Scalar, class Arch>
-std::pair<MultiplyTile<Scalar>, Index> tile_of(Index rows) {
+template <bool Packed, class Scalar, class Element, class Arch>
+auto tile_of(Index rows) {
   constexpr Index full = Tile<Scalar, Arch>::rows;
+  using Multiply = void (*)(Index, TileRows<Packed, Element>, const Unit<Element>*, Scalar*, bool, const Ahead&);
+  using Chosen = std::pair<Multiply, Index>;
   if constexpr (Packed) {
-    if (rows <= full / 2) {
-      return {multiply_tile<Packed, full / 2, Scalar, Arch>, full / 2};
-    }
-    return {multiply_tile<Packed, full, Scalar, Arch>, full};
+    return rows <= full / 2 ? Chosen(multiply_tile<Packed, full / 2, Scalar, Element, Arch>, full / 2)
+                            : Chosen(multiply_tile<Packed, full, Scalar, Element, Arch>, full);
   } else {
     if (rows == 1) {
-      return {multiply_tile<Packed, 1, Scalar, Arch>, 1};
+      return Chosen(multiply_tile<Packed, 1, Scalar, Element, Arch>, 1);
     }
     constexpr auto even = []<Index... I>(std::integer_sequence<Index, I...>) {
-      return std::array<MultiplyTile<Scalar>, sizeof...(I)>{multiply_tile<Packed, 2 * I + 2, Scalar, Arch>...};
+      return std::array<Multiply, sizeof...(I)>{multiply_tile<Packed, 2 * I + 2, Scalar, Element, Arch>...};
     }
     (std::make_integer_sequence<Index, full / 2>{});
-    return {even[std::size_t((rows - 1) / 2)], (rows + 1) / 2 * 2};
+    return Chosen(even[std::size_t((rows - 1) / 2)], (rows + 1) / 2 * 2);
   }
 }
 
