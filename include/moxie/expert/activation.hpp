@@ -11,21 +11,14 @@ namespace moxie {
 struct Silu {
   template <class V>
   MOXIE_INLINE static V value(V x) {
-    return x * sigmoid(x);
+    return x * kernel::sigmoid(x);
   }
   /// σ(x) (1 + x (1 - σ(x))).
   template <class V>
   MOXIE_INLINE static V derivative(V x) {
     const V one = kernel::constant<V>(1);
-    const V s = sigmoid(x);
+    const V s = kernel::sigmoid(x);
     return s * (one + x * (one - s));
-  }
-
- private:
-  template <class V>
-  MOXIE_INLINE static V sigmoid(V x) {
-    const V one = kernel::constant<V>(1);
-    return one / (one + kernel::exp(-x));
   }
 };
 

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstdint>
+#include <limits>
 #include <moxie/core/matrix.hpp>
 #include <moxie/kernel/scalar.hpp>
 #include <xsimd/xsimd.hpp>
@@ -155,11 +157,48 @@ MOXIE_INLINE V within_limits(const V& x, F&& f) {
   return select(is_number, f(select(is_number, limited(x), constant<V>(0))), x);
 }
 
+/// 2^n (1 + r + r²(...)) with n the integer nearest to x / ln 2, r = x - n ln 2, and the polynomial of Cephes' expf (Moshier):
+/// within a unit in the last place. For x in [-86.6, 88.72].
+template <class V>
+MOXIE_INLINE V exp_of_floats(const V& x) {
+  constexpr Index width = Index{V::size};
+  const V shift = constant<V>(12582912);  // 1.5 · 2^23: adding it rounds, and leaves n in the low bits
+  const V shifted = fma(x, constant<V>(1.44269504088896341), shift);
+  const V n = shifted - shift;
+  const V r = fma(n, constant<V>(2.12194440e-4), fma(n, constant<V>(-0.693359375), x));
+  const V r2 = r * r;
+  const V high = fma(constant<V>(1.9875691500e-4), r, constant<V>(1.3981999507e-3));
+  const V middle = fma(constant<V>(8.3334519073e-3), r, constant<V>(4.1665795894e-2));
+  const V low = fma(constant<V>(1.6666665459e-1), r, constant<V>(5.0000001201e-1));
+  const V p = fma(fma(high, r2, middle), r2, low);
+  const V y = fma(p, r2, r) + constant<V>(1);
+  // Half of 2^n, so that n = 128 has one too.
+  const Words<width> half = (std::bit_cast<Words<width>>(shifted) << 23U) + (126U << 23U);
+  const V scaled = y * std::bit_cast<V>(half);
+  return scaled + scaled;
+}
+
 }  // namespace detail
 
+/// e^x; of floats 0 below -86.6.
 template <class V>
 MOXIE_INLINE V exp(const V& x) {
-  return detail::within_limits(x, [](const V& v) { return detail::exp_within_limits(v); });
+  if constexpr (std::is_same_v<typename V::value_type, float>) {
+    const V y = select(x < constant<V>(-86.6), constant<V>(0), detail::exp_of_floats(x));
+    return select(x > constant<V>(88.722839), constant<V>(std::numeric_limits<float>::infinity()), y);
+  } else {
+    return detail::within_limits(x, [](const V& v) { return detail::exp_within_limits(v); });
+  }
+}
+/// 1 / (1 + e^-x); some number of NaN.
+template <class V>
+MOXIE_INLINE V sigmoid(const V& x) {
+  if constexpr (std::is_same_v<typename V::value_type, float>) {
+    const V limited = min(constant<V>(86), max(constant<V>(-86), x));
+    return constant<V>(1) / (constant<V>(1) + detail::exp_of_floats(-limited));
+  } else {
+    return constant<V>(1) / (constant<V>(1) + kernel::exp(-x));  // not xsimd's
+  }
 }
 template <class V>
 MOXIE_INLINE V tanh(const V& x) {
