@@ -120,4 +120,33 @@ TEST_CASE_TEMPLATE("exp, tanh, erf: of the largest numbers are the limits, and o
   check([](auto v) { return kernel::erf(v); }, S(-1), S(1));
 }
 
+TEST_CASE_TEMPLATE("sum, largest, find_above, all_finite: of every length", S, float, double) {
+  for (Index n = 1; n <= 70; ++n) {
+    const Matrix<S> values = moxie::test::random<S>(1, n + 1, 47);
+    const S* a = values.data() + 1;  // not aligned
+    double sum = 0;
+    double size = 0;
+    for (Index i = 0; i < n; ++i) {
+      sum += double(a[i]);
+      size += std::abs(double(a[i]));
+    }
+    CHECK(std::abs(double(kernel::sum(n, a)) - sum) <= Tolerance<S>::sum * size);
+    CHECK(kernel::largest(n, a) == *std::max_element(a, a + n));
+    for (const S limit : {S(-10), S(0), S(0.7), S(10)}) {
+      for (const Index start : {Index{0}, n / 2, n}) {
+        const auto* expected = std::find_if(a + start, a + n, [&](S v) { return v > limit; });
+        CHECK(kernel::find_above(start, n, a, limit) == expected - a);
+      }
+    }
+    CHECK(kernel::all_finite(n, a));
+    for (const S bad : {std::numeric_limits<S>::infinity(), std::numeric_limits<S>::quiet_NaN()}) {
+      for (const Index at : {Index{0}, n / 2, n - 1}) {
+        Matrix<S> broken = values;
+        broken(0, 1 + at) = bad;
+        CHECK(!kernel::all_finite(n, broken.data() + 1));
+      }
+    }
+  }
+}
+
 }  // namespace

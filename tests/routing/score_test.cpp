@@ -114,8 +114,10 @@ TEST_CASE("sigmoid: backward matches central differences") {
 TEST_CASE_TEMPLATE("logits: the first token with one that is not finite is named", S, float, double) {
   const S infinity = std::numeric_limits<S>::infinity();
   const auto check = [](const Matrix<S>& z) {
-    return moxie::test::message_of<moxie::ValueError>(
-        [&] { moxie::detail::expect_finite_logits<S>("f", z, [](Index t) { return t; }); });
+    return moxie::test::message_of<moxie::ValueError>([&] {
+      moxie::detail::expect_finite_logits<S>(
+          "f", z, [](Index t) { return t; }, Exec{});
+    });
   };
   Matrix<S> z = moxie::test::random<S>(9, 3, 306);
   z(2, 1) = std::numeric_limits<S>::max();

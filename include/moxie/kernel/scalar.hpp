@@ -52,6 +52,7 @@ MOXIE_INLINE One<T> fma(One<T> x, One<T> y, One<T> z) {
   return x * y + z;
 #endif
 }
+MOXIE_INLINE bool any(bool condition) { return condition; }
 template <class T>
 MOXIE_INLINE One<T> select(bool condition, One<T> holds, One<T> elsewhere) {
   return condition ? holds : elsewhere;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdint>
@@ -50,6 +51,7 @@ using Batch = typename detail::BatchOf<Scalar, Arch>::Type;
 template <class Arch>
 inline constexpr bool has_32_registers = std::is_base_of_v<xsimd::neon64, Arch>;
 
+using xsimd::any;  // of a comparison of batches
 using xsimd::fma;
 using xsimd::max;
 using xsimd::min;
@@ -273,6 +275,82 @@ Scalar dot(Index n, const Scalar* a, const Scalar* b) {
     sum += part;
   }
   return sum;
+}
+
+/// Σ a_i of n contiguous elements, in the order of `dot`.
+template <class Arch = DefaultArch, class Scalar>
+Scalar sum(Index n, const Scalar* a) {
+  using B = Batch<Scalar, Arch>;
+  constexpr Index width = Index{B::size};
+  B sums(Scalar(0));
+  Index i = 0;
+  for (; i + width <= n; i += width) {
+    sums += B::load_unaligned(a + i);
+  }
+  std::array<Scalar, B::size> parts{};
+  sums.store_unaligned(parts.data());
+  for (Index j = 0; i + j < n; ++j) {
+    parts[std::size_t(j)] += a[i + j];
+  }
+  Scalar all = 0;
+  for (const Scalar part : parts) {
+    all += part;
+  }
+  return all;
+}
+
+/// The largest of n >= 1 contiguous elements, of which none is NaN.
+template <class Arch = DefaultArch, class Scalar>
+Scalar largest(Index n, const Scalar* a) {
+  using B = Batch<Scalar, Arch>;
+  constexpr Index width = Index{B::size};
+  if (n < width) {
+    return *std::max_element(a, a + n);
+  }
+  B best = B::load_unaligned(a);
+  for (Index i = width; i + width <= n; i += width) {
+    best = max(best, B::load_unaligned(a + i));
+  }
+  best = max(best, B::load_unaligned(a + n - width));
+  std::array<Scalar, B::size> parts;
+  best.store_unaligned(parts.data());
+  return *std::max_element(parts.begin(), parts.end());
+}
+
+/// The first of the elements [i, n) that is above a limit, n if none is.
+template <class Arch = DefaultArch, class Scalar>
+Index find_above(Index i, Index n, const Scalar* a, Scalar limit) {
+  using B = Batch<Scalar, Arch>;
+  constexpr Index width = Index{B::size};
+  while (i + width <= n && !any(B::load_unaligned(a + i) > B(limit))) {
+    i += width;
+  }
+  while (i < n && !(a[i] > limit)) {
+    ++i;
+  }
+  return i;
+}
+
+/// Whether none of n contiguous elements is infinite or NaN.
+template <class Arch = DefaultArch, class Scalar>
+bool all_finite(Index n, const Scalar* a) {
+  using B = Batch<Scalar, Arch>;
+  constexpr Index width = Index{B::size};
+  B zeros(Scalar(0));  // 0·x is 0 of finite x, and NaN otherwise
+  Index i = 0;
+  for (; i + width <= n; i += width) {
+    zeros = fma(B(Scalar(0)), B::load_unaligned(a + i), zeros);
+  }
+  std::array<Scalar, B::size> parts;
+  zeros.store_unaligned(parts.data());
+  Scalar all = 0;
+  for (const Scalar part : parts) {
+    all += part;
+  }
+  for (; i < n; ++i) {
+    all += Scalar(0) * a[i];
+  }
+  return all == Scalar(0);
 }
 
 }  // namespace moxie::kernel

@@ -93,7 +93,7 @@ class ClusterRouter {
       }
     });
     detail::expect_finite_logits<Scalar>(
-        where, s, [&](Index i) { return config_.of_tokens ? in.row(i) : i; }, config_.of_tokens ? "token" : "sequence");
+        where, s, [&](Index i) { return config_.of_tokens ? in.row(i) : i; }, exec, config_.of_tokens ? "token" : "sequence");
     tape.expert_.resize(in.count() * k);
     tape.weight_.resize(in.count() * k);
     // The K nearest of one feature, and its softmax over them alone, for the tokens [begin, end).

@@ -88,26 +88,37 @@ class ExpertChoiceRouter {
     tape.experts_ = experts;
     gate_.forward(where, p[weight_], in, tape.gate_, exec);
     const RowView<Scalar> s = tape.scores_.matrix(in.count(), experts);
-    s.eigen() = tape.gate_.noisy_logits().eigen();
-    softmax_rows(s, exec);
+    softmax_rows(tape.gate_.noisy_logits(), s, exec);
 
     const Index pairs = tape.first_[in.sequences.count()];
     tape.token_.resize(pairs);
     tape.expert_.resize(pairs);
     tape.weight_.resize(pairs);
     const RowView<Index> order = tape.order_.matrix(experts, in.count());
-    exec.parallel_for(experts, [&](Index e) {
-      in.sequences.for_each([&](Index b, Index begin, Index end) {
-        const Index room = capacity(end - begin);
-        Index* best = order.row(e) + begin;
-        partial_sort_top_k([&](Index i) { return s(begin + i, e); }, end - begin, room, best);
-        for (Index c = 0; c < room; ++c) {
-          const Index pair = tape.first_[b] + e * room + c;
-          tape.token_[pair] = begin + best[c];
-          tape.expert_[pair] = e;
-          tape.weight_[pair] = s(begin + best[c], e);
+    // Some experts at once: their scores of a token share a cache line.
+    constexpr Index together = Index{alignment / sizeof(Scalar)};
+    exec.parallel_ranges(experts, together, [&](Index first, Index last) {
+      thread_local Buffer<Scalar> columns;
+      const RowView<Scalar> score = columns.matrix(together, in.count());
+      for (Index t = 0; t < in.count(); ++t) {
+        for (Index e = first; e < last; ++e) {
+          score(e - first, t) = s(t, e);
         }
-      });
+      }
+      for (Index e = first; e < last; ++e) {
+        in.sequences.for_each([&](Index b, Index begin, Index end) {
+          const Index room = capacity(end - begin);
+          const Scalar* of_token = score.row(e - first) + begin;
+          Index* best = order.row(e) + begin;
+          select_largest(of_token, end - begin, room, best);
+          for (Index c = 0; c < room; ++c) {
+            const Index pair = tape.first_[b] + e * room + c;
+            tape.token_[pair] = begin + best[c];
+            tape.expert_[pair] = e;
+            tape.weight_[pair] = of_token[best[c]];
+          }
+        });
+      }
     });
     plan.build(
         in.count(), experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());

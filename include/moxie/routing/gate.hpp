@@ -80,7 +80,7 @@ class Gate {
                           kernel::transposed<Scalar>(weight), kernel::replace<Scalar>(z)},
                          exec);  // (T,D)(D,E) -> (T,E)
     const auto row_of = [&](Index t) { return in.row(t); };
-    detail::expect_finite_logits<Scalar>(where, z, row_of);
+    detail::expect_finite_logits<Scalar>(where, z, row_of, exec);
     if (tape.noisy_) {
       const RowView<Scalar> noisy = tape.noisy_logits_.matrix(in.count(), experts_);
       const Rng rng = in.rng.split(1);
@@ -90,7 +90,7 @@ class Gate {
           noisy(t, e) = z(t, e) + Scalar(deviation() * n);
         }
       });
-      detail::expect_finite_logits<Scalar>(where, noisy, row_of);
+      detail::expect_finite_logits<Scalar>(where, noisy, row_of, exec);
     }
   }
 

@@ -3,28 +3,25 @@
 
 #include <algorithm>
 #include <limits>
-#include <moxie/core/matrix.hpp>
+#include <moxie/kernel/simd.hpp>
 
 namespace moxie {
 
 /// The K largest of n scores in decreasing order, ties to the lower index: `chosen[0..K)`. Insertion into K kept candidates,
-/// O(nK) at worst and near O(n) for random scores. Scores must not be NaN; 1 <= K <= n. `score(i)` may also be a function of i.
-template <class Score>
-void select_top_k(const Score& score, Index n, Index k, Index* chosen) {
-  const auto at = [&](Index i) {
-    if constexpr (std::is_invocable_v<const Score&, Index>) {
-      return score(i);
-    } else {
-      return score[i];
-    }
-  };
+/// O(nK) at worst and near O(n) for random scores, of which a vector at a time is compared with the least that is kept. Scores
+/// must not be NaN; 1 <= K <= n.
+template <class Scalar>
+void select_top_k(const Scalar* score, Index n, Index k, Index* chosen) {
   Index kept = 0;
   for (Index i = 0; i < n; ++i) {
-    if (kept == k && !(at(i) > at(chosen[k - 1]))) {
-      continue;
+    if (kept == k) {
+      i = kernel::find_above(i, n, score, score[chosen[k - 1]]);
+      if (i == n) {
+        return;
+      }
     }
     Index place = kept < k ? kept++ : k - 1;
-    for (; place > 0 && at(i) > at(chosen[place - 1]); --place) {
+    for (; place > 0 && score[i] > score[chosen[place - 1]]; --place) {
       chosen[place] = chosen[place - 1];
     }
     chosen[place] = i;
@@ -40,6 +37,16 @@ void partial_sort_top_k(const Score& score, Index n, Index k, Index* order) {
   }
   std::partial_sort(order, order + k, order + n,
                     [&](Index a, Index b) { return score(a) > score(b) || (score(a) == score(b) && a < b); });
+}
+
+/// The K largest of n scores, K <= n, by whichever of the two is faster: `order` has room for n, and begins with the K best.
+template <class Scalar>
+void select_largest(const Scalar* score, Index n, Index k, Index* order) {
+  if (k > 0 && k <= 32) {
+    select_top_k(score, n, k, order);
+  } else {
+    partial_sort_top_k([&](Index i) { return score[i]; }, n, k, order);
+  }
 }
 
 /// What a group of experts is judged by.

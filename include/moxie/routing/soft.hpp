@@ -104,8 +104,13 @@ class SoftRouter {
     }
     plan.resize(in.sequences, config_.experts, config_.slots_per_expert);
     if (config_.combine == Mixing::learned) {
-      plan.combine().eigen() = z.eigen();
-      softmax_rows(plan.combine(), exec);
+      softmax_rows(z, plan.combine(), exec);
+    }
+    if (config_.dispatch == Mixing::learned) {
+      for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
+        softmax_columns(z.middle_rows(in.sequences.begin(b), in.sequences.length(b)), first, count,
+                        plan.dispatch().middle_rows(in.sequences.begin(b), in.sequences.length(b)));
+      });
     }
     exec.parallel_for(in.sequences.count(), [&](Index b) {
       const Index begin = in.sequences.begin(b);
@@ -116,9 +121,7 @@ class SoftRouter {
       if (config_.combine != Mixing::learned) {
         set_constant(config_.combine, Scalar(1) / Scalar(slots()), plan.combine().middle_rows(begin, length));
       }
-      if (config_.dispatch == Mixing::learned) {
-        softmax_columns(z.middle_rows(begin, length), plan.dispatch().row(begin));
-      } else {
+      if (config_.dispatch != Mixing::learned) {
         set_constant(config_.dispatch, Scalar(1) / Scalar(length), plan.dispatch().middle_rows(begin, length));
       }
     });
@@ -144,9 +147,9 @@ class SoftRouter {
     }
     if (config_.dispatch == Mixing::learned) {
       const RowView<const Scalar> dd = dplan.dispatch.view(tokens, n);
-      exec.parallel_for(in.sequences.count(), [&](Index b) {
-        const Index first = in.sequences.begin(b);
-        add_softmax_columns_backward(plan.dispatch().middle_rows(first, in.sequences.length(b)), dd.row(first), dz.row(first));
+      for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
+        const auto part = [&](auto m) { return m.middle_rows(in.sequences.begin(b), in.sequences.length(b)); };
+        add_softmax_columns_backward(part(plan.dispatch()), part(dd), first, count, part(dz));
       });
     }
     if (!config_.normalize) {
@@ -194,9 +197,14 @@ class SoftRouter {
                           kernel::replace<Scalar>(z)},
                          exec);  // (T,D)(D,N) -> (T,N)
     if (config_.normalize) {
-      z.eigen() *= p[scale_](0, 0);
+      const Scalar scale = p[scale_](0, 0);
+      detail::for_each_row(in.count(), exec, [&](Index t) {
+        kernel::map(
+            slots(), z.row(t), [&](auto v) { return v * decltype(v)(scale); }, z.row(t));
+      });
     }
-    detail::expect_finite_logits<Scalar>("SoftRouter::route", z, [&](Index t) { return in.row(t); });
+    detail::expect_finite_logits<Scalar>(
+        "SoftRouter::route", z, [&](Index t) { return in.row(t); }, exec);
   }
 
   /// The weights of one sequence that are not learned.
@@ -235,31 +243,56 @@ class SoftRouter {
     });
   }
 
-  /// Softmax of every column of z (L,N) into d, which has the same rows.
-  static void softmax_columns(RowView<const Scalar> z, Scalar* d) {
-    const auto in = z.eigen().array();
-    auto out = Eigen::Map<Eigen::Array<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(d, z.rows(), z.cols());
-    for (Index j = 0; j < z.cols(); ++j) {
-      const Scalar largest = in.col(j).maxCoeff();
-      Scalar sum = 0;
-      for (Index t = 0; t < z.rows(); ++t) {
-        out(t, j) = std::exp(in(t, j) - largest);
-        sum += out(t, j);
+  static constexpr Index block = 64;  // columns of a task
+
+  /// Calls `f(sequence, first column, columns)` for blocks of columns of the sequences that have tokens.
+  template <class F>
+  void for_each_block(const Sequences& sequences, const Exec& exec, F&& f) const {
+    const Index blocks = (slots() + block - 1) / block;
+    exec.parallel_for(sequences.count() * blocks, [&](Index i) {
+      if (sequences.length(i / blocks) > 0) {
+        const Index first = i % blocks * block;
+        f(i / blocks, first, std::min(block, slots() - first));
       }
-      out.col(j) /= sum;
+    });
+  }
+
+  /// Softmax of n columns of z (L,N) from column j on into those of d. Sums from the first token to the last.
+  static void softmax_columns(RowView<const Scalar> z, Index j, Index n, RowView<Scalar> d) {
+    std::array<Scalar, block> largest;
+    std::array<Scalar, block> sum{};
+    std::copy_n(z.row(0) + j, n, largest.begin());
+    for (Index t = 1; t < z.rows(); ++t) {
+      kernel::map(
+          n, largest.data(), [](auto a, auto b) { return kernel::max(a, b); }, largest.data(), z.row(t) + j);
+    }
+    for (Index t = 0; t < z.rows(); ++t) {
+      kernel::map(
+          n, std::array{d.row(t) + j, sum.data()},
+          [](auto v, auto most, auto so_far) {
+            const auto e = kernel::exp(v - most);
+            return std::array{e, so_far + e};
+          },
+          z.row(t) + j, largest.data(), sum.data());
+    }
+    for (Index t = 0; t < z.rows(); ++t) {
+      kernel::map(
+          n, d.row(t) + j, [](auto v, auto all) { return v / all; }, d.row(t) + j, sum.data());
     }
   }
 
-  /// dz_tj += d_tj (dd_tj - Σ_u dd_uj d_uj), rows contiguous.
-  static void add_softmax_columns_backward(RowView<const Scalar> d, const Scalar* dd, Scalar* dz) {
-    for (Index j = 0; j < d.cols(); ++j) {
-      Scalar dot = 0;
-      for (Index t = 0; t < d.rows(); ++t) {
-        dot += dd[t * d.cols() + j] * d(t, j);
-      }
-      for (Index t = 0; t < d.rows(); ++t) {
-        dz[t * d.cols() + j] += d(t, j) * (dd[t * d.cols() + j] - dot);
-      }
+  /// dz_tj += d_tj (dd_tj - Σ_u dd_uj d_uj), of n columns from j on.
+  static void add_softmax_columns_backward(RowView<const Scalar> d, RowView<const Scalar> dd, Index j, Index n,
+                                           RowView<Scalar> dz) {
+    std::array<Scalar, block> dot{};
+    for (Index t = 0; t < d.rows(); ++t) {
+      kernel::map(
+          n, dot.data(), [](auto sum, auto a, auto b) { return sum + a * b; }, dot.data(), dd.row(t) + j, d.row(t) + j);
+    }
+    for (Index t = 0; t < d.rows(); ++t) {
+      kernel::map(
+          n, dz.row(t) + j, [](auto sum, auto a, auto da, auto all) { return sum + a * (da - all); }, dz.row(t) + j,
+          d.row(t) + j, dd.row(t) + j, dot.data());
     }
   }
 

@@ -104,7 +104,7 @@ class TimestepRouter {
                           kernel::transposed<Scalar>(p[weight_]), kernel::add_to<Scalar>(s)},
                          exec);  // (B,C)(C,E) -> (B,E)
     detail::expect_finite_logits<Scalar>(
-        where, s, [](Index b) { return b; }, "sequence");
+        where, s, [](Index b) { return b; }, exec, "sequence");
     tape.chosen_.resize(sequences * k);
     for (Index b = 0; b < sequences; ++b) {
       select_top_k(s.row(b), experts, k, tape.chosen_.data() + b * k);

@@ -195,8 +195,12 @@ class TopKRouter {
     gate_.forward(where, p[weight_], in, tape.gate_, exec);
     const RowView<const Scalar> z = tape.gate_.noisy_logits();
     const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
-    s.eigen() = z.eigen();
-    config_.score == Score::softmax ? softmax_rows(s, exec) : sigmoid_rows(s, exec);
+    if (config_.score == Score::softmax) {
+      softmax_rows(z, s, exec);
+    } else {
+      s.eigen() = z.eigen();
+      sigmoid_rows(s, exec);
+    }
 
     tape.chosen_.resize(tokens * k);
     select(p, z, s, k, tape, workspace, exec);

@@ -78,8 +78,7 @@ class TopPRouter {
     tape.experts_ = experts;
     gate_.forward("TopPRouter::route", p[weight_], in, tape.gate_, exec);
     const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
-    s.eigen() = tape.gate_.logits().eigen();
-    softmax_rows(s, exec);
+    softmax_rows(tape.gate_.logits(), s, exec);
     const RowView<Index> order = tape.order_.matrix(tokens, experts);
     detail::for_each_row(tokens, exec, [&](Index t) {
       const RowView<const Scalar> z = tape.gate_.logits();
