@@ -23,17 +23,17 @@ struct Register {
   explicit Register(Registration add) { registrations().push_back(std::move(add)); }
 };
 
-/// The least work that a step can do.
+/// The least work that a step, or a phase of it, can do.
 struct Work {
   double flops = 0;
   double bytes = 0;
 };
 
-/// Runs `step` and reports GFLOP/s, the fraction of the multiply-add peak, and of the step's own bound, which is the larger of
-/// flops / peak and bytes / read bandwidth. The limits are measured before and after, so that they and the step meet the same
-/// machine.
+/// Runs `step` and reports GFLOP/s, the fraction of the multiply-add peak, and of the step's own bound: for each of its phases,
+/// which wait for each other, the larger of flops / peak and bytes / read bandwidth. The limits are measured before and after,
+/// so that they and the step meet the same machine.
 template <class Element, class Step>
-void measure(benchmark::State& state, const Exec& exec, const Work& work, Step&& step) {
+void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>& phases, Step&& step) {
   step();  // touches the memory that an earlier one has put together
   using Scalar = std::conditional_t<std::is_same_v<Element, BFloat16>, float, Element>;
   const double peak_before = fma_peak<Scalar, Element>(exec);
@@ -45,9 +45,15 @@ void measure(benchmark::State& state, const Exec& exec, const Work& work, Step&&
   const double time = (seconds() - start) / double(state.iterations());
   const double peak = (peak_before + fma_peak<Scalar, Element>(exec)) / 2;
   const double bandwidth = (bandwidth_before + read_bandwidth(exec)) / 2;
-  state.counters["gflops"] = work.flops / time / 1e9;
-  state.counters["peak_fraction"] = work.flops / time / peak;
-  state.counters["bound_fraction"] = std::max(work.flops / peak, work.bytes / bandwidth) / time;
+  double flops = 0;
+  double bound = 0;
+  for (const Work& phase : phases) {
+    flops += phase.flops;
+    bound += std::max(phase.flops / peak, phase.bytes / bandwidth);
+  }
+  state.counters["gflops"] = flops / time / 1e9;
+  state.counters["peak_fraction"] = flops / time / peak;
+  state.counters["bound_fraction"] = bound / time;
 }
 
 }  // namespace moxie::bench

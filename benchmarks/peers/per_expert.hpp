@@ -122,7 +122,7 @@ void add_peer(const std::string& peer, const Exec& exec) {
                                        state.SkipWithError("the results differ");
                                        return;
                                      }
-                                     measure<float>(state, exec, work_of(c, s.tape.plan(), backward), [&] {
+                                     measure<float>(state, exec, {work_of(c, s.tape.plan(), backward)}, [&] {
                                        experts.forward(y);
                                        if (backward) {
                                          experts.backward(s.dy, s.dx, s.grads);

@@ -43,12 +43,17 @@ class Linear {
 
   void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> y, const Exec& exec) const {
     const RowView<const S> w = p[weight_];
-    const auto bias = p[bias_].eigen().row(0);
-    exec.parallel_ranges(x.rows(), 64,
-                         [&](Index begin, Index end) { y.middle_rows(begin, end - begin).eigen().rowwise() = bias; });
-    moxie::kernel::gemm<S>({x.rows(), w.rows(), w.cols(), moxie::kernel::plain<S>(x), moxie::kernel::transposed<S>(w),
-                            moxie::kernel::add_to<S>(y)},
-                           exec);  // (n,in)(in,out) -> (n,out)
+    const S* const bias = p[bias_].data();
+    const auto product = [&](Index) -> moxie::kernel::Product<S> {  // (n,in)(in,out) -> (n,out)
+      return {x.rows(),
+              w.rows(),
+              w.cols(),
+              moxie::kernel::plain<S>(x),
+              moxie::kernel::transposed<S>(w),
+              moxie::kernel::replace<S>(y)};
+    };
+    moxie::kernel::run_stages<S>(
+        exec, moxie::kernel::Stage(1, product, moxie::kernel::store_with_bias<S>([&](Index) { return bias; })));
   }
 
   /// dW += dyᵀ x, db += Σ dy.
@@ -58,9 +63,11 @@ class Linear {
                             moxie::kernel::add_to<S>(dw)},
                            exec);  // (out,n)(n,in) -> (out,in)
     const RowView<S> db = dp[bias_];
-    for (Index r = 0; r < dy.rows(); ++r) {
-      db.eigen() += dy.middle_rows(r, 1).eigen();
-    }
+    exec.parallel_ranges(dy.cols(), 64, [&](Index begin, Index end) {
+      for (Index r = 0; r < dy.rows(); ++r) {
+        db.eigen().middleCols(begin, end - begin) += dy.eigen().row(r).segment(begin, end - begin);
+      }
+    });
   }
   /// The same, and dx = dy W, or dx += dy W.
   void backward(ParameterView<const S> p, RowView<const S> x, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,

@@ -202,7 +202,8 @@ inline void draw_samples(const std::filesystem::path& path, RowView<const float>
         for (Index c = 0; c < 3; ++c) {
           const float value = images(i, ((channels == 1 ? 0 : c) * height + row) * width + col);
           is_nan = is_nan || std::isnan(value);
-          rgb = rgb << 8U | (is_nan ? 0U : static_cast<unsigned>(std::lround(127.5F * (std::clamp(value, -1.0F, 1.0F) + 1.0F))));
+          rgb =
+              rgb << 8U | (is_nan ? 0U : static_cast<unsigned>(std::lround(127.5F * (std::clamp(value, -1.0F, 1.0F) + 1.0F))));
         }
         grid[static_cast<std::size_t>((label * (height + 1) + 1 + row) * grid_width + column * (width + 1) + 1 + col)] =
             is_nan ? magenta : rgb;

@@ -153,7 +153,7 @@ class Training {
     model_.forward(weights_, batch_.images, batch_.times, batch_.labels, v_, tape_, exec);
     const double loss = batch_.loss(v_, dv_);
     moxie::detail::expect_value(std::isfinite(loss), "Training::step", "the loss is not finite");
-    grads_.set_zero();
+    set_zero(grads_, exec);
     model_.backward(weights_, dv_, grads_, tape_, exec);
     const double norm = optimizer_.step(weights_, grads_, exec);
     history_.push_back({float(loss), float(tape_.balance_loss()), float(norm)});

@@ -67,7 +67,7 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
       };
     };
     kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(h)));
-    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(with_bias), moxie::detail::store_with_bias<S>(bias_of)));
+    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(with_bias), kernel::store_with_bias<S>(bias_of)));
     kernel::run_stages<S>(Exec{}, kernel::Stage(experts, [&](Index e) {
                             return moxie::detail::back_through<S>(grouped.part(RowView<const S>(dh), e),
                                                                   kernel::rows_of(weight(e)), in,

@@ -234,27 +234,6 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
   });
 }
 
-/// Ends a product with a bias: C (m,n) = A B + b, b a row of numbers that `bias(i)` points to.
-template <class Scalar, class BiasOf>
-struct StoreWithBias {
-  BiasOf bias;
-
-  template <class Arch>
-  void operator()(Arch /*arch*/, const auto& p, Index e, Index row, Index col, Index n, const Scalar* values) const {
-    using V = kernel::Batch<Scalar, Arch>;
-    const Scalar* b = bias(e) + col;
-    Scalar* to = p.c.row(row) + col;
-    for (Index j = 0; j < n; j += Index{V::size}) {
-      kernel::store(V::load_aligned(values + j) + kernel::load<V>(b + j, n - j), to + j, n - j);
-    }
-  }
-};
-
-template <class Scalar, class BiasOf>
-StoreWithBias<Scalar, BiasOf> store_with_bias(BiasOf bias) {
-  return {bias};
-}
-
 /// Says to a product which rows of these matrices the end of a tile will touch; empty ones are left out.
 template <class Element, class... T>
 auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {

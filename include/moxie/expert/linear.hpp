@@ -97,7 +97,7 @@ class LinearExperts {
       return detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::replace<Scalar>(rows.part(h, e)));
     };
     if (bias_) {
-      kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product, detail::store_with_bias<Scalar>(bias_of)));
+      kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product, kernel::store_with_bias<Scalar>(bias_of)));
     } else {
       kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product));
     }

@@ -136,7 +136,7 @@ class MlpExperts {
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
         kernel::Finish(activate, detail::rows_ahead(x, hidden, a)),
-        detail::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
+        kernel::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
   }
 
   static constexpr detail::BankTensor fc1_{0, 4};

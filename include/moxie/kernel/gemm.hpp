@@ -114,6 +114,27 @@ struct Store {
   }
 };
 
+/// Ends a product with a bias: C (m,n) = A B + b, b a row of numbers that `bias(i)` points to.
+template <class Scalar, class BiasOf>
+struct StoreWithBias {
+  BiasOf bias;
+
+  template <class Arch>
+  void operator()(Arch /*arch*/, const auto& p, Index e, Index row, Index col, Index n, const Scalar* values) const {
+    using V = Batch<Scalar, Arch>;
+    const Scalar* b = bias(e) + col;
+    Scalar* to = p.c.row(row) + col;
+    for (Index j = 0; j < n; j += Index{V::size}) {
+      store(V::load_aligned(values + j) + load<V>(b + j, n - j), to + j, n - j);
+    }
+  }
+};
+
+template <class Scalar, class BiasOf>
+StoreWithBias<Scalar, BiasOf> store_with_bias(BiasOf bias) {
+  return {bias};
+}
+
 /// A `finish` of two functions.
 template <class Call, class Prefetch>
 struct Finish {
