@@ -3,6 +3,7 @@
 #   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
 #   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
 #   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
+#   ./run.sh sets                 golden files and laws on the other instruction sets: AVX2, AVX-512, none, NEON by qemu
 #   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
 # On Debian and its relatives what is missing is installed first.
 set -euo pipefail
@@ -11,6 +12,7 @@ cd "$(dirname "$0")"
 need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev zlib1g-dev)
 need_demo=(gnuplot-nox dataset-fashion-mnist)
 need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev gnuplot-nox python3)
+need_sets=(g++-aarch64-linux-gnu qemu-user)
 need_test=(doctest-dev clang libclang-rt-dev libomp-dev)
 out=out/demo
 
@@ -55,6 +57,17 @@ build() {
   cmake --build --preset "$preset" -j "$(nproc)" "${@:2}"
 }
 
+# One run over the trees of all presets, hence one summary.
+build_and_test() {
+  local preset
+  for preset in "$@"; do
+    build "$preset"
+  done
+  say "testing $*"
+  echo "subdirs($*)" >build/CTestTestfile.cmake
+  ctest --test-dir build -j "$(nproc)" --timeout 1800 --output-on-failure --no-tests=error
+}
+
 case ${1:-} in
   demo)
     install_missing "${need[@]}" "${need_demo[@]}"
@@ -67,14 +80,13 @@ case ${1:-} in
     ;;
   test)
     install_missing "${need[@]}" "${need_test[@]}"
-    presets=(dev asan-ubsan no-openmp clang)
-    for preset in "${presets[@]}"; do
-      build "$preset"
-    done
-    say "testing ${presets[*]}"
-    # One run over the trees of all presets, hence one summary.
-    echo "subdirs(${presets[*]})" >build/CTestTestfile.cmake
-    ctest --test-dir build -j "$(nproc)" --timeout 600 --output-on-failure --no-tests=error
+    build_and_test dev asan-ubsan no-openmp clang
+    ;;
+  sets)
+    install_missing "${need[@]}" "${need_test[@]}" "${need_sets[@]}"
+    sets=(avx2 scalar aarch64)
+    if grep -qw avx512bw /proc/cpuinfo; then sets+=(avx512); else say "this machine has no AVX-512: left out"; fi
+    build_and_test "${sets[@]}"
     ;;
   bench)
     install_missing "${need[@]}" "${need_bench[@]}"
@@ -83,7 +95,7 @@ case ${1:-} in
     mkdir -p out/bench
     build/release/benchmarks/moxie_benchmarks --benchmark_repetitions=5 --benchmark_min_time=0.2 \
       --benchmark_enable_random_interleaving=true --benchmark_out=out/bench/results.json "${@:2}"
-    python3 benchmarks/table.py out/bench/results.json out/bench/peak.png | tee out/bench/table.md
+    python3 benchmarks/table.py out/bench/results.json out/bench/peak.png out/bench/scaling.png | tee out/bench/table.md
     ;;
   planted)
     install_missing "${need[@]}" "${need_test[@]}"
@@ -91,7 +103,7 @@ case ${1:-} in
     ctest --preset planted -j "$(nproc)"
     ;;
   *)
-    sed -n '2,7s/^# \?//p' "$0" >&2
+    sed -n '2,8s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac
