@@ -34,7 +34,8 @@ struct Work {
 /// so that they and the step meet the same machine.
 template <class Element, class Step>
 void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>& phases, Step&& step) {
-  step();  // touches the memory that an earlier one has put together
+  step();  // takes the memory that a step needs,
+  step();  // and touches it once it has been put together
   using Scalar = std::conditional_t<std::is_same_v<Element, BFloat16>, float, Element>;
   const double peak_before = fma_peak<Scalar, Element>(exec);
   const double bandwidth_before = read_bandwidth(exec);

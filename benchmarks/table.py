@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""table.py RESULTS.json [PEAK.png [SCALING.png]]: medians of a run of moxie_benchmarks as a table, the library beside its peers,
-and the time of a layer against its number of experts, with its bound, as another.
+"""table.py RESULTS.json... [PEAK.png [SCALING.png]]: medians of a run of moxie_benchmarks as a table, the library beside its
+peers (torch_peer.py's results may be among the files), and the time of a layer against its number of experts, with its bound.
 
 Run it with --benchmark_repetitions and --benchmark_enable_random_interleaving, so that all meet the same machine. The plot needs
 gnuplot.
 """
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -17,17 +18,22 @@ ROUTERS = {"top_k": "token choice", "expert_choice": "expert choice", "soft": "S
 def medians(results):
     """(pass, case) -> who -> (GFLOP/s, fraction of the peak, fraction of the bound)."""
     values = {}
-    for run in results["benchmarks"]:
+    for run in results:
         if run.get("run_type") == "aggregate" or run.get("error_occurred"):
             continue
         which, *name = run["name"].removesuffix("/real_time").split("/")
-        who = name.pop() if name[-1] in ("eigen", "openblas", "onednn") else "moxie"
-        counters = [run[c] for c in ("gflops", "peak_fraction", "bound_fraction", "real_time")]
+        who = name.pop() if name[-1] in ("eigen", "openblas", "onednn", "torch") else "moxie"
+        counters = [run.get(c, math.nan) for c in ("gflops", "peak_fraction", "bound_fraction", "real_time")]
         values.setdefault((which, "/".join(name)), {}).setdefault(who, []).append(counters)
-    return {
+    table = {
         key: {who: [statistics.median(column) for column in zip(*runs)] for who, runs in peers.items()}
         for key, peers in values.items()
     }
+    for row in table.values():
+        for counters in row.values():
+            if math.isnan(counters[1]) and "moxie" in row:  # against the peak that the library met
+                counters[1] = counters[0] * row["moxie"][1] / row["moxie"][0]
+    return table
 
 
 def print_peers(table, peers):
@@ -119,10 +125,15 @@ set grid
 
 
 def main():
-    if len(sys.argv) not in (2, 3, 4):
+    files = [name for name in sys.argv[1:] if name.endswith(".json")]
+    plots = [name for name in sys.argv[1:] if name.endswith(".png")]
+    if not files or len(files) + len(plots) != len(sys.argv) - 1 or len(plots) > 2:
         sys.exit(__doc__)
-    with open(sys.argv[1], encoding="utf-8") as file:
-        table = medians(json.load(file))
+    runs = []
+    for name in files:
+        with open(name, encoding="utf-8") as file:
+            runs += json.load(file)["benchmarks"]
+    table = medians(runs)
     peers = sorted({who for row in table.values() for who in row} - {"moxie"})
     passes = scaling(table)
     table = {key: row for key, row in table.items() if not key[1].startswith("scaling-")}
@@ -130,10 +141,10 @@ def main():
         print_peers(table, peers)
     for which, routers in passes.items():
         print_scaling(which, routers)
-    if len(sys.argv) > 2 and table:
-        plot_peak(sys.argv[2], table, peers)
-    if len(sys.argv) > 3 and passes:
-        plot_scaling(sys.argv[3], passes)
+    if plots and table:
+        plot_peak(plots[0], table, peers)
+    if len(plots) > 1 and passes:
+        plot_scaling(plots[1], passes)
 
 
 main()
