@@ -45,8 +45,8 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
         sums.assign(T::size, S(0.25));
         from_packed.assign(T::size, S(0.25));
         const kernel::detail::Ahead ahead;
-        multiply(depth, pointers.data(), panel.data(), sums.data(), add, ahead);
-        multiply_packed(depth, &start, panel.data(), from_packed.data(), add, ahead);
+        multiply(depth, pointers.data(), 0, panel.data(), sums.data(), add, ahead);
+        multiply_packed(depth, &start, T::rows, panel.data(), from_packed.data(), add, ahead);
         CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(rows * T::cols) * sizeof(S)) == 0);
         for (Index i = 0; i < T::rows; ++i) {
           for (Index j = 0; j < T::cols; ++j) {

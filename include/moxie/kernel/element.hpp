@@ -146,7 +146,8 @@ struct Step {
   MOXIE_INLINE static V add(const V& x, const V& b, const V& sum) { return fma(x, b, sum); }
 };
 
-/// Of pairs, the first numbers' product before the second ones', each added with one rounding.
+/// Of pairs both products are added, each with one rounding: by one instruction of AVX512-BF16, in the processor's order and
+/// with subnormal numbers taken as zero, or by two multiply-adds.
 template <class Arch>
 struct Step<float, BFloat16, Arch> {
   using V = Batch<float, Arch>;

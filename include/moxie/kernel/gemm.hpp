@@ -319,7 +319,9 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
   const Index tiles = (m1 - m0 + T::rows - 1) / T::rows;
   // Rows that lie a multiple of 4 KiB apart share the sets of the first-level cache: a tile of them is copied.
   const bool copy_rows = product.a.transposed || product.a.rows.stride * Index{sizeof(Element)} % 4096 == 0;
-  constexpr Index copied_tiles = 8;  // of a transposed A: whole cache lines of its rows are read
+  // A step's numbers of a tile lie side by side in a transposed A.
+  const bool as_it_lies = elements == 1 && product.k > 0 && product.a.rows.index == nullptr && product.a.rows.gap == 0;
+  constexpr Index copied_tiles = 8;  // of another: whole cache lines of its rows are read
   // What is packed side by side starts in different sets of the cache. In units.
   const Index copied_stride = moxie::detail::spread_stride<Scalar>(cut.depth);
   const Index copied_tile_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::rows);
@@ -370,14 +372,21 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
         }
       };
       if (product.a.transposed) {
-        const Index local = tile % copied_tiles;
-        if (local == 0) {
-          pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(copied_tiles * T::rows, m1 - row),
-                                             memory.template rows<Unit<Element>>(), copied_tile_stride);
+        const Unit<Element>* a = memory.template rows<Unit<Element>>();
+        Index distance = T::rows;
+        if (as_it_lies && rows == T::rows) {
+          a = reinterpret_cast<const Unit<Element>*>(product.a.row(k0) + row);
+          distance = product.a.rows.stride;
+        } else {
+          const Index local = as_it_lies ? 0 : tile % copied_tiles;
+          if (local == 0) {
+            pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(copied_tiles * T::rows, m1 - row),
+                                               memory.template rows<Unit<Element>>(), copied_tile_stride);
+          }
+          a += local * copied_tile_stride;
         }
-        const Unit<Element>* a = memory.template rows<Unit<Element>>() + local * copied_tile_stride;
-        const auto tile_function = tile_of<true, Scalar, Element, Arch>(rows).first;
-        multiply([&](const Unit<Element>* b, Scalar* sums) { tile_function(depth, &a, b, sums, pass > 0, ahead); });
+        const auto f = tile_of<true, Scalar, Element, Arch>(rows).first;
+        multiply([&](const Unit<Element>* b, Scalar* sums) { f(depth, &a, distance, b, sums, pass > 0, ahead); });
       } else {
         const auto [tile_function, height] = tile_of<false, Scalar, Element, Arch>(rows);
         const Element* a[T::rows];
@@ -390,7 +399,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           }
         }
         std::fill(a + rows, a + height, a[0]);
-        multiply([&, f = tile_function](const Unit<Element>* b, Scalar* sums) { f(depth, a, b, sums, pass > 0, ahead); });
+        multiply([&, f = tile_function](const Unit<Element>* b, Scalar* sums) { f(depth, a, 0, b, sums, pass > 0, ahead); });
       }
       row += rows;
     }

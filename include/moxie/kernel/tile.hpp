@@ -50,22 +50,23 @@ class Ahead {
 template <bool Packed, class Element>
 using TileRows = const std::conditional_t<Packed, Unit<Element>, Element>* const*;
 
-/// The unit of row i in a step, where so many numbers of the row are left; `rows` are those of a tile from row 0 on.
-template <bool Packed, class Scalar, class Element, class Arch, class P>
-MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index left) {
+/// The unit of row i in a step, where so many numbers of the row are left; `rows` are those of a tile from row 0 on, `distance`
+/// is that of steps where rows lie side by side.
+template <bool Packed, class Element, class P>
+MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index left, Index distance) {
   if constexpr (Packed) {
-    return rows[0][step * Tile<Scalar, Arch>::rows + i];
+    return rows[0][step * distance + i];
   } else {
     return unit<Element>(rows[i] + step * UnitOf<Element>::elements, left);
   }
 }
 
 /// sums (Rows x cols, dense) = A B over `depth` numbers of a row, or += where `add`. B is read from a packed panel (steps x
-/// cols). Row i of A is read from a[i] on, or, where A is packed, at a[0][p · Tile::rows + i] for step p. One fused
+/// cols). Row i of A is read from a[i] on, or, where A is packed, at a[0][p · distance + i] for step p. One fused
 /// multiply-add a number, in order, from zero: the bits of a sum depend on nothing but its row of A and its column of B. On
 /// the way it asks for what is `ahead`.
 template <bool Packed, Index Rows, class Scalar, class Element, class Arch>
-void multiply_tile(Index depth, TileRows<Packed, Element> a, const Unit<Element>* panel, Scalar* sums, bool add,
+void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, const Unit<Element>* panel, Scalar* sums, bool add,
                    const Ahead& ahead) {
   using T = Tile<Scalar, Arch>;
   using B = Batch<Scalar, Arch>;
@@ -92,7 +93,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const Unit<Element>
       const auto b1 = S::load(panel + u * T::cols + T::width);
 #pragma GCC unroll 16
       for (Index i = 0; i < Rows; ++i) {
-        const auto x = S::broadcast(unit_at<Packed, Scalar, Element, Arch>(row, i, p + u, elements));
+        const auto x = S::broadcast(unit_at<Packed, Element>(row, i, p + u, elements, distance));
         sum[i][0] = S::add(x, b0, sum[i][0]);
         sum[i][1] = S::add(x, b1, sum[i][1]);
       }
@@ -104,7 +105,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const Unit<Element>
     const auto b1 = S::load(panel + T::width);
 #pragma GCC unroll 16
     for (Index i = 0; i < Rows; ++i) {
-      const auto x = S::broadcast(unit_at<Packed, Scalar, Element, Arch>(row, i, p, depth - p * elements));
+      const auto x = S::broadcast(unit_at<Packed, Element>(row, i, p, depth - p * elements, distance));
       sum[i][0] = S::add(x, b0, sum[i][0]);
       sum[i][1] = S::add(x, b1, sum[i][1]);
     }
@@ -129,7 +130,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const Unit<Element>
 template <bool Packed, class Scalar, class Element, class Arch>
 auto tile_of(Index rows) {
   constexpr Index full = Tile<Scalar, Arch>::rows;
-  using Multiply = void (*)(Index, TileRows<Packed, Element>, const Unit<Element>*, Scalar*, bool, const Ahead&);
+  using Multiply = void (*)(Index, TileRows<Packed, Element>, Index, const Unit<Element>*, Scalar*, bool, const Ahead&);
   using Chosen = std::pair<Multiply, Index>;
   if constexpr (Packed) {
     return rows <= full / 2 ? Chosen(multiply_tile<Packed, full / 2, Scalar, Element, Arch>, full / 2)

@@ -413,7 +413,7 @@ class Moe {
                     const Tape& tape, const Exec& exec) const {
     Workspace& workspace = tape.workspace_;
     const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slots);
-    const RowView<Scalar> dh = workspace.matrix<Scalar>(rows.count(), model_dim());
+    const RowView<Scalar> dh = workspace.spread<Scalar>(rows.count(), model_dim());
     const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
     combine_backward(tape.plan_, kept.h, dy, dh, tape.dplan_, exec);
     experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), kept.experts, workspace, exec);
