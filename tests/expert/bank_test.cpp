@@ -62,7 +62,7 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
     }
     const auto product = [&](Matrix<S>& to) {
       return [&](Index e) {
-        return moxie::detail::with_rows(moxie::detail::through(weight(e)), grouped.operand(e), grouped.count(e),
+        return moxie::detail::with_rows(moxie::detail::through<S>(weight(e)), grouped.operand(e), grouped.count(e),
                                         kernel::replace<S>(grouped.part(RowView<S>(to), e)));
       };
     };
@@ -92,7 +92,7 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
     }
     const Matrix<S> idle = dw[1];
     kernel::run_stages<S>(Exec{}, kernel::Stage(experts, [&](Index e) {
-                            return moxie::detail::weight_gradient<S>(grouped, dh,
+                            return moxie::detail::weight_gradient<S>(grouped, RowView<const S>(dh),
                                                                      kernel::rows_of(RowView<S>(dw[std::size_t(e)])), e);
                           }));
     moxie::detail::add_bias_gradient(
@@ -114,11 +114,12 @@ TEST_CASE("bank products: without rows nothing is written") {
   kernel::run_stages<float>(Exec{},
                             kernel::Stage(2,
                                           [&](Index e) {
-                                            return moxie::detail::with_rows(moxie::detail::through(RowView<const float>(w)),
-                                                                            grouped.operand(e), 0);
+                                            return moxie::detail::with_rows(
+                                                moxie::detail::through<float>(RowView<const float>(w)), grouped.operand(e), 0);
                                           }),
                             kernel::Stage(2, [&](Index e) {
-                              return moxie::detail::weight_gradient<float>(grouped, h, kernel::rows_of(RowView<float>(w)), e);
+                              return moxie::detail::weight_gradient<float>(grouped, RowView<const float>(h),
+                                                                           kernel::rows_of(RowView<float>(w)), e);
                             }));
   CHECK(moxie::test::is_untouched(w));
 }
