@@ -254,21 +254,23 @@ void map(Index n, Scalar* out, F&& f, const In*... in) {
   map<Arch>(n, std::array<Scalar*, 1>{out}, std::forward<F>(f), in...);
 }
 
-/// Σ a_i b_i of n contiguous elements: one fused multiply-add an element into `width` partial sums, then their sum in order.
-/// The order depends on n alone, not on where the rows lie in memory.
-template <class Arch = DefaultArch, class Scalar>
-Scalar dot(Index n, const Scalar* a, const Scalar* b) {
-  using B = Batch<Scalar, Arch>;
+namespace detail {
+
+/// A sum over n elements: one partial sum for each lane, then those in order. `add_vector(i, sums)` adds the elements from i
+/// on, `add(i, sum)` one. The order depends on n alone, not on where the elements lie in memory.
+template <class B, class AddVector, class Add>
+auto sum_of_lanes(Index n, AddVector add_vector, Add add) {
+  using Scalar = typename B::value_type;
   constexpr Index width = Index{B::size};
   B sums(Scalar(0));
   Index i = 0;
   for (; i + width <= n; i += width) {
-    sums = fma(B::load_unaligned(a + i), B::load_unaligned(b + i), sums);
+    sums = add_vector(i, sums);
   }
   std::array<Scalar, B::size> parts{};
   sums.store_unaligned(parts.data());
   for (Index j = 0; i + j < n; ++j) {
-    parts[std::size_t(j)] += a[i + j] * b[i + j];
+    parts[std::size_t(j)] = add(i + j, parts[std::size_t(j)]);
   }
   Scalar sum = 0;
   for (const Scalar part : parts) {
@@ -277,26 +279,33 @@ Scalar dot(Index n, const Scalar* a, const Scalar* b) {
   return sum;
 }
 
-/// Σ a_i of n contiguous elements, in the order of `dot`.
+}  // namespace detail
+
+/// Σ a_i b_i of n contiguous elements, one fused multiply-add an element.
+template <class Arch = DefaultArch, class Scalar>
+Scalar dot(Index n, const Scalar* a, const Scalar* b) {
+  using B = Batch<Scalar, Arch>;
+  return detail::sum_of_lanes<B>(
+      n, [&](Index i, const B& sums) { return fma(B::load_unaligned(a + i), B::load_unaligned(b + i), sums); },
+      [&](Index i, Scalar sum) { return sum + a[i] * b[i]; });
+}
+
+/// Σ a_i of n contiguous elements.
 template <class Arch = DefaultArch, class Scalar>
 Scalar sum(Index n, const Scalar* a) {
   using B = Batch<Scalar, Arch>;
-  constexpr Index width = Index{B::size};
-  B sums(Scalar(0));
-  Index i = 0;
-  for (; i + width <= n; i += width) {
-    sums += B::load_unaligned(a + i);
-  }
-  std::array<Scalar, B::size> parts{};
-  sums.store_unaligned(parts.data());
-  for (Index j = 0; i + j < n; ++j) {
-    parts[std::size_t(j)] += a[i + j];
-  }
-  Scalar all = 0;
-  for (const Scalar part : parts) {
-    all += part;
-  }
-  return all;
+  return detail::sum_of_lanes<B>(
+      n, [&](Index i, const B& sums) { return sums + B::load_unaligned(a + i); },
+      [&](Index i, Scalar sum) { return sum + a[i]; });
+}
+
+/// Whether none of n contiguous elements is infinite or NaN: 0·x is 0 of finite x, and NaN otherwise.
+template <class Arch = DefaultArch, class Scalar>
+bool all_finite(Index n, const Scalar* a) {
+  using B = Batch<Scalar, Arch>;
+  return detail::sum_of_lanes<B>(
+             n, [&](Index i, const B& sums) { return fma(B(Scalar(0)), B::load_unaligned(a + i), sums); },
+             [&](Index i, Scalar sum) { return sum + Scalar(0) * a[i]; }) == Scalar(0);
 }
 
 /// The largest of n >= 1 contiguous elements, of which none is NaN.
@@ -329,28 +338,6 @@ Index find_above(Index i, Index n, const Scalar* a, Scalar limit) {
     ++i;
   }
   return i;
-}
-
-/// Whether none of n contiguous elements is infinite or NaN.
-template <class Arch = DefaultArch, class Scalar>
-bool all_finite(Index n, const Scalar* a) {
-  using B = Batch<Scalar, Arch>;
-  constexpr Index width = Index{B::size};
-  B zeros(Scalar(0));  // 0·x is 0 of finite x, and NaN otherwise
-  Index i = 0;
-  for (; i + width <= n; i += width) {
-    zeros = fma(B(Scalar(0)), B::load_unaligned(a + i), zeros);
-  }
-  std::array<Scalar, B::size> parts;
-  zeros.store_unaligned(parts.data());
-  Scalar all = 0;
-  for (const Scalar part : parts) {
-    all += part;
-  }
-  for (; i < n; ++i) {
-    all += Scalar(0) * a[i];
-  }
-  return all == Scalar(0);
 }
 
 }  // namespace moxie::kernel
