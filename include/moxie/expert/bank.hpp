@@ -143,10 +143,9 @@ RowView<const Element> as_elements(RowView<const Scalar> m, Workspace& workspace
     return m;
   } else {
     const RowView<Element> out = workspace.spread<Element>(m.rows(), m.cols());
-    constexpr Index rows = 16;  // of a task
-    exec.parallel_for((m.rows() + rows - 1) / rows, [&](Index task) {
+    exec.parallel_ranges(m.rows(), 16, [&](Index begin, Index end) {
       using V = kernel::Batch<Scalar>;
-      for (Index r = task * rows; r < std::min(m.rows(), (task + 1) * rows); ++r) {
+      for (Index r = begin; r < end; ++r) {
         for (Index j = 0; j < m.cols(); j += Index{V::size}) {
           kernel::store(kernel::load<V>(m.row(r) + j, m.cols() - j), out.row(r) + j, m.cols() - j);
         }

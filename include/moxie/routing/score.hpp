@@ -64,12 +64,7 @@ template <class Scalar>
 void sigmoid_rows(RowView<Scalar> z, const Exec& exec) {
   detail::for_each_row(z.rows(), exec, [&](Index t) {
     kernel::map(
-        z.cols(), z.row(t),
-        [](auto v) {
-          using V = decltype(v);
-          return V(1) / (V(1) + kernel::exp(-v));
-        },
-        z.row(t));
+        z.cols(), z.row(t), [](auto v) { return kernel::sigmoid(v); }, z.row(t));
   });
 }
 
