@@ -183,22 +183,25 @@ MOXIE_INLINE V load(const BFloat16* p, Index n) {
   return std::bit_cast<V>(detail::words<width>(p) << 16U);
 }
 
-/// The first n numbers, rounded, to p; n may be more than a vector holds.
+/// The first n numbers, rounded, to p; n is at least one, and may be more than a vector holds.
 template <class V>
 MOXIE_INLINE void store(const V& v, BFloat16* p, Index n) {
   constexpr Index width = Index{V::size};
-  const std::size_t bytes = sizeof(BFloat16) * std::size_t(std::min(n, width));
+  const auto copy = [p, n](const auto& halves) {
+    if (width == 1 || n >= width) {
+      std::memcpy(static_cast<void*>(p), &halves, sizeof(halves));
+    } else {
+      std::memcpy(static_cast<void*>(p), &halves, sizeof(BFloat16) * std::size_t(n));
+    }
+  };
 #if defined(__AVX512BF16__)
   if constexpr (width == 16) {
-    const auto halves = _mm512_cvtneps_pbh(v);
-    n >= width ? std::memcpy(static_cast<void*>(p), &halves, sizeof(halves))
-               : std::memcpy(static_cast<void*>(p), &halves, bytes);
+    copy(_mm512_cvtneps_pbh(v));
     return;
   }
 #endif
   const auto bits = detail::rounded_bits<width>(std::bit_cast<detail::Floats<width>>(v));
-  const auto halves = __builtin_convertvector(bits >> 16U, detail::Halves<width>);
-  n >= width ? std::memcpy(static_cast<void*>(p), &halves, sizeof(halves)) : std::memcpy(static_cast<void*>(p), &halves, bytes);
+  copy(__builtin_convertvector(bits >> 16U, detail::Halves<width>));
 }
 
 }  // namespace moxie::kernel
