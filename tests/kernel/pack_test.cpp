@@ -90,6 +90,47 @@ TEST_CASE_TEMPLATE("pack: rows of a transposed A are cut into tiles, padded with
   }
 }
 
+TEST_CASE_TEMPLATE("pack: a vector's memory is a run, where it lies at equal distances", S, float, double) {
+  using P = kernel::Panels<S, kernel::DefaultArch>;
+  constexpr Index width = P::T::width;
+  constexpr std::ptrdiff_t size = sizeof(S);
+  const Index n = 4 * width + 1;
+  const Index depth = 11;
+  const Matrix<S> b = moxie::test::random<S>(depth, 2 * n, 205);
+  const Matrix<S> bt = b.transpose();
+  const auto bytes = [](const S* p) { return reinterpret_cast<const std::byte*>(p); };
+  for (const bool halves : {false, true}) {
+    const P panels{n, halves};
+    for (Index q = 0; q < panels.count(); ++q) {
+      for (Index v = 0; v < 2; ++v) {
+        const auto [column, columns] = panels.vector(q, v);
+        const auto rows = panels.source(kernel::plain<S>(b), q, v, 3, 5);
+        const auto cols = panels.source(kernel::transposed<S>(bt), q, v, 0, depth);
+        CHECK(panels.source(kernel::transposed<S>(bt), q, v, 0, depth - 1).lines == 0);  // with holes
+        if (columns == 0) {
+          CHECK(rows.lines == 0);
+          CHECK(cols.lines == 0);
+          continue;
+        }
+        CHECK(rows.from == bytes(&b(3, column)));
+        CHECK(rows.pitch == 2 * n * size);
+        CHECK(rows.lines == 5);
+        CHECK(cols.from == bytes(&bt(column, 0)));
+        CHECK(cols.pitch * cols.lines == width * depth * size);
+      }
+    }
+  }
+  const P panels{2 * n, false};
+  const Index index[] = {1, 2, 3};
+  CHECK(panels.source(kernel::plain<S>(b, index), 0, 0, 0, 3).lines == 0);
+  const RowView<const S> view(b);
+  const kernel::Operand<S> stacked{kernel::stacked(view.middle_rows(0, 4), view.middle_rows(6, 5))};
+  CHECK(panels.source(stacked, 0, 0, 1, 8).lines == 3);  // up to the gap
+  const auto beyond = panels.source(stacked, 0, 0, 5, 4);
+  CHECK(beyond.from == bytes(&b(7, 0)));
+  CHECK(beyond.lines == 4);
+}
+
 TEST_CASE("pack: rows are found by stride, by index, and beyond a gap") {
   const Matrix<float> m = moxie::test::random<float>(10, 3, 204);
   const Index index[] = {7, 2};

@@ -67,21 +67,30 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
 TEST_CASE("tile: addresses ahead are asked for once, by line, as far as there is room") {
   kernel::detail::Ahead ahead;
   const std::vector<float> memory(100'000);
-  CHECK(ahead[0] == &ahead);
+  CHECK(ahead.address(0) == &ahead);
   ahead.add(memory.data(), 33);  // three lines
   ahead.settle();
-  CHECK(ahead[0] == memory.data());
-  CHECK(ahead[1] == memory.data() + 16);
-  CHECK(ahead[2] == memory.data() + 32);
-  CHECK(ahead[3] == &ahead);
+  CHECK(ahead.address(0) == memory.data());
+  CHECK(ahead.address(1) == memory.data() + 16);
+  CHECK(ahead.address(2) == memory.data() + 32);
+  CHECK(ahead.address(3) == &ahead);
   ahead.clear();
   ahead.settle();
-  CHECK(ahead[0] == &ahead);
+  CHECK(ahead.address(0) == &ahead);
   ahead.add(memory.data(), 100'000);
   ahead.settle();
-  CHECK(ahead[254] == memory.data() + 254 * 16);
-  CHECK(ahead[255] == &ahead);
-  CHECK(ahead[10'000] == &ahead);
+  CHECK(ahead.address(254) == memory.data() + 254 * 16);
+  CHECK(ahead.address(255) == &ahead);
+  CHECK(ahead.address(10'000) == &ahead);
+  CHECK(static_cast<const void*>(ahead.run().from) == &ahead);
+  CHECK(ahead.run().lines == 1);
+  const auto* bytes = reinterpret_cast<const std::byte*>(memory.data());
+  ahead.follow({bytes, 128, 7});
+  CHECK(ahead.run().from == bytes);
+  CHECK(ahead.run().pitch == 128);
+  CHECK(ahead.run().lines == 7);
+  ahead.follow({bytes, 128, 0});
+  CHECK(static_cast<const void*>(ahead.run().from) == &ahead);
 }
 
 }  // namespace

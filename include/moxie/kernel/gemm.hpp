@@ -90,6 +90,10 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 /// number i of the product and n sums (pairs of sums, where B has halves: a vector of the first, a vector of the second) for
 /// columns [col, col + n) of C. `values` is aligned and holds two vectors.
 struct Store {
+  void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index col, Index n) const {
+    ahead.add(p.c.row(row) + col, n);
+  }
+
   template <class Arch, class P>
   void operator()(Arch /*arch*/, const P& p, Index /*i*/, Index row, Index col, Index n,
                   const typename P::Scalar* values) const {
@@ -205,69 +209,33 @@ struct Cut {
   }
 };
 
-/// Walks over the lines of memory that a task will read first: its part of B, in the first pass.
+/// The memory of the panels that come next, a run for each of their vectors.
 template <class Scalar, class Arch>
 class Lookahead {
  public:
-  using T = Tile<Scalar, Arch>;
-
-  /// For the `task`-th part of a product, while `calls` tiles are computed. Panels that are packed already lie in order, and
-  /// the processor foresees them better; nor is there anything to gain where few tiles are computed for much memory.
+  void clear() { count_ = 0; }
+  /// Panels [q, q + panels) of a product, steps [s0, s0 + steps).
   template <class P>
-  void start(const P& product, const Cut<P, Arch>& cut, Index task, Index calls) {
-    if (product.panels != nullptr) {
-      return;
-    }
-    constexpr Index size = sizeof(typename P::Source);
-    const auto& b = product.b.rows;
-    b_ = {reinterpret_cast<const std::byte*>(b.data), b.stride * size, b.index, b.gap_at, b.gap * size};
-    transposed_ = product.b.transposed;
-    panels_ = {product.n, product.halves};
-    panel_ = task % cut.panel_tasks(product) * cut.panels;
-    first_ = panel_ * T::cols * size;
-    const Index columns = std::min(cut.panels, panels_.count() - panel_) * T::cols;
-    const Index depth = std::min(cut.depth * UnitOf<typename P::Element>::elements, product.k);
-    rows_ = transposed_ ? columns : depth;
-    length_ = (transposed_ ? depth : columns) * size;
-    row_ = 0;
-    at_ = length_;
-    lines_ = (rows_ * ((length_ + line - 1) / line) + calls - 1) / calls;
-    if (lines_ > most_lines) {
-      rows_ = 0;
-    }
-  }
-
-  /// Adds the next tile's share.
-  void advance(Ahead& ahead) {
-    for (Index i = 0; i < lines_ && (at_ < length_ || row_ < rows_); ++i, at_ += line) {
-      if (at_ >= length_) {
-        from_ = start_of(row_++);
-        at_ = 0;
+  void add(const P& product, Index q, Index panels, Index s0, Index steps) {
+    using T = Tile<Scalar, Arch>;
+    for (Index v = 2 * q; v < 2 * (q + panels) && count_ < most; ++v) {
+      if (product.panels != nullptr) {
+        const auto* panel = product.panels + (v / 2 * product.steps() + s0) * T::cols;
+        constexpr Index size = T::width * Index{sizeof(*panel)};
+        runs_[std::size_t(count_++)] = {reinterpret_cast<const std::byte*>(panel) + v % 2 * steps * size, size, steps};
+      } else {
+        const Panels<Scalar, Arch, typename P::Element> all{product.n, product.halves};
+        runs_[std::size_t(count_++)] = all.source(product.b, v / 2, v % 2, s0, steps);
       }
-      ahead.add(from_ + at_, 1);
     }
   }
+  /// The run for the i-th tile from now on.
+  Run run(Index i) const { return i < count_ ? runs_[std::size_t(i)] : Run{}; }
 
  private:
-  static constexpr Index line = Index{alignment};
-  static constexpr Index most_lines = 160;
-
-  const std::byte* start_of(Index row) const {
-    return transposed_ ? b_.row(panels_.column(panel_ + row / T::cols, row / T::width % 2, row % T::width))
-                       : b_.row(row) + first_;
-  }
-
-  Rows<const std::byte> b_;  // distances in bytes
-  bool transposed_ = false;
-  Panels<Scalar, Arch> panels_;
-  Index panel_ = 0;   // the first one
-  Index first_ = 0;   // where it begins in a row
-  Index rows_ = 0;    // pieces of memory to walk over,
-  Index length_ = 0;  // so long each
-  Index row_ = 0;
-  const std::byte* from_ = nullptr;
-  Index at_ = 0;
-  Index lines_ = 0;  // a tile
+  static constexpr Index most = 32;
+  std::array<Run, std::size_t(most)> runs_;
+  Index count_ = 0;
 };
 
 /// Memory of a thread that lasts from task to task: one large page, which the largest task fits, so that it is taken once.
@@ -300,7 +268,7 @@ class TaskMemory {
   Index sums_ = 0;
 };
 
-/// The `task`-th part of product i, while the memory of a later task is fetched: `prepare(later, calls)` says which.
+/// The `task`-th part of product i, while the memory of a later task is fetched: `prepare(later)` says which.
 template <class Arch, class P, class Finish, class Prepare>
 void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index task, const Finish& finish,
                    const Prepare& prepare) {
@@ -327,21 +295,35 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
   const Index copied_tile_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::rows);
   const Index packed_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::cols);
 
-  memory.resize(product.panels == nullptr ? count * packed_stride : 0,
+  // Where the rows fit the second-level cache, panel by panel: all rows meet a panel while the next one is fetched.
+  const Index group =
+      cut.passes == 1 && !copy_rows && (m1 - m0) * product.k * Index{sizeof(Element)} <= second_level_cache() / 2 ? Index{1}
+                                                                                                                  : count;
+  const bool packed = product.panels != nullptr;
+  const Index panel_stride = packed ? product.steps() * T::cols : packed_stride;
+
+  memory.resize(packed ? 0 : group * packed_stride,
                 product.a.transposed ? copied_tiles * copied_tile_stride
                 : copy_rows          ? T::rows * copied_stride
                                      : 0,
-                (cut.passes > 1 ? tiles * count : 1) * T::size);
-  prepare(later, tiles * count * cut.passes);
-  for (Index pass = 0; pass < cut.passes; ++pass) {
+                (cut.passes > 1 ? tiles * group : 1) * T::size);
+  for (Index part = 0; part < count * cut.passes; part += group) {
+    const Index pass = part / count;
+    const Index first = q0 + part % count;
     const Index s0 = pass * cut.depth;
     const Index k0 = s0 * elements;
     const Index depth = std::max(Index{0}, std::min(cut.depth * elements, product.k - k0));
-    const bool packed = product.panels != nullptr;
-    const Index panel_stride = packed ? product.steps() * T::cols : packed_stride;
-    const Unit<Element>* panel = packed ? product.panels + (q0 * product.steps() + s0) * T::cols : memory.panels();
+    const bool last = pass + 1 == cut.passes;
+    const Unit<Element>* panel = packed ? product.panels + (first * product.steps() + s0) * T::cols : memory.panels();
     if (!packed) {
-      panels.pack(product.b, q0, count, k0, depth, memory.panels(), packed_stride);
+      panels.pack(product.b, first, group, k0, depth, memory.panels(), packed_stride);
+    }
+    later.clear();
+    if (part + group < count * cut.passes) {
+      const Index next = (pass + (part % count + group == count ? 1 : 0)) * cut.depth;
+      later.add(product, q0 + (part + group) % count, group, next, std::min(cut.depth, product.steps() - next));
+    } else {
+      prepare(later);
     }
     for (Index tile = 0, row = m0; tile < tiles; ++tile) {
       // Heights that differ by two at most, unless tiles are copied by whole vectors.
@@ -350,21 +332,20 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           product.a.transposed ? std::min(T::rows, m1 - row) : std::min((m1 - row + 2 * left - 1) / (2 * left) * 2, m1 - row);
       // Computes the tile's sums of one panel.
       const auto multiply = [&, row, rows, tile](const auto& of_panels) {
-        const bool last = pass + 1 == cut.passes;
-        for (Index q = 0; q < count; ++q) {
-          Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * count + q : 0) * T::size;
-          const Index col = (q0 + q) * panels.outputs();
+        for (Index q = 0; q < group; ++q) {
+          Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * group + q : 0) * T::size;
+          const Index col = (first + q) * panels.outputs();
           ahead.clear();
           if constexpr (requires { finish.prefetch(ahead, product, i, row, col, col); }) {
             for (Index r = 0; r < rows && last; ++r) {
               finish.prefetch(ahead, product, i, row + r, col, panels.outputs());
             }
           }
-          later.advance(ahead);
           ahead.settle();
+          ahead.follow(later.run(tile * group + q));
           of_panels(panel + q * panel_stride, sums);
           if (last) {
-            const Index n = panels.outputs_of(q0 + q);
+            const Index n = panels.outputs_of(first + q);
             for (Index r = 0; r < rows; ++r) {
               finish(Arch{}, product, i, row + r, col, n, sums + r * T::cols);
             }
@@ -523,12 +504,14 @@ void run_stages(const Exec& exec, const Stages&... stages) {
       }
     }
     const detail::AtExit count_as_finished{[&] { finished.fetch_add(1, std::memory_order_release); }};  // even if it throws
-    const auto prepare = [&](detail::Lookahead<Scalar, Arch>& ahead, Index calls) {
+    const auto prepare = [&](detail::Lookahead<Scalar, Arch>& ahead) {
       const Index next = task + threads;  // this thread's next one, most likely
       if (next < total) {
         const Part& later = part_of(next);
-        with(later,
-             [&](const auto& /*stage*/, const auto& p, const auto& cut) { ahead.start(p, cut, next - later.first, calls); });
+        with(later, [&](const auto& /*stage*/, const auto& p, const auto& cut) {
+          const Index q = (next - later.first) % cut.panel_tasks(p) * cut.panels;
+          ahead.add(p, q, std::min(cut.panels, cut.panels_of(p).count() - q), 0, std::min(cut.depth, p.steps()));
+        });
       }
     };
     with(part, [&](const auto& stage, const auto& p, const auto& cut) {

@@ -115,6 +115,23 @@ struct Panels {
     return std::min(vector(panel, v).first + lane, (halves ? v * n : 0) + n - 1);
   }
 
+  /// The memory of vector v of a panel in steps [s0, s0 + steps) of B, as far as it lies at equal distances.
+  template <class Source>
+  detail::Run source(const Operand<Source>& b, Index panel, Index v, Index s0, Index steps) const {
+    constexpr Index size = sizeof(Source);
+    const auto& rows = b.rows;
+    const auto [column, columns] = vector(panel, v);
+    const Index row = b.transposed ? column : s0 * elements;
+    const Index from = b.transposed ? s0 * elements : column;
+    const bool dense = !b.transposed || rows.stride == steps * elements;
+    if (steps <= 0 || columns == 0 || rows.index != nullptr || !dense) {
+      return {};
+    }
+    const Index pitch = b.transposed ? T::width * elements : rows.stride * elements;
+    const Index lines = b.transposed || row >= rows.gap_at ? steps : std::min(steps, (rows.gap_at - row) / elements);
+    return {reinterpret_cast<const std::byte*>(b.row(row) + from), pitch * size, lines};
+  }
+
   /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (steps x cols) each and `stride` apart. Where there
   /// is no column, something that is not stored; where a step has no second row, zeros.
   template <class Source>
@@ -142,35 +159,17 @@ struct Panels {
 
  private:
   template <class Source>
-  using Columns = const Source * [T::width];
-
-  /// Where the columns of a vector start in a transposed B.
-  template <class Source>
-  void columns_of(const Operand<Source>& b, Index panel, Index v, Index k0, Columns<Source>& from) const {
-    for (Index j = 0; j < T::width; ++j) {
-      from[j] = b.row(column(panel, v, j)) + k0;
-    }
-  }
-
-  template <class Source>
   void pack_transposed(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out,
                        Index stride) const {
     constexpr Index square = T::width * elements;  // so many numbers of a column
-    constexpr Index ahead = 8 * square;
-    Columns<Source> from;
-    Columns<Source> next;
-    columns_of(b, q0, 0, k0, next);
     for (Index i = 0; i < 2 * panels; ++i) {
-      std::copy_n(next, T::width, from);
-      if (i + 1 < 2 * panels) {
-        columns_of(b, q0 + (i + 1) / 2, (i + 1) % 2, k0, next);
+      const Source* from[T::width];
+      for (Index j = 0; j < T::width; ++j) {
+        from[j] = b.row(column(q0 + i / 2, i % 2, j)) + k0;
       }
       Unit<Element>* to = out + i / 2 * stride + i % 2 * T::width;
       Index p = 0;
       for (; p + square <= depth; p += square) {
-        for (Index j = 0; j < T::width; ++j) {
-          prefetch(p + ahead < depth ? from[j] + p + ahead : next[j] + (p + ahead - depth), square);
-        }
         detail::transpose_square<Element, T::width>(from, p, to + p / elements * T::cols, T::cols);
       }
       for (; p < depth; p += elements) {

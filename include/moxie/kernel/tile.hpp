@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <moxie/kernel/element.hpp>
 #include <type_traits>
 #include <utility>
@@ -19,10 +20,20 @@ struct Tile {
   static constexpr Index size = rows * cols;
 };
 
-/// Addresses of memory that is needed soon, one for each of the next steps; after them, something that is near.
+/// Lines of memory at equal distances, one for each step of a tile, in bytes.
+struct Run {
+  const std::byte* from = nullptr;
+  std::ptrdiff_t pitch = 0;
+  Index lines = 0;
+};
+
+/// Memory that is needed soon: in each of a tile's steps, an address from a list, then one of a run.
 class Ahead {
  public:
-  Ahead() { addresses_.fill(this); }
+  Ahead() {
+    addresses_.fill(this);
+    follow({});
+  }
 
   void clear() { next_ = 0; }
   /// The lines of n elements at p, as many as there is room for.
@@ -32,18 +43,22 @@ class Ahead {
       addresses_[next_++] = p + j;
     }
   }
+  /// An empty run is replaced by something that is near.
+  void follow(const Run& run) { run_ = run.lines > 0 ? run : Run{reinterpret_cast<const std::byte*>(this), 0, 1}; }
   /// Before a tile: what older tiles asked for is not asked for again.
   void settle() {
     std::fill(addresses_.begin() + std::ptrdiff_t(next_), addresses_.begin() + std::ptrdiff_t(std::max(next_, used_)), this);
     used_ = next_;
   }
-  const void* operator[](Index step) const { return addresses_[std::min(std::size_t(step), last)]; }
+  const void* address(Index step) const { return addresses_[std::min(std::size_t(step), last)]; }
+  const Run& run() const { return run_; }
 
  private:
   static constexpr std::size_t last = 255;
   std::array<const void*, last + 1> addresses_;
   std::size_t next_ = 0;
   std::size_t used_ = 0;
+  Run run_;
 };
 
 /// Where a tile reads A: the starts of its rows, or one address of (steps x Tile::rows) packed units.
@@ -82,13 +97,15 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, con
   }
   const Index steps = (depth + elements - 1) / elements;
   const Index whole = Packed ? steps : depth / elements;
+  const Run run = ahead.run();
   Index p = 0;
   // Two steps at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
   constexpr Index together = 2;
   for (; p + together <= whole; p += together) {
 #pragma GCC unroll 2
     for (Index u = 0; u < together; ++u) {
-      __builtin_prefetch(ahead[p + u], 0, 2);
+      __builtin_prefetch(ahead.address(p + u), 0, 2);
+      __builtin_prefetch(run.from + std::min(p + u, run.lines - 1) * run.pitch, 0, 2);
       const auto b0 = S::load(panel + u * T::cols);
       const auto b1 = S::load(panel + u * T::cols + T::width);
 #pragma GCC unroll 16
