@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "golden_verify/deepseek_moe.hpp"
+#include "golden_verify/diffusion.hpp"
 #include "golden_verify/ditmoe_block.hpp"
 #include "golden_verify/golden_case.hpp"
 #include "golden_verify/softmoe.hpp"
@@ -32,6 +33,8 @@ struct Family {
 constexpr std::array families{
     Family{"capacity_table", golden::verify_capacity_table<double>, golden::verify_capacity_table<float>},
     Family{"deepseek_moe", golden::verify_deepseek_moe<double>, golden::verify_deepseek_moe<float>},
+    Family{"diffusion_schedule", golden::verify_diffusion_schedule<double>, golden::verify_diffusion_schedule<float>},
+    Family{"diffusion_steps", golden::verify_diffusion_steps<double>, golden::verify_diffusion_steps<float>},
     Family{"ditmoe_block", golden::verify_ditmoe_block<double>, golden::verify_ditmoe_block<float>},
     Family{"expert_choice", golden::verify_expert_choice<double>, golden::verify_expert_choice<float>},
     Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
