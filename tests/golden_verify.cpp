@@ -11,6 +11,7 @@
 
 #include "golden_verify/deepseek_moe.hpp"
 #include "golden_verify/diffusion.hpp"
+#include "golden_verify/dit_model.hpp"
 #include "golden_verify/ditmoe_block.hpp"
 #include "golden_verify/golden_case.hpp"
 #include "golden_verify/softmoe.hpp"
@@ -33,10 +34,13 @@ struct Family {
 constexpr std::array families{
     Family{"capacity_table", golden::verify_capacity_table<double>, golden::verify_capacity_table<float>},
     Family{"deepseek_moe", golden::verify_deepseek_moe<double>, golden::verify_deepseek_moe<float>},
+    Family{"dense_dit", golden::verify_dense_dit<double>, golden::verify_dense_dit<float>},
     Family{"diffusion_schedule", golden::verify_diffusion_schedule<double>, golden::verify_diffusion_schedule<float>},
     Family{"diffusion_steps", golden::verify_diffusion_steps<double>, golden::verify_diffusion_steps<float>},
     Family{"ditmoe_block", golden::verify_ditmoe_block<double>, golden::verify_ditmoe_block<float>},
+    Family{"ditmoe_model", golden::verify_ditmoe_model<double>, golden::verify_ditmoe_model<float>},
     Family{"expert_choice", golden::verify_expert_choice<double>, golden::verify_expert_choice<float>},
+    Family{"rectified_flow", golden::verify_rectified_flow<double>, golden::verify_rectified_flow<float>},
     Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
     Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},
     Family{"switchdit_prior", golden::verify_switchdit_prior<double>, golden::verify_switchdit_prior<float>},

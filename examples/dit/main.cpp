@@ -115,7 +115,7 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
     const Index n = std::min(batch, total - first);
     const std::vector<Index> part(labels.begin() + first, labels.begin() + first + n);
     images.middleRows(first, n) = dit::sample(model, weights, part, options.steps, options.guidance, Rng(seed).split(2),
-                                              std::uint64_t(first), tape, exec, [&] { load.add(tape); });
+                                              std::uint64_t(first), tape, exec, [&](auto...) { load.add(tape); });
     progress.update(first + n);
     if (interrupted != 0 && first + n < total) {
       throw std::runtime_error("interrupted while sampling; the checkpoint can be sampled again");

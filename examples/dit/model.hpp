@@ -7,7 +7,7 @@
 
 namespace dit {
 
-/// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one expert that every token passes.
+/// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one GELU MLP that every token passes.
 template <class S>
 class DenseFeedForward {
  public:
@@ -55,12 +55,16 @@ struct ModelConfig {
   Index dim = 128;
   Index depth = 4;
   Index heads = 4;
-  Index classes = 10;  ///< the label `classes` means "no class"
+  Index classes = 10;        ///< the label `classes` means "no class"
+  bool learn_sigma = false;  ///< a second output for every pixel, in channels after the first ones
 
+  Index out_channels() const { return learn_sigma ? 2 * channels : channels; }
   Index grid() const { return image_size / patch; }
   Index tokens() const { return grid() * grid(); }
   Index patch_dim() const { return channels * patch * patch; }
   Index image_dim() const { return channels * image_size * image_size; }
+  Index patch_output_dim() const { return out_channels() * patch * patch; }
+  Index output_dim() const { return out_channels() * image_size * image_size; }
 
   /// Throws ValueError for a shape that no transformer has.
   void validate() const {
@@ -117,7 +121,7 @@ class Model {
         time2_(layout_, "t_embedder.mlp.2", config.dim, config.dim),
         labels_(layout_.add("y_embedder.embedding_table.weight", {config.classes + 1, config.dim})),
         blocks_(declare_blocks(name)),
-        final_linear_(layout_, "final_layer.linear", config.dim, config.patch_dim()),
+        final_linear_(layout_, "final_layer.linear", config.dim, config.patch_output_dim()),
         final_modulation_(layout_, "final_layer.adaLN_modulation.1", config.dim, 2 * config.dim),
         position_(position_embedding<S>(config.grid(), config.dim)) {}
 
@@ -144,7 +148,7 @@ class Model {
     return tape;
   }
 
-  /// v (B, C·H·W) from noisy images x (B, C·H·W), times t (B) and labels (B); the label `classes` is "no class".
+  /// v (B, Cout·H·W) from noisy images x (B, C·H·W), times t (B) and labels (B); the label `classes` is "no class".
   void forward(ParameterView<const S> p, RowView<const S> x, const std::vector<S>& t, const std::vector<Index>& labels,
                RowView<S> v, Tape& tape, const Exec& exec) const {
     const Index batch = x.rows();
@@ -152,7 +156,7 @@ class Model {
     const Index rows = batch * length;
     const Index dim = config_.dim;
     moxie::detail::expect_shape("Model::forward", "x", x, -1, config_.image_dim(), "B");
-    moxie::detail::expect_shape("Model::forward", "v", v, batch, config_.image_dim());
+    moxie::detail::expect_shape("Model::forward", "v", v, batch, config_.output_dim());
     moxie::detail::expect_value(Index(t.size()) == batch && Index(labels.size()) == batch, "Model::forward",
                                 "one time and one label an image expected");
     for (const Index label : labels) {
@@ -176,9 +180,7 @@ class Model {
     activate<moxie::Silu, S>(condition, active);
 
     const RowView<S> patches = tape.patches.matrix(rows, config_.patch_dim());
-    for_each_pixel(
-        [&](Index b, Index token, Index in, Index /*out*/, Index pixel) { patches(b * length + token, in) = x(b, pixel); },
-        batch);
+    for_each_input([&](Index row, Index feature, Index b, Index pixel) { patches(row, feature) = x(b, pixel); }, batch);
     const RowView<S> first = tape.first.matrix(rows, dim);
     patch_embedding_.forward(p, patches, first, exec);
     for (Index b = 0; b < batch; ++b) {
@@ -192,13 +194,11 @@ class Model {
 
     const RowView<S> modulation = tape.final_modulation.matrix(batch, 2 * dim);
     const RowView<S> h = tape.final_h.matrix(rows, dim);
-    const RowView<S> tokens = tape.tokens.matrix(rows, config_.patch_dim());
+    const RowView<S> tokens = tape.tokens.matrix(rows, config_.patch_output_dim());
     final_modulation_.forward(p, active, modulation, exec);
     norm().forward(in, columns<const S>(modulation, 0), columns<const S>(modulation, 1), h, tape.final_norm, exec);
     final_linear_.forward(p, h, tokens, exec);
-    for_each_pixel(
-        [&](Index b, Index token, Index /*in*/, Index out, Index pixel) { v(b, pixel) = tokens(b * length + token, out); },
-        batch);
+    for_each_output([&](Index row, Index feature, Index b, Index pixel) { v(b, pixel) = tokens(row, feature); }, batch);
   }
 
   /// From the forward's tape: adds to the gradients the gradient of ⟨v, dv⟩ + balance_loss. Images get no gradient unless dx
@@ -209,17 +209,15 @@ class Model {
     const Index length = config_.tokens();
     const Index rows = batch * length;
     const Index dim = config_.dim;
-    moxie::detail::expect_shape("Model::backward", "dv", dv, batch, config_.image_dim());
+    moxie::detail::expect_shape("Model::backward", "dv", dv, batch, config_.output_dim());
     const Workspace::Frame frame(tape.workspace);
-    const RowView<S> dtokens = tape.workspace.template matrix<S>(rows, config_.patch_dim());
+    const RowView<S> dtokens = tape.workspace.template matrix<S>(rows, config_.patch_output_dim());
     const RowView<S> dh = tape.workspace.template matrix<S>(rows, dim);
     const RowView<S> d = tape.workspace.template matrix<S>(rows, dim);
     const RowView<S> dmodulation = tape.workspace.template matrix<S>(batch, 2 * dim);
     const RowView<S> dactive = tape.workspace.template matrix<S>(batch, dim);
 
-    for_each_pixel(
-        [&](Index b, Index token, Index /*in*/, Index out, Index pixel) { dtokens(b * length + token, out) = dv(b, pixel); },
-        batch);
+    for_each_output([&](Index row, Index feature, Index b, Index pixel) { dtokens(row, feature) = dv(b, pixel); }, batch);
     const RowView<const S> active = tape.active_condition.view(batch, dim);
     final_linear_.backward(p, tape.final_h.view(rows, dim), dtokens, dh, grads, exec);
     d.eigen().setZero();
@@ -236,10 +234,9 @@ class Model {
     if (dx.size() == 0) {
       patch_embedding_.backward(tape.patches.view(rows, config_.patch_dim()), d, grads, exec);
     } else {
-      patch_embedding_.backward(p, tape.patches.view(rows, config_.patch_dim()), d, dtokens, grads, exec);
-      for_each_pixel(
-          [&](Index b, Index token, Index in, Index /*out*/, Index pixel) { dx(b, pixel) = dtokens(b * length + token, in); },
-          batch);
+      const RowView<S> dpatches = tape.workspace.template matrix<S>(rows, config_.patch_dim());
+      patch_embedding_.backward(p, tape.patches.view(rows, config_.patch_dim()), d, dpatches, grads, exec);
+      for_each_input([&](Index row, Index feature, Index b, Index pixel) { dx(b, pixel) = dpatches(row, feature); }, batch);
     }
     activate_backward<moxie::Silu, S>(tape.condition.view(batch, dim), dactive);  // now the gradient of the condition
     const RowView<S> dlabels = grads[labels_];
@@ -333,19 +330,30 @@ class Model {
     block.modulation.backward(p, condition, dm, dcondition, grads, exec, true);
   }
 
-  /// f(image, token, feature of a patch going in (c,ph,pw), going out (ph,pw,c), pixel of the image).
+  /// f(row of tokens, feature of a patch, image, pixel of the image): features go in as (c,ph,pw), and come out as (ph,pw,c).
   template <class F>
-  void for_each_pixel(F&& f, Index batch) const {
+  void for_each_input(F&& f, Index batch) const {
+    for_each_pixel([&](Index row, Index c, Index inside, Index b,
+                       Index pixel) { f(row, c * config_.patch * config_.patch + inside, b, pixel); },
+                   config_.channels, batch);
+  }
+  template <class F>
+  void for_each_output(F&& f, Index batch) const {
+    const Index channels = config_.out_channels();
+    for_each_pixel([&](Index row, Index c, Index inside, Index b, Index pixel) { f(row, inside * channels + c, b, pixel); },
+                   channels, batch);
+  }
+  /// f(row of tokens, channel, place in the patch, image, pixel).
+  template <class F>
+  void for_each_pixel(F&& f, Index channels, Index batch) const {
     const Index patch = config_.patch;
     const Index size = config_.image_size;
     for (Index b = 0; b < batch; ++b) {
-      for (Index c = 0; c < config_.channels; ++c) {
+      for (Index c = 0; c < channels; ++c) {
         for (Index y = 0; y < size; ++y) {
           for (Index x = 0; x < size; ++x) {
-            const Index token = y / patch * config_.grid() + x / patch;
-            const Index in = (c * patch + y % patch) * patch + x % patch;
-            const Index out = (y % patch * patch + x % patch) * config_.channels + c;
-            f(b, token, in, out, (c * size + y) * size + x);
+            const Index row = (b * config_.grid() + y / patch) * config_.grid() + x / patch;
+            f(row, c, y % patch * patch + x % patch, b, (c * size + y) * size + x);
           }
         }
       }

@@ -30,6 +30,7 @@ struct TrainingConfig {
   nlohmann::json json() const {
     return {{"image_size", model.image_size},
             {"channels", model.channels},
+            {"learn_sigma", model.learn_sigma},
             {"patch", model.patch},
             {"dim", model.dim},
             {"depth", model.depth},
@@ -55,6 +56,7 @@ struct TrainingConfig {
     TrainingConfig c;
     j.at("image_size").get_to(c.model.image_size);
     j.at("channels").get_to(c.model.channels);
+    c.model.learn_sigma = j.value("learn_sigma", false);
     j.at("patch").get_to(c.model.patch);
     j.at("dim").get_to(c.model.dim);
     j.at("depth").get_to(c.model.depth);

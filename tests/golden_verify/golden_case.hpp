@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
 #include <limits>
 #include <moxie/core/parameters.hpp>
 #include <moxie/io/safetensors.hpp>
@@ -84,6 +85,14 @@ class GoldenCase {
   }
 
   const moxie::SafetensorsFile& file() const { return file_; }
+  double tolerance() const { return tolerance_; }
+  /// A file in the same folder.
+  std::filesystem::path beside(const std::string& name) const {
+    if (name.empty() || std::filesystem::path(name).filename() != name) {
+      throw GoldenError("'" + moxie::detail::printable(name) + "' is not the name of a file beside this one");
+    }
+    return file_.path().parent_path() / name;
+  }
 
   // The metadata. Each throws GoldenError if the entry is missing or reads as something else.
 

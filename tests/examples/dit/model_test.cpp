@@ -43,12 +43,16 @@ Parameters<Scalar> awake(const moxie::Layout& layout) {
 
 template <class Scalar>
 struct Step {
-  Matrix<Scalar> x = random_normal<Scalar>(3, small.image_dim(), Rng(1));
-  Matrix<Scalar> dv = random_normal<Scalar>(3, small.image_dim(), Rng(2));
+  explicit Step(const dit::ModelConfig& config = small)
+      : x(random_normal<Scalar>(3, config.image_dim(), Rng(1))),
+        dv(random_normal<Scalar>(3, config.output_dim(), Rng(2))),
+        v(3, config.output_dim()),
+        dx(3, config.image_dim()) {}
+
+  Matrix<Scalar> x, dv;
   std::vector<Scalar> t{Scalar(0.1), Scalar(0.5), Scalar(0.9)};
   std::vector<Index> labels{0, 3, 2};
-  Matrix<Scalar> v = Matrix<Scalar>(3, small.image_dim());
-  Matrix<Scalar> dx = Matrix<Scalar>(3, small.image_dim());
+  Matrix<Scalar> v, dx;
 };
 
 // loss = ⟨v, dv⟩ + balance, NaN where a router chooses otherwise than in `plans`.
@@ -56,7 +60,7 @@ template <class Model>
 void check_model(const Model& model) {
   Parameters<double> p = awake<double>(model.layout());
   Parameters<double> grads = p.zeros_like();
-  Step<double> s;
+  Step<double> s(model.config());
   auto tape = model.make_tape();
   model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
   model.backward(p, s.dv, grads, tape, Exec{1}, s.dx);
@@ -106,6 +110,13 @@ TEST_CASE("Model: the whole gradient agrees with finite differences, dense") {
   using Layer = dit::DenseFeedForward<double>;
   check_model(dit::Model<Layer>(small, Layer({.model_dim = 8, .hidden_dim = 12}), ""));
 }
+TEST_CASE("Model: the whole gradient agrees with finite differences, with a learned variance") {
+  using Layer = dit::DenseFeedForward<double>;
+  dit::ModelConfig config = small;
+  config.learn_sigma = true;
+  CHECK(config.output_dim() == 2 * config.image_dim());
+  check_model(dit::Model<Layer>(config, Layer({.model_dim = 8, .hidden_dim = 12}), ""));
+}
 
 TEST_CASE("Model: the same bits with 1, 2 and 7 threads, forward and backward") {
   const auto model = shared_model<moxie::SharedExpertMoE<float>>();
@@ -131,7 +142,7 @@ TEST_CASE("Model: the same bits with 1, 2 and 7 threads, forward and backward") 
 TEST_CASE("Model: adds to gradients, and images need none") {
   const auto model = shared_model<moxie::SharedExpertMoE<double>>();
   const Parameters<double> p = awake<double>(model.layout());
-  Step<double> s;
+  Step<double> s(model.config());
   auto tape = model.make_tape();
   model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
   Parameters<double> once = p.zeros_like();
@@ -146,7 +157,7 @@ TEST_CASE("Model: starts as the zero velocity, with every block the identity") {
   const auto model = shared_model<moxie::SharedExpertMoE<double>>();
   Parameters<double> p = awake<double>(model.layout());
   model.initialize(p, Rng(3));
-  Step<double> s;
+  Step<double> s(model.config());
   auto tape = model.make_tape();
   model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
   CHECK(s.v.cwiseAbs().maxCoeff() == 0);
@@ -157,7 +168,7 @@ TEST_CASE("Model: starts as the zero velocity, with every block the identity") {
 TEST_CASE("Model: images of a batch do not influence each other") {
   const auto model = shared_model<moxie::SharedExpertMoE<double>>();
   const Parameters<double> p = awake<double>(model.layout());
-  Step<double> s;
+  Step<double> s(model.config());
   auto tape = model.make_tape();
   model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
   Matrix<double> alone(1, small.image_dim());
@@ -168,7 +179,7 @@ TEST_CASE("Model: images of a batch do not influence each other") {
 TEST_CASE("Model: refuses other shapes, labels that are no class, and configurations that are no transformer") {
   const auto model = shared_model<moxie::SharedExpertMoE<double>>();
   const Parameters<double> p = awake<double>(model.layout());
-  Step<double> s;
+  Step<double> s(model.config());
   auto tape = model.make_tape();
   const auto forward = [&](const Matrix<double>& x, std::vector<double> t, std::vector<Index> labels) {
     s.v.setConstant(7);

@@ -38,7 +38,7 @@ TEST_CASE("sample: Euler's method follows a straight path to its end, and guidan
   for (const double guidance : {1.0, 2.0, 3.0}) {
     model.times.clear();
     const Matrix<double> z = dit::sample(model, dit::ParameterView<const double>(), std::vector<Index>{0}, 5, guidance, Rng(3),
-                                         7, tape, Exec{1}, [] {});
+                                         7, tape, Exec{1}, [](auto...) {});
     // v = v(∅) + g (v(0) - v(∅)) leads to image ∅ + g (image 0 - image ∅).
     CHECK((z.array() - (0.5 + guidance * 0.5)).abs().maxCoeff() < 1e-12);
     REQUIRE(model.times.size() == 5);
@@ -87,4 +87,41 @@ TEST_CASE("FlowBatch: the loss is the mean square, and dv its gradient") {
   CHECK(loss == doctest::Approx((v - batch.target).squaredNorm() / 12));
   v(1, 2) += 1e-6;
   CHECK((batch.loss(v, ignored) - loss) / 1e-6 == doctest::Approx(dv(1, 2)).epsilon(1e-5));
+}
+
+TEST_CASE("guide: the first columns of both halves become the guided prediction, the others stay") {
+  Matrix<double> v(4, 3);
+  v << 1, 2, 3, 4, 5, 6,  // with labels
+      0, 1, 7, 2, 2, 8;   // without
+  dit::guide<double>(v, 2, 3);
+  Matrix<double> expected(4, 3);
+  expected << 3, 4, 3, 8, 11, 6, 3, 4, 7, 8, 11, 8;
+  CHECK(v == expected);
+}
+
+TEST_CASE("FlowBatch: outputs beyond the velocity have no part in the loss") {
+  dit::FlowBatch<double> batch;
+  batch.target = moxie::random_normal<double>(2, 3, Rng(5));
+  Matrix<double> v = moxie::random_normal<double>(2, 6, Rng(6));
+  Matrix<double> dv(2, 6);
+  const double loss = batch.loss(v, dv);
+  CHECK(loss == doctest::Approx((v.leftCols(3) - batch.target).squaredNorm() / 6));
+  CHECK((dv.leftCols(3) - (v.leftCols(3) - batch.target) / 3).cwiseAbs().maxCoeff() < 1e-15);
+  CHECK(dv.rightCols(3).isZero());
+}
+
+TEST_CASE("integrate: each prediction is observed with its time, and leads to an image") {
+  StraightModel model;
+  model.noise.resize(1, 4);
+  Rng(3).fill_normal(dit::RowView<double>(model.noise));
+  StraightModel::Tape tape;
+  Matrix<double> z = model.noise;
+  std::vector<Index> steps;
+  dit::integrate(model, dit::ParameterView<const double>(), z, std::vector<Index>{0}, 4, 1.0, tape, Exec{1},
+                 [&](Index i, dit::RowView<const double> at, dit::RowView<const double> v) {
+                   steps.push_back(i);
+                   CHECK((at.eigen() - double(i) / 4 * v.eigen()).isApproxToConstant(1.0, 1e-12));
+                 });
+  CHECK(steps == std::vector<Index>{4, 3, 2, 1});
+  CHECK(z.isApproxToConstant(1.0, 1e-12));
 }

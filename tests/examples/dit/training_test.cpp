@@ -107,7 +107,7 @@ TEST_CASE("Training: learns two classes, and guided samples show the class that 
     auto tape = model.make_tape();
     int calls = 0;
     const Matrix<float> images = dit::sample(model, training.averages().view(), std::vector<Index>{0, 1, 0, 1}, 20, 2.0, Rng(5),
-                                             0, tape, Exec{1}, [&] { ++calls; });
+                                             0, tape, Exec{1}, [&](auto...) { ++calls; });
     CHECK(calls == 20);
     for (Index i = 0; i < 4; ++i) {
       const auto own = (data.pixels.row(i) - images.row(i)).norm();

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <dit/rectified_flow.hpp>
+
+#include "golden_case.hpp"
+
+namespace golden {
+
+/// What the metadata of a diffusion transformer says.
+inline dit::ModelConfig dit_config(const GoldenCase& golden) {
+  const dit::ModelConfig config{.image_size = golden.integer("input_size", 1, 4096),
+                                .channels = golden.integer("in_channels", 1, 4096),
+                                .patch = golden.integer("patch_size", 1, 4096),
+                                .dim = golden.integer("hidden_size", 1, 1 << 16),
+                                .depth = golden.integer("depth", 1, 256),
+                                .heads = golden.integer("num_heads", 1, 4096),
+                                .classes = golden.integer("num_classes", 1, 1 << 20),
+                                .learn_sigma = golden.boolean("learn_sigma")};
+  config.validate();
+  if (golden.integer("out_channels") != config.out_channels()) {
+    throw GoldenError("metadata 'out_channels' is " + golden.text("out_channels") + ", expected " +
+                      std::to_string(config.out_channels()));
+  }
+  return config;
+}
+
+/// A model with a file's parameters, its inputs, and its pass over them.
+template <class Scalar, class FeedForward>
+struct DitRun {
+  using Model = dit::Model<FeedForward>;
+
+  const Model& model;
+  Index batch;
+  moxie::Parameters<Scalar> p;
+  typename Model::Tape tape;
+  Matrix<Scalar> x, dy, y;
+
+  DitRun(GoldenCase& golden, const Model& m)
+      : model(m), batch(golden.shape("input/x").front()), p(m.layout()), tape(m.make_tape()) {
+    const dit::ModelConfig& config = model.config();
+    const Index size = config.image_size;
+    golden.require("input/x", {batch, config.channels, size, size});
+    golden.require("input/dy", {batch, config.out_channels(), size, size});
+    golden.require("input/t", {batch});
+    golden.require("input/y", {batch});
+    GoldenCase::limit({batch, config.tokens(), config.dim, 6, config.depth});
+    for (const auto& tensor : model.layout().tensors()) {
+      golden.require("param/" + tensor.name, tensor.shape);
+    }
+    for (const auto& tensor : model.layout().tensors()) {
+      auto to = p[tensor.name].eigen();
+      to = golden.matrix<Scalar>("param/" + tensor.name, to.rows(), to.cols());
+    }
+    x = golden.matrix<Scalar>("input/x", batch, config.image_dim());
+    dy = golden.matrix<Scalar>("input/dy", batch, config.output_dim());
+    y = forward(golden, "input/", x);
+  }
+
+  Matrix<Scalar> forward(GoldenCase& golden, const std::string& prefix, const Matrix<Scalar>& images) {
+    std::vector<Scalar> t;
+    if (golden.file().info(prefix + "t").dtype == moxie::DType::I64) {
+      for (const std::int64_t step : golden.read<std::int64_t>(prefix + "t")) {
+        t.push_back(Scalar(step));
+      }
+    } else {
+      t = golden.read<Scalar>(prefix + "t");
+    }
+    const std::vector<std::int64_t> labels = golden.read<std::int64_t>(prefix + "y");
+    Matrix<Scalar> out = unwritten<Scalar>(images.rows(), model.config().output_dim());
+    model.forward(p, images, t, {labels.begin(), labels.end()}, out, tape, moxie::Exec{2});
+    return out;
+  }
+
+  /// The forward pass over the inputs, and the sampler's, if it was recorded: the first half of the images twice, guided in as
+  /// many channels as the reference guides.
+  void compare_outputs(GoldenCase& golden) {
+    golden.compare("output/y", values(y));
+    if (golden.contains("output/y_eval")) {
+      golden.compare("output/y_eval", values(y));
+    }
+    const dit::ModelConfig& config = model.config();
+    const Index dim = config.dim;
+    const auto compare = [&](const std::string& name, RowView<const Scalar> actual) {
+      if (golden.contains(name)) {
+        golden.compare(name, values(actual));
+      }
+    };
+    const Index rows = batch * config.tokens();
+    compare("intermediate/t_freq", tape.frequencies.view(batch, 256));
+    golden.leave_out("intermediate/t_freq_reference_float32", "in float; the reference's rounding, not the formula's");
+    compare("intermediate/c", tape.condition.view(batch, dim));
+    compare("intermediate/x_embed", tape.first.view(rows, dim));
+    compare("intermediate/final_tokens", tape.tokens.view(rows, config.patch_output_dim()));
+    for (std::size_t i = 0; i < tape.blocks.size(); ++i) {
+      const std::string block = "intermediate/blocks." + std::to_string(i) + ".";
+      compare(block + "out", tape.blocks[i].out.view(rows, dim));
+      compare(block + "attn", tape.blocks[i].projected.view(rows, dim));
+      compare(block + "moe", tape.blocks[i].mixed.view(rows, dim));
+    }
+    golden.leave_out("intermediate/t_emb", "a summand of intermediate/c");
+    golden.leave_out("intermediate/y_emb", "a summand of intermediate/c");
+    golden.require("param/pos_embed", {1, config.tokens(), dim});
+    golden.compare("param/pos_embed", values(dit::position_embedding<Scalar>(config.grid(), dim)));
+    golden.compare_total("loss/total", y, dy, tape.balance_loss());
+  }
+
+  void compare_guided(GoldenCase& golden) {
+    if (!golden.contains("cfg/output")) {
+      return;
+    }
+    const dit::ModelConfig& config = model.config();
+    const Index size = config.image_size;
+    const Index n = golden.shape("cfg/x").front();
+    if (n % 2 != 0) {
+      throw GoldenError("tensor cfg/x has an odd number of images");
+    }
+    golden.require("cfg/x", {n, config.channels, size, size});
+    golden.require("cfg/t", {n});
+    golden.require("cfg/y", {n});
+    golden.require("cfg/output", {n, config.out_channels(), size, size});
+    Matrix<Scalar> images = golden.matrix<Scalar>("cfg/x", n, config.image_dim());
+    images.bottomRows(n / 2) = images.topRows(n / 2);
+    Matrix<Scalar> out = forward(golden, "cfg/", images);
+    dit::guide<Scalar>(out, std::min(Index{3}, config.out_channels()) * size * size, golden.number("cfg_scale"));
+    golden.compare("cfg/output", values(out));
+  }
+
+  /// What the recorded gradients are of: ⟨y, dy⟩ + balance loss.
+  void compare_gradients(GoldenCase& golden) {
+    const dit::ModelConfig& config = model.config();
+    auto grads = p.zeros_like();
+    Matrix<Scalar> dx = unwritten<Scalar>(batch, config.image_dim());
+    model.backward(p, dy, grads, tape, moxie::Exec{2}, dx);
+    golden.compare("grad/x", values(dx));
+    for (const auto& tensor : model.layout().tensors()) {
+      golden.require("grad/param/" + tensor.name, tensor.shape);
+      golden.compare("grad/param/" + tensor.name, values(grads[tensor.name]));
+    }
+  }
+};
+
+/// Family `dense_dit`: DiT with its MLP.
+template <class Scalar>
+void verify_dense_dit(GoldenCase& golden) {
+  using Layer = dit::DenseFeedForward<Scalar>;
+  const dit::ModelConfig config = dit_config(golden);
+  const dit::Model<Layer> model(config,
+                                Layer({.model_dim = config.dim, .hidden_dim = golden.integer("mlp_hidden", 1, 1 << 20)}), "");
+  DitRun<Scalar, Layer> run(golden, model);
+  run.compare_outputs(golden);
+  run.compare_gradients(golden);
+  run.compare_guided(golden);
+}
+
+/// Family `ditmoe_model`: DiT-MoE; the gradients are in a file of their own, which names the one with the parameters.
+template <class Scalar>
+void verify_ditmoe_model(GoldenCase& golden) {
+  using Layer = moxie::SharedExpertMoE<Scalar>;
+  const dit::ModelConfig config = dit_config(golden);
+  const Index experts = golden.integer("num_experts", 1, 4096);
+  const Layer layer({.model_dim = config.dim,
+                     .experts = experts,
+                     .top_k = golden.integer("top_k", 1, experts),
+                     .expert = {.hidden_dim = golden.integer("routed_intermediate", 1, 1 << 20)},
+                     .shared = {.hidden_dim = golden.integer("shared_intermediate", 1, 1 << 20)},
+                     .balance = {.expert_level = Scalar(golden.number("aux_loss_alpha"))}});
+  const dit::Model<Layer> model(config, layer, "moe.");
+  if (golden.file().metadata().count("params_file") != 0) {
+    const moxie::SafetensorsFile file(golden.beside(golden.text("params_file")));
+    GoldenCase params(file, golden.tolerance());
+    DitRun<Scalar, Layer>(params, model).compare_gradients(golden);
+    return;
+  }
+  DitRun<Scalar, Layer> run(golden, model);
+  run.compare_outputs(golden);
+  double sum = 0;
+  for (std::size_t i = 0; i < run.tape.blocks.size(); ++i) {
+    const std::string block = "blocks." + std::to_string(i) + ".";
+    const auto& tape = run.tape.blocks[i].feed_forward;
+    const double loss = tape.balance_loss();
+    golden.compare("loss/aux." + block.substr(0, block.size() - 1), {loss});
+    sum += loss;
+    const auto& plan = tape.plan();
+    std::vector<std::int64_t> index;
+    std::vector<double> weight;
+    for (Index t = 0; t < run.batch * config.tokens(); ++t) {
+      for (const Index r : plan.rows_of_token(t)) {
+        const auto& starts = plan.expert_starts();
+        index.push_back(std::upper_bound(starts.begin(), starts.end(), r) - starts.begin() - 1);
+        weight.push_back(double(plan.weight(r)));
+      }
+    }
+    golden.compare_choices("routing/" + block + "expert_index", "routing/" + block + "weight", experts, index, weight);
+  }
+  golden.compare("loss/aux", {sum});
+  run.compare_guided(golden);
+}
+
+/// A model that says what was recorded: of step i, outputs for labels above those for no class.
+template <class Scalar>
+struct RecordedModel {
+  struct Tape {};
+
+  dit::ModelConfig shape;
+  Matrix<Scalar> with;  // (steps · n, columns)
+  Matrix<Scalar> without;
+  std::vector<double> times;
+  mutable Index step = 0;
+
+  const dit::ModelConfig& config() const { return shape; }
+  void forward(moxie::ParameterView<const Scalar> /*p*/, const Matrix<Scalar>& x, const std::vector<Scalar>& t,
+               const std::vector<Index>& /*labels*/, Matrix<Scalar>& v, Tape& /*tape*/, const moxie::Exec& /*exec*/) const {
+    const Index n = x.rows() / 2;
+    if (double(std::abs(t.front() - Scalar(times[std::size_t(step)]))) > 1e-6) {
+      throw GoldenError("output/sample_t: step " + std::to_string(step) + " is at another time");
+    }
+    v << with.middleRows(step * n, n), without.middleRows(step * n, n);
+    ++step;
+  }
+};
+
+/// Family `rectified_flow`: path, loss and sampler with the recorded outputs of a network.
+template <class Scalar>
+void verify_rectified_flow(GoldenCase& golden) {
+  const std::vector<Index> like_x = golden.shape("input/x");
+  if (like_x.size() != 4 || like_x[2] != like_x[3]) {
+    throw GoldenError("tensor input/x: expected square images");
+  }
+  const bool learn_sigma = golden.boolean("learn_sigma");
+  std::vector<Index> like_output = like_x;
+  like_output[1] *= learn_sigma ? 2 : 1;
+  const Index batch = like_x[0];
+  const Index n = like_x[1] * like_x[2] * like_x[3];
+  const Index columns = learn_sigma ? 2 * n : n;
+  const Index steps = golden.integer("sample_steps", 1, 4096);
+  GoldenCase::limit({batch, columns, steps + 1});
+  for (const char* name : {"input/x", "input/z1", "output/zt", "output/target"}) {
+    golden.require(name, like_x);
+  }
+  golden.require("input/model_output", like_output);
+  golden.require("grad/model_output", like_output);
+  golden.require("input/time_draw", {batch});
+  golden.require("output/t", {batch});
+  golden.require("loss/loss", {});
+
+  // A batch with the recorded draws.
+  const std::vector<double> draw = golden.read<double>("input/time_draw");
+  dit::FlowBatch<Scalar> flow;
+  const bool logit_normal = golden.boolean("ln");
+  std::vector<double> times;
+  for (const double z : draw) {
+    times.push_back(logit_normal ? dit::logit_normal(z) : z);
+  }
+  golden.compare("output/t", times);
+  const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", batch, n);
+  const Matrix<Scalar> noise = golden.matrix<Scalar>("input/z1", batch, n);
+  flow.images.resize(batch, n);
+  flow.target.resize(batch, n);
+  for (Index b = 0; b < batch; ++b) {
+    for (Index j = 0; j < n; ++j) {
+      flow.set(b, j, x(b, j), noise(b, j), Scalar(times[std::size_t(b)]));
+    }
+  }
+  golden.compare("output/zt", values(flow.images));
+  golden.compare("output/target", values(flow.target));
+  const Matrix<Scalar> output = golden.matrix<Scalar>("input/model_output", batch, columns);
+  Matrix<Scalar> doutput = unwritten<Scalar>(batch, columns);
+  golden.compare("loss/loss", {flow.loss(output, doutput)});
+  golden.compare("grad/model_output", values(doutput));
+  if (golden.contains("loss/batchwise_mse")) {
+    std::vector<double> mse;
+    for (Index b = 0; b < batch; ++b) {
+      dit::FlowBatch<Scalar> one;
+      one.target = flow.target.row(b);
+      Matrix<Scalar> unused(1, columns);
+      mse.push_back(one.loss(RowView<const Scalar>(output.row(b)), unused));
+    }
+    golden.compare("loss/batchwise_mse", mse);
+  }
+
+  golden.require("sample/z", like_x);
+  for (const char* name : {"sample/v_cond", "sample/v_uncond"}) {
+    golden.require(name, {steps, batch, like_output[1], like_x[2], like_x[3]});
+  }
+  RecordedModel<Scalar> model{.shape = {.image_size = like_x[2], .channels = like_x[1], .patch = 1, .learn_sigma = learn_sigma},
+                              .with = golden.matrix<Scalar>("sample/v_cond", steps * batch, columns),
+                              .without = golden.matrix<Scalar>("sample/v_uncond", steps * batch, columns),
+                              .times = golden.read<double>("output/sample_t")};
+  if (Index(model.times.size()) != steps) {
+    throw GoldenError("tensor output/sample_t: expected a time for every step");
+  }
+  const Matrix<Scalar> start = golden.matrix<Scalar>("sample/z", batch, n);
+  for (const bool guided : {false, true}) {
+    Matrix<Scalar> z = start;
+    std::vector<double> path;
+    std::vector<double> predicted = values(start);
+    const auto append = [](std::vector<double>& to, const Matrix<Scalar>& m) {
+      const std::vector<double> more = values(m);
+      to.insert(to.end(), more.begin(), more.end());
+    };
+    typename RecordedModel<Scalar>::Tape tape;
+    model.step = 0;
+    dit::integrate(model, moxie::ParameterView<const Scalar>(), z, std::vector<Index>(std::size_t(batch), 0), steps,
+                   guided ? golden.number("cfg") : 1.0, tape, moxie::Exec{1},
+                   [&](Index i, RowView<const Scalar> at, RowView<const Scalar> v) {
+                     append(path, at.eigen());
+                     append(predicted, at.eigen() - Scalar(double(i) / double(steps)) * v.eigen());
+                   });
+    append(path, z);
+    const std::string suffix = guided ? "cfg/images" : "nocfg/images";
+    for (const auto& [name, actual] :
+         {std::pair("sample_" + suffix, path), std::pair("sample_with_xps_" + suffix, predicted)}) {
+      if (golden.contains(name)) {
+        golden.require(name, {steps + 1, batch, like_x[1], like_x[2], like_x[3]});
+        golden.compare(name, actual);
+      }
+    }
+  }
+}
+
+}  // namespace golden
