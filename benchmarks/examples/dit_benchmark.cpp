@@ -26,8 +26,9 @@ Model make_model() {
                      .expert = {.hidden_dim = hidden},
                      .shared = {.hidden_dim = shared},
                      .balance = {.expert_level = 0.01}});
-  return Model({.image_size = 32, .channels = 4, .patch = 2, .dim = dim, .depth = 12, .heads = 6, .classes = 1000}, layer,
-               "moe.");
+  return Model(
+      {.image_size = 32, .channels = 4, .patch = 2, .dim = dim, .depth = 12, .heads = 6, .classes = 1000, .learn_sigma = true},
+      layer, "moe.");
 }
 
 /// Of a forward: the products of every token of every block, the modulations of every image, the embeddings and the last layer.
@@ -35,13 +36,13 @@ double flops(const dit::ModelConfig& c) {
   const double length = double(c.tokens());
   const double token = 4.0 * dim * dim + 2.0 * length * dim + 3.0 * dim * (top_k * hidden + shared) + dim * experts;
   const double image = length * token + 6.0 * dim * dim;
-  const double rest = length * 2.0 * dim * double(c.patch_dim()) + (256.0 + dim + 2.0 * dim) * dim;
+  const double rest = length * dim * double(c.patch_dim() + c.patch_output_dim()) + (256.0 + dim + 2.0 * dim) * dim;
   return 2.0 * batch * (double(c.depth) * image + rest);
 }
 
 /// GiB of a training step: weights, gradients, two moments and the average; and what the tapes of a block keep: twelve matrices
-/// (T,D) and the attention's probabilities, R (D + 2H) of the experts, 2 T H' of the shared ones; and once the scratch of a
-/// backward, R (2D + 3H).
+/// (T,D) and the attention's probabilities, R (D + 2H) of the experts, 2 T H' of the shared ones, and the scratch of
+/// its backward, R (2D + 3H).
 double formula(const Model& model) {
   const dit::ModelConfig& c = model.config();
   const double tokens = double(batch * c.tokens());
@@ -52,38 +53,38 @@ double formula(const Model& model) {
 }
 
 void add(bool train, const Exec& exec) {
-  benchmark::RegisterBenchmark(train ? "training_step/DiT-S/2-8E2A" : "forward/DiT-S/2-8E2A",
-                               [=](benchmark::State& state) {
-                                 const Model model = make_model();
-                                 moxie::Parameters<float> p{moxie::Layout(model.layout())};
-                                 model.initialize(p.view(), moxie::Rng(1));
-                                 const Index size = model.config().image_dim();
-                                 Matrix<float> x = moxie::random_normal<float>(batch, size, moxie::Rng(2));
-                                 Matrix<float> v(batch, size), dv = moxie::random_normal<float>(batch, size, moxie::Rng(3));
-                                 const std::vector<float> times = {0.1F, 0.3F, 0.6F, 0.9F};
-                                 const std::vector<Index> labels = {1, 10, 100, 1000};
-                                 auto tape = model.make_tape();
-                                 const double work = flops(model.config());
-                                 state.counters["parameters"] = double(model.layout().parameter_count());
-                                 if (!train) {
-                                   moxie::bench::measure<float>(state, exec, {{work, 0}}, [&] {
-                                     model.forward(p.view(), x, times, labels, v, tape, exec);
-                                   });
-                                   return;
-                                 }
-                                 auto grads = p.zeros_like();
-                                 dit::AdamW<float> optimizer({}, p);
-                                 moxie::bench::measure<float>(state, exec, {{3 * work, 0}}, [&] {
-                                   dit::set_zero(grads, exec);
-                                   model.forward(p.view(), x, times, labels, v, tape, exec);
-                                   model.backward(p.view(), dv, grads.view(), tape, exec);
-                                   optimizer.step(p, grads, exec);
-                                 });
-                                 rusage usage{};
-                                 getrusage(RUSAGE_SELF, &usage);
-                                 state.counters["process_gib"] = double(usage.ru_maxrss) / double(1 << 20);
-                                 state.counters["formula_gib"] = formula(model);
-                               })
+  benchmark::RegisterBenchmark(
+      train ? "training_step/DiT-S/2-8E2A" : "forward/DiT-S/2-8E2A",
+      [=](benchmark::State& state) {
+        const Model model = make_model();
+        moxie::Parameters<float> p{moxie::Layout(model.layout())};
+        model.initialize(p.view(), moxie::Rng(1));
+        const Index size = model.config().output_dim();
+        Matrix<float> x = moxie::random_normal<float>(batch, model.config().image_dim(), moxie::Rng(2));
+        Matrix<float> v(batch, size), dv = moxie::random_normal<float>(batch, size, moxie::Rng(3));
+        const std::vector<float> times = {0.1F, 0.3F, 0.6F, 0.9F};
+        const std::vector<Index> labels = {1, 10, 100, 1000};
+        auto tape = model.make_tape();
+        const double work = flops(model.config());
+        state.counters["parameters"] = double(model.layout().parameter_count());
+        if (!train) {
+          moxie::bench::measure<float>(state, exec, {{work, 0}},
+                                       [&] { model.forward(p.view(), x, times, labels, v, tape, exec); });
+          return;
+        }
+        auto grads = p.zeros_like();
+        dit::AdamW<float> optimizer({}, p);
+        moxie::bench::measure<float>(state, exec, {{3 * work, 0}}, [&] {
+          dit::set_zero(grads, exec);
+          model.forward(p.view(), x, times, labels, v, tape, exec);
+          model.backward(p.view(), dv, grads.view(), tape, exec);
+          optimizer.step(p, grads, exec);
+        });
+        rusage usage{};
+        getrusage(RUSAGE_SELF, &usage);
+        state.counters["process_gib"] = double(usage.ru_maxrss) / double(1 << 20);
+        state.counters["formula_gib"] = formula(model);
+      })
       ->UseRealTime()
       ->Unit(benchmark::kMillisecond);
 }
