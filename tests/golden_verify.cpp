@@ -40,6 +40,7 @@ constexpr std::array families{
     Family{"ditmoe_block", golden::verify_ditmoe_block<double>, golden::verify_ditmoe_block<float>},
     Family{"ditmoe_model", golden::verify_ditmoe_model<double>, golden::verify_ditmoe_model<float>},
     Family{"expert_choice", golden::verify_expert_choice<double>, golden::verify_expert_choice<float>},
+    Family{"flash_attention_qknorm", golden::verify_flash_attention<double>, golden::verify_flash_attention<float>},
     Family{"rectified_flow", golden::verify_rectified_flow<double>, golden::verify_rectified_flow<float>},
     Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
     Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},

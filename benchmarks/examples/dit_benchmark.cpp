@@ -41,15 +41,15 @@ double flops(const dit::ModelConfig& c) {
 }
 
 /// GiB of a training step: weights, gradients, two moments and the average; and what the tapes of a block keep: twelve matrices
-/// (T,D) and the attention's probabilities, R (D + 2H) of the experts, 2 T H' of the shared ones, and the scratch of
-/// its backward, R (2D + 3H).
+/// (T,D), R (D + 2H) of the experts, 2 T H' of the shared ones, and the scratch of its backward, R (2D + 3H). Attention's
+/// probabilities are scratch of the whole model, twice.
 double formula(const Model& model) {
   const dit::ModelConfig& c = model.config();
   const double tokens = double(batch * c.tokens());
-  const double block = 12 * tokens * dim + double(batch * c.heads) * double(c.tokens()) * double(c.tokens()) +
-                       top_k * tokens * (dim + 2 * hidden) + 2 * tokens * shared;
+  const double block = 12 * tokens * dim + top_k * tokens * (dim + 2 * hidden) + 2 * tokens * shared;
   const double scratch = top_k * tokens * (2 * dim + 3 * hidden);
-  return 4 * (5 * double(model.layout().size()) + double(c.depth) * (block + scratch)) / double(1 << 30);
+  const double probabilities = double(batch * c.heads) * double(c.tokens()) * double(c.tokens());
+  return 4 * (5 * double(model.layout().size()) + double(c.depth) * (block + scratch) + 2 * probabilities) / double(1 << 30);
 }
 
 void add(bool train, const Exec& exec) {

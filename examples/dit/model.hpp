@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <dit/attention.hpp>
 #include <dit/modules.hpp>
 #include <span>
 #include <vector>
@@ -57,6 +58,7 @@ struct ModelConfig {
   Index heads = 4;
   Index classes = 10;        ///< the label `classes` means "no class"
   bool learn_sigma = false;  ///< a second output for every pixel, in channels after the first ones
+  bool qk_norm = false;      ///< attention of the large models
 
   Index out_channels() const { return learn_sigma ? 2 * channels : channels; }
   Index grid() const { return image_size / patch; }
@@ -88,9 +90,9 @@ class Model {
  public:
   struct BlockTape {
     Buffer<S> modulation;  // (B,6D)
-    Buffer<S> h1, qkv, attended, projected, middle, h2, mixed, out;
+    Buffer<S> h1, projected, middle, h2, mixed, out;
     typename ModulatedNorm<S>::Tape norm1, norm2;
-    typename Attention<S>::Tape attention;
+    typename SelfAttention<S>::Tape attention;
     typename FeedForward::Tape feed_forward;
   };
   struct Tape {
@@ -136,8 +138,7 @@ class Model {
     time2_.initialize_normal(p, rng, 0.02);
     rng.split(std::uint64_t(labels_)).fill_normal(p[labels_], 0.02);
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      blocks_[i].qkv.initialize(p, rng);
-      blocks_[i].projection.initialize(p, rng);
+      blocks_[i].attention.initialize(p, rng);
       feed_forward_.initialize(p.block(blocks_[i].feed_forward, feed_forward_.layout()), rng.split(1000 + i));
     }
   }
@@ -189,7 +190,7 @@ class Model {
 
     RowView<const S> in = first;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      in = block_forward(blocks_[i], p, in, active, tape.blocks[i], exec);
+      in = block_forward(blocks_[i], p, in, active, tape.blocks[i], tape.workspace, exec);
     }
 
     const RowView<S> modulation = tape.final_modulation.matrix(batch, 2 * dim);
@@ -251,8 +252,7 @@ class Model {
 
  private:
   struct Block {
-    Linear<S> qkv;
-    Linear<S> projection;
+    SelfAttention<S> attention;
     Index feed_forward;  // offset of its part of the block of parameters
     Linear<S> modulation;
   };
@@ -261,16 +261,15 @@ class Model {
     std::vector<Block> blocks;
     for (Index i = 0; i < config_.depth; ++i) {
       const std::string name = "blocks." + std::to_string(i) + ".";
-      blocks.push_back({Linear<S>(layout_, name + "attn.qkv", config_.dim, 3 * config_.dim),
-                        Linear<S>(layout_, name + "attn.proj", config_.dim, config_.dim),
-                        layout_.add_part(name + feed_forward_name, feed_forward_.layout()),
-                        Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim)});
+      blocks.push_back(
+          {SelfAttention<S>(layout_, name + "attn.", config_.dim, config_.heads, config_.tokens(), config_.qk_norm),
+           layout_.add_part(name + feed_forward_name, feed_forward_.layout()),
+           Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim)});
     }
     return blocks;
   }
 
   ModulatedNorm<S> norm() const { return {config_.tokens()}; }
-  Attention<S> attention() const { return {config_.heads, config_.tokens()}; }
   /// Modulation i, D columns: 0..5 are shift, scale, gate of attention, then of the feed-forward.
   template <class T>
   RowView<T> columns(RowView<T> m, Index i) const {
@@ -279,14 +278,12 @@ class Model {
   moxie::Tokens<S> sequences(RowView<const S> x) const { return {x, config_.tokens()}; }
 
   RowView<const S> block_forward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
-                                 BlockTape& tape, const Exec& exec) const {
+                                 BlockTape& tape, Workspace& workspace, const Exec& exec) const {
     const Index rows = x.rows();
     const Index dim = config_.dim;
     const RowView<S> modulation = tape.modulation.matrix(condition.rows(), 6 * dim);
     const RowView<const S> m = modulation;
     const RowView<S> h1 = tape.h1.matrix(rows, dim);
-    const RowView<S> qkv = tape.qkv.matrix(rows, 3 * dim);
-    const RowView<S> attended = tape.attended.matrix(rows, dim);
     const RowView<S> projected = tape.projected.matrix(rows, dim);
     const RowView<S> middle = tape.middle.matrix(rows, dim);
     const RowView<S> h2 = tape.h2.matrix(rows, dim);
@@ -294,9 +291,7 @@ class Model {
     const RowView<S> out = tape.out.matrix(rows, dim);
     block.modulation.forward(p, condition, modulation, exec);
     norm().forward(x, columns(m, 0), columns(m, 1), h1, tape.norm1, exec);
-    block.qkv.forward(p, h1, qkv, exec);
-    attention().forward(qkv, attended, tape.attention, exec);
-    block.projection.forward(p, attended, projected, exec);
+    block.attention.forward(p, h1, projected, tape.attention, workspace, exec);
     add_gated<S>(x, columns(m, 2), projected, middle, exec);
     norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, exec);
     feed_forward_.forward(p.block(block.feed_forward, feed_forward_.layout()), sequences(h2), mixed, tape.feed_forward, exec);
@@ -315,7 +310,6 @@ class Model {
     const RowView<S> dm = workspace.matrix<S>(condition.rows(), 6 * dim);
     const RowView<S> df = workspace.matrix<S>(rows, dim);
     const RowView<S> dh = workspace.matrix<S>(rows, dim);
-    const RowView<S> dqkv = workspace.matrix<S>(rows, 3 * dim);
 
     add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
     feed_forward_.backward(p.block(block.feed_forward, feed_forward_.layout()), sequences(tape.h2.view(rows, dim)), df, dh,
@@ -323,9 +317,7 @@ class Model {
     norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, exec);
 
     add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);
-    block.projection.backward(p, tape.attended.view(rows, dim), df, dh, grads, exec);
-    attention().backward(tape.qkv.view(rows, 3 * dim), dh, dqkv, tape.attention, workspace, exec);
-    block.qkv.backward(p, tape.h1.view(rows, dim), dqkv, dh, grads, exec);
+    block.attention.backward(p, tape.h1.view(rows, dim), df, dh, grads, tape.attention, workspace, exec);
     norm().backward(columns(m, 1), dh, columns(dm, 0), columns(dm, 1), d, tape.norm1, exec);
     block.modulation.backward(p, condition, dm, dcondition, grads, exec, true);
   }

@@ -7,9 +7,10 @@
 #include <numbers>
 #include <string>
 
-/// The parts of a transformer that are not mixtures of experts: linear layers, modulated layer norm, attention, embeddings;
-/// each with its adjoint beside it. B sequences of L tokens of width D, rows (B·L, D). A part declares its tensors in the
-/// model's layout; `backward` overwrites input gradients (or adds where it says so) and adds to parameter gradients.
+/// The parts of a transformer that are not mixtures of experts: linear layers, modulated layer norm, embeddings, and in
+/// attention.hpp attention; each with its adjoint beside it. B sequences of L tokens of width D, rows (B·L, D). A part declares
+/// its tensors in the model's layout; `backward` overwrites input gradients (or adds where it says so) and adds to parameter
+/// gradients.
 namespace dit {
 
 using moxie::Buffer;
@@ -184,98 +185,6 @@ void add_gated_backward(RowView<const S> gate, RowView<const S> f, RowView<const
     }
   });
 }
-
-/// Multi-head self-attention inside each sequence, from projected q, k, v to the heads' outputs:
-///
-///     P = softmax(q kᵀ / √d),   out = P v        for every sequence and head, d = D / heads
-///
-/// `qkv` is (T,3D): q, k and v side by side, each D = heads · d.
-template <class S>
-struct Attention {
-  Index heads;
-  Index length;
-
-  struct Tape {
-    Buffer<S> probabilities;  // (B · heads · L, L)
-  };
-
-  void forward(RowView<const S> qkv, RowView<S> out, Tape& tape, const Exec& exec) const {
-    const Index dim = out.cols();
-    const Index d = dim / heads;
-    const Index pairs = qkv.rows() / length * heads;
-    const RowView<S> prob = tape.probabilities.matrix(pairs * length, length);
-    moxie::kernel::grouped_gemm<S>(
-        pairs,
-        [&](Index i) -> moxie::kernel::Product<S> {  // (L,d)(d,L) -> (L,L)
-          return {length, length, d, operand(qkv, i, 0, d, false), operand(qkv, i, 1, d, true), {{of(prob, i).data(), length}}};
-        },
-        exec);
-    const S scale = S(1) / std::sqrt(S(d));
-    exec.parallel_for(pairs, [&](Index i) { of(prob, i).eigen() *= scale; });
-    moxie::softmax_rows(prob, exec);
-    moxie::kernel::grouped_gemm<S>(
-        pairs,
-        [&](Index i) -> moxie::kernel::Product<S> {  // (L,L)(L,d) -> (L,d)
-          return {length,
-                  d,
-                  length,
-                  moxie::kernel::plain<S>(of(prob, i)),
-                  operand(qkv, i, 2, d, false),
-                  {{head(out, i, 0, d), out.stride()}}};
-        },
-        exec);
-  }
-
-  /// dv = Pᵀ dout, dP = dout vᵀ, dZ = softmax'(dP), dq = dZ k / √d, dk = dZᵀ q / √d; dqkv (T,3D) overwritten.
-  void backward(RowView<const S> qkv, RowView<const S> dout, RowView<S> dqkv, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
-    const Index d = dout.cols() / heads;
-    const Index pairs = qkv.rows() / length * heads;
-    const Workspace::Frame frame(workspace);
-    const RowView<const S> prob = tape.probabilities.view(pairs * length, length);
-    const RowView<S> dz = workspace.matrix<S>(pairs * length, length);
-    using moxie::kernel::Operand;
-    using moxie::kernel::Product;
-    moxie::kernel::grouped_gemm<S>(
-        2 * pairs,
-        [&](Index j) -> Product<S> {
-          const Index i = j / 2;
-          const Operand<S> outer{{head(dout, i, 0, d), dout.stride()}};
-          if (j % 2 == 0) {  // dv: (L,L)(L,d) -> (L,d)
-            return {
-                length, d, length, moxie::kernel::transposed<S>(of(prob, i)), outer, {{head(dqkv, i, 2, d), dqkv.stride()}}};
-          }
-          return {length, length, d, outer, operand(qkv, i, 2, d, true), {{of(dz, i).data(), length}}};  // (L,d)(d,L) -> (L,L)
-        },
-        exec);
-    moxie::softmax_rows_backward(prob, dz, exec);
-    const S scale = S(1) / std::sqrt(S(d));
-    exec.parallel_for(pairs, [&](Index i) { of(dz, i).eigen() *= scale; });
-    moxie::kernel::grouped_gemm<S>(
-        2 * pairs,
-        [&](Index j) -> Product<S> {
-          const Index i = j / 2;
-          const Operand<S> z{{of(dz, i).data(), length}, j % 2 == 1};
-          const Index other = j % 2 == 0 ? 1 : 0;  // dq needs k, dk needs q: (L,L)(L,d) -> (L,d)
-          return {length, d, length, z, operand(qkv, i, other, d, false), {{head(dqkv, i, 1 - other, d), dqkv.stride()}}};
-        },
-        exec);
-  }
-
- private:
-  template <class T>
-  RowView<T> of(RowView<T> prob, Index pair) const {
-    return prob.middle_rows(pair * length, length);
-  }
-  /// Part 0, 1, 2 (q, k, v) of a pair (sequence, head).
-  template <class T>
-  T* head(RowView<T> m, Index pair, Index part, Index d) const {
-    return m.row(pair / heads * length) + part * heads * d + pair % heads * d;
-  }
-  moxie::kernel::Operand<S> operand(RowView<const S> qkv, Index pair, Index part, Index d, bool transposed) const {
-    return {{head(qkv, pair, part, d), qkv.stride()}, transposed};
-  }
-};
 
 /// The fixed position embedding of a g x g grid, (g², D): sines and cosines of the column index, then of the row index,
 /// frequencies 10000^(-i / (D/4)).

@@ -31,6 +31,7 @@ struct TrainingConfig {
     return {{"image_size", model.image_size},
             {"channels", model.channels},
             {"learn_sigma", model.learn_sigma},
+            {"qk_norm", model.qk_norm},
             {"patch", model.patch},
             {"dim", model.dim},
             {"depth", model.depth},
@@ -57,6 +58,7 @@ struct TrainingConfig {
     j.at("image_size").get_to(c.model.image_size);
     j.at("channels").get_to(c.model.channels);
     c.model.learn_sigma = j.value("learn_sigma", false);
+    c.model.qk_norm = j.value("qk_norm", false);
     j.at("patch").get_to(c.model.patch);
     j.at("dim").get_to(c.model.dim);
     j.at("depth").get_to(c.model.depth);

@@ -25,6 +25,31 @@ inline dit::ModelConfig dit_config(const GoldenCase& golden) {
   return config;
 }
 
+/// Parameters from a file's tensors of the same names.
+template <class Scalar>
+void read_parameters(GoldenCase& golden, const moxie::Layout& layout, moxie::Parameters<Scalar>& p) {
+  for (const auto& tensor : layout.tensors()) {
+    golden.require("param/" + tensor.name, tensor.shape);
+  }
+  for (const auto& tensor : layout.tensors()) {
+    auto to = p[tensor.name].eigen();
+    to = golden.matrix<Scalar>("param/" + tensor.name, to.rows(), to.cols());
+  }
+}
+template <class Scalar>
+void compare_gradients(GoldenCase& golden, const moxie::Layout& layout, moxie::Parameters<Scalar>& grads) {
+  for (const auto& tensor : layout.tensors()) {
+    const std::string name = "grad/param/" + tensor.name;
+    golden.require(name, tensor.shape);
+    if (tensor.name.ends_with("k_norm.bias")) {  // adds the same to all logits of a row, which softmax does not see
+      const std::string weight = tensor.name.substr(0, tensor.name.size() - 4) + "weight";
+      golden.compare_cancelled(name, values(grads[tensor.name]), double(grads[weight].eigen().cwiseAbs().maxCoeff()));
+    } else {
+      golden.compare(name, values(grads[tensor.name]));
+    }
+  }
+}
+
 /// A model with a file's parameters, its inputs, and its pass over them.
 template <class Scalar, class FeedForward>
 struct DitRun {
@@ -45,13 +70,7 @@ struct DitRun {
     golden.require("input/t", {batch});
     golden.require("input/y", {batch});
     GoldenCase::limit({batch, config.tokens(), config.dim, 6, config.depth});
-    for (const auto& tensor : model.layout().tensors()) {
-      golden.require("param/" + tensor.name, tensor.shape);
-    }
-    for (const auto& tensor : model.layout().tensors()) {
-      auto to = p[tensor.name].eigen();
-      to = golden.matrix<Scalar>("param/" + tensor.name, to.rows(), to.cols());
-    }
+    read_parameters(golden, model.layout(), p);
     x = golden.matrix<Scalar>("input/x", batch, config.image_dim());
     dy = golden.matrix<Scalar>("input/dy", batch, config.output_dim());
     y = forward(golden, "input/", x);
@@ -133,10 +152,7 @@ struct DitRun {
     Matrix<Scalar> dx = unwritten<Scalar>(batch, config.image_dim());
     model.backward(p, dy, grads, tape, moxie::Exec{2}, dx);
     golden.compare("grad/x", values(dx));
-    for (const auto& tensor : model.layout().tensors()) {
-      golden.require("grad/param/" + tensor.name, tensor.shape);
-      golden.compare("grad/param/" + tensor.name, values(grads[tensor.name]));
-    }
+    golden::compare_gradients(golden, model.layout(), grads);
   }
 };
 
@@ -195,6 +211,43 @@ void verify_ditmoe_model(GoldenCase& golden) {
   }
   golden.compare("loss/aux", {sum});
   run.compare_guided(golden);
+}
+
+/// Family `flash_attention_qknorm`: the attention of the large models, without a transformer around it.
+template <class Scalar>
+void verify_flash_attention(GoldenCase& golden) {
+  const Index batch = golden.integer("batch");
+  const Index length = golden.integer("tokens");
+  const Index dim = golden.integer("dim");
+  const Index heads = golden.integer("num_heads", 1, dim);
+  if (dim % heads != 0) {
+    throw GoldenError("metadata 'num_heads' does not divide 'dim'");
+  }
+  if (golden.boolean("qk_norm") && golden.number("qk_norm_eps") != 1e-6) {
+    throw GoldenError("metadata 'qk_norm_eps': only 1e-6 is known");
+  }
+  for (const char* name : {"input/x", "input/dy", "output/y", "grad/x"}) {
+    golden.require(name, {batch, length, dim});
+  }
+  GoldenCase::limit({batch, heads, length, length});
+  GoldenCase::limit({batch, length, dim, 3});
+  moxie::Layout layout;
+  const dit::SelfAttention<Scalar> attention(layout, "", dim, heads, length, golden.boolean("qk_norm"));
+  moxie::Parameters<Scalar> p(layout);
+  read_parameters(golden, layout, p);
+  const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", batch * length, dim);
+  const Matrix<Scalar> dy = golden.matrix<Scalar>("input/dy", batch * length, dim);
+  Matrix<Scalar> y = unwritten<Scalar>(batch * length, dim);
+  Matrix<Scalar> dx = unwritten<Scalar>(batch * length, dim);
+  typename dit::SelfAttention<Scalar>::Tape tape;
+  moxie::Workspace workspace;
+  auto grads = p.zeros_like();
+  attention.forward(p, x, y, tape, workspace, moxie::Exec{2});
+  attention.backward(p, x, dy, dx, grads, tape, workspace, moxie::Exec{2});
+  golden.compare("output/y", values(y));
+  golden.compare_total("loss/total", y, dy, 0);
+  golden.compare("grad/x", values(dx));
+  compare_gradients(golden, layout, grads);
 }
 
 /// A model that says what was recorded: of step i, outputs for labels above those for no class.

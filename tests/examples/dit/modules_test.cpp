@@ -91,34 +91,6 @@ TEST_CASE("add_gated: its gradients agree with finite differences") {
   CHECK(check_gradient(loss, gate, dgate).passes(tolerance));
 }
 
-TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees with finite differences") {
-  constexpr Index B = 2, L = 5, D = 6, heads = 2, d = D / heads;
-  const dit::Attention<double> attention{heads, L};
-  Matrix<double> qkv = random_normal<double>(B * L, 3 * D, Rng(1));
-  const Matrix<double> dout = random_normal<double>(B * L, D, Rng(2));
-  Matrix<double> out(B * L, D), dqkv(B * L, 3 * D);
-  dit::Attention<double>::Tape tape;
-  dit::Workspace workspace;
-  const auto loss = [&] {
-    attention.forward(qkv, out, tape, Exec{1});
-    return inner(out, dout);
-  };
-  loss();
-  for (Index b = 0; b < B; ++b) {
-    for (Index h = 0; h < heads; ++h) {
-      const Matrix<double> q = qkv.block(b * L, h * d, L, d);
-      const Matrix<double> k = qkv.block(b * L, D + h * d, L, d);
-      const Matrix<double> v = qkv.block(b * L, 2 * D + h * d, L, d);
-      Matrix<double> weight = (q * k.transpose() / std::sqrt(double(d))).array().exp();
-      weight.array().colwise() /= weight.rowwise().sum().array().eval();
-      CHECK((out.block(b * L, h * d, L, d) - weight * v).cwiseAbs().maxCoeff() < 1e-13);
-    }
-  }
-  attention.backward(qkv, dout, dqkv, tape, workspace, Exec{1});
-  const auto report = check_gradient(loss, qkv, dqkv);
-  CHECK_MESSAGE(report.passes(tolerance), report.message());
-}
-
 TEST_CASE("activate: its gradient agrees with finite differences") {
   Matrix<double> in = random_normal<double>(3, 7, Rng(1), 2.0);
   const Matrix<double> dout = random_normal<double>(3, 7, Rng(2));

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <dit/modules.hpp>
+#include <optional>
+
+namespace dit {
+
+/// Multi-head attention inside each sequence, from projected q, k, v to the heads' outputs:
+///
+///     P = softmax(q kᵀ / √d),   out = P v        for every sequence and head, d = D / heads
+///
+/// `qkv` is (T,3D): q, k and v side by side, each D = heads · d. No P is kept: backward computes it again, for as many
+/// sequences at a time as take `scratch` numbers.
+template <class S>
+struct Attention {
+  Index heads;
+  Index length;
+
+  static constexpr Index scratch = Index{1} << 22;
+
+  void forward(RowView<const S> qkv, RowView<S> out, Workspace& workspace, const Exec& exec) const {
+    const Index d = out.cols() / heads;
+    for_each_part(qkv.rows() / length, workspace, [&](Index first, Index pairs, RowView<S> prob) {
+      probabilities(qkv, first, pairs, d, prob, exec);
+      moxie::kernel::grouped_gemm<S>(
+          pairs,
+          [&](Index i) -> moxie::kernel::Product<S> {  // (L,L)(L,d) -> (L,d)
+            return {length,
+                    d,
+                    length,
+                    moxie::kernel::plain<S>(of(prob, i)),
+                    operand(qkv, first + i, 2, d, false),
+                    {{head(out, first + i, 0, d), out.stride()}}};
+          },
+          exec);
+    });
+  }
+
+  /// dv = Pᵀ dout, dP = dout vᵀ, dZ = softmax'(dP), dq = dZ k / √d, dk = dZᵀ q / √d; dqkv (T,3D) overwritten.
+  void backward(RowView<const S> qkv, RowView<const S> dout, RowView<S> dqkv, Workspace& workspace, const Exec& exec) const {
+    using moxie::kernel::Operand;
+    using moxie::kernel::Product;
+    const Index d = dout.cols() / heads;
+    for_each_part(qkv.rows() / length, workspace, [&](Index first, Index pairs, RowView<S> prob) {
+      const Workspace::Frame frame(workspace);
+      const RowView<S> dz = workspace.matrix<S>(prob.rows(), length);
+      probabilities(qkv, first, pairs, d, prob, exec);
+      moxie::kernel::grouped_gemm<S>(
+          2 * pairs,
+          [&](Index j) -> Product<S> {
+            const Index i = j / 2;
+            const Operand<S> outer{{head(dout, first + i, 0, d), dout.stride()}};
+            if (j % 2 == 0) {  // dv: (L,L)(L,d) -> (L,d)
+              return {length, d,
+                      length, moxie::kernel::transposed<S>(of(prob, i)),
+                      outer,  {{head(dqkv, first + i, 2, d), dqkv.stride()}}};
+            }
+            return {length, length, d, outer, operand(qkv, first + i, 2, d, true), {{of(dz, i).data(), length}}};  // (L,d)(d,L)
+          },
+          exec);
+      moxie::softmax_rows_backward(RowView<const S>(prob), dz, exec);
+      scale(dz, d, pairs, exec);
+      moxie::kernel::grouped_gemm<S>(
+          2 * pairs,
+          [&](Index j) -> Product<S> {
+            const Index i = j / 2;
+            const Operand<S> z{{of(dz, i).data(), length}, j % 2 == 1};
+            const Index other = j % 2 == 0 ? 1 : 0;  // dq needs k, dk needs q: (L,L)(L,d) -> (L,d)
+            return {length,
+                    d,
+                    length,
+                    z,
+                    operand(qkv, first + i, other, d, false),
+                    {{head(dqkv, first + i, 1 - other, d), dqkv.stride()}}};
+          },
+          exec);
+    });
+  }
+
+ private:
+  /// f(first pair, pairs, their P) for parts of the pairs (sequence, head).
+  template <class F>
+  void for_each_part(Index sequences, Workspace& workspace, F&& f) const {
+    const Index most = std::max(Index{1}, scratch / (heads * length * length));
+    for (Index first = 0; first < sequences; first += most) {
+      const Workspace::Frame frame(workspace);
+      const Index pairs = std::min(most, sequences - first) * heads;
+      f(first * heads, pairs, workspace.matrix<S>(pairs * length, length));
+    }
+  }
+  void probabilities(RowView<const S> qkv, Index first, Index pairs, Index d, RowView<S> prob, const Exec& exec) const {
+    moxie::kernel::grouped_gemm<S>(
+        pairs,
+        [&](Index i) -> moxie::kernel::Product<S> {  // (L,d)(d,L) -> (L,L)
+          return {length,
+                  length,
+                  d,
+                  operand(qkv, first + i, 0, d, false),
+                  operand(qkv, first + i, 1, d, true),
+                  {{of(prob, i).data(), length}}};
+        },
+        exec);
+    scale(prob, d, pairs, exec);
+    moxie::softmax_rows(prob, exec);
+  }
+  void scale(RowView<S> m, Index d, Index pairs, const Exec& exec) const {
+    const S factor = S(1) / std::sqrt(S(d));
+    exec.parallel_for(pairs, [&](Index i) { of(m, i).eigen() *= factor; });
+  }
+
+  template <class T>
+  RowView<T> of(RowView<T> prob, Index pair) const {
+    return prob.middle_rows(pair * length, length);
+  }
+  /// Part 0, 1, 2 (q, k, v) of a pair (sequence, head).
+  template <class T>
+  T* head(RowView<T> m, Index pair, Index part, Index d) const {
+    return m.row(pair / heads * length) + part * heads * d + pair % heads * d;
+  }
+  moxie::kernel::Operand<S> operand(RowView<const S> qkv, Index pair, Index part, Index d, bool transposed) const {
+    return {{head(qkv, pair, part, d), qkv.stride()}, transposed};
+  }
+};
+
+/// Layer norm over the d numbers of each head, with a weight and a bias (d) that all heads share:
+///
+///     n = (x - mean) / √(var + 1e-6),   y = n w + b
+template <class S>
+class HeadNorm {
+ public:
+  struct Tape {
+    Buffer<S> n;        // (T,D)
+    Buffer<S> inverse;  // 1 / √(var + ε), (T, heads)
+  };
+
+  HeadNorm(Layout& layout, const std::string& name, Index d)
+      : weight_(layout.add(name + ".weight", {d})), bias_(layout.add(name + ".bias", {d})) {}
+
+  void initialize(ParameterView<S> p) const { p[weight_].eigen().setOnes(); }
+
+  /// In place, x (T, heads · d).
+  void forward(ParameterView<const S> p, RowView<S> x, Tape& tape, const Exec& exec) const {
+    const auto w = p[weight_].eigen().row(0).array();
+    const auto b = p[bias_].eigen().row(0).array();
+    const Index d = w.size();
+    const Index heads = x.cols() / d;
+    const RowView<S> n = tape.n.matrix(x.rows(), x.cols());
+    const RowView<S> inverse = tape.inverse.matrix(x.rows(), heads);
+    exec.parallel_for(x.rows(), [&](Index t) {
+      for (Index h = 0; h < heads; ++h) {
+        auto in = x.eigen().row(t).segment(h * d, d).array();
+        auto out = n.eigen().row(t).segment(h * d, d).array();
+        out = in - in.mean();
+        inverse(t, h) = S(1) / std::sqrt(out.square().mean() + S(1e-6));
+        out *= inverse(t, h);
+        in = out * w + b;
+      }
+    });
+  }
+
+  /// In place, from the gradient of the output to that of the input: with dn = dy w, dx = inverse · (dn - mean(dn) - n mean(dn
+  /// n)). dw += Σ dy n, db += Σ dy over tokens and heads, in order.
+  void backward(ParameterView<const S> p, RowView<S> d_x, ParameterView<S> dp, const Tape& tape, const Exec& exec) const {
+    const auto w = p[weight_].eigen().row(0).array();
+    const Index d = w.size();
+    const Index heads = d_x.cols() / d;
+    const RowView<const S> n = tape.n.view(d_x.rows(), d_x.cols());
+    const RowView<const S> inverse = tape.inverse.view(d_x.rows(), heads);
+    auto dw = dp[weight_].eigen().row(0).array();
+    auto db = dp[bias_].eigen().row(0).array();
+    for (Index t = 0; t < d_x.rows(); ++t) {
+      for (Index h = 0; h < heads; ++h) {
+        const auto dy = d_x.eigen().row(t).segment(h * d, d).array();
+        dw += dy * n.eigen().row(t).segment(h * d, d).array();
+        db += dy;
+      }
+    }
+    exec.parallel_for(d_x.rows(), [&](Index t) {
+      for (Index h = 0; h < heads; ++h) {
+        auto dx = d_x.eigen().row(t).segment(h * d, d).array();
+        const auto row = n.eigen().row(t).segment(h * d, d).array();
+        dx *= w;
+        const S mean = dx.mean();
+        const S along = (dx * row).mean();
+        dx = inverse(t, h) * (dx - mean - row * along);
+      }
+    });
+  }
+
+ private:
+  Index weight_;
+  Index bias_;
+};
+
+/// Self-attention with its projections, x (T,D) -> (T,D):
+///
+///     q, k, v = x Wᵀ + b,   out = attention(q, k, v) Woᵀ + bo
+///
+/// With `qk_norm` each head's q and k pass a `HeadNorm`, as in the large models of DiT-MoE, where the tensors have other names.
+template <class S>
+class SelfAttention {
+ public:
+  struct Tape {
+    Buffer<S> qkv;       // (T,3D), normalized
+    Buffer<S> attended;  // (T,D)
+    typename HeadNorm<S>::Tape q, k;
+  };
+
+  SelfAttention(Layout& layout, const std::string& name, Index dim, Index heads, Index length, bool qk_norm)
+      : attention_{heads, length},
+        qkv_(layout, name + (qk_norm ? "Wqkv" : "qkv"), dim, 3 * dim),
+        projection_(layout, name + (qk_norm ? "out_proj" : "proj"), dim, dim) {
+    if (qk_norm) {
+      q_norm_.emplace(layout, name + "q_norm", dim / heads);
+      k_norm_.emplace(layout, name + "k_norm", dim / heads);
+    }
+  }
+
+  void initialize(ParameterView<S> p, const Rng& rng) const {
+    qkv_.initialize(p, rng);
+    projection_.initialize(p, rng);
+    if (q_norm_) {
+      q_norm_->initialize(p);
+      k_norm_->initialize(p);
+    }
+  }
+
+  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> out, Tape& tape, Workspace& workspace,
+               const Exec& exec) const {
+    const Index dim = x.cols();
+    const RowView<S> qkv = tape.qkv.matrix(x.rows(), 3 * dim);
+    const RowView<S> attended = tape.attended.matrix(x.rows(), dim);
+    qkv_.forward(p, x, qkv, exec);
+    if (q_norm_) {
+      q_norm_->forward(p, part(qkv, 0, dim), tape.q, exec);
+      k_norm_->forward(p, part(qkv, 1, dim), tape.k, exec);
+    }
+    attention_.forward(qkv, attended, workspace, exec);
+    projection_.forward(p, attended, out, exec);
+  }
+
+  /// dx overwritten, parameter gradients added to.
+  void backward(ParameterView<const S> p, RowView<const S> x, RowView<const S> dout, RowView<S> dx, ParameterView<S> dp,
+                const Tape& tape, Workspace& workspace, const Exec& exec) const {
+    const Index dim = x.cols();
+    const Workspace::Frame frame(workspace);
+    const RowView<S> dqkv = workspace.matrix<S>(x.rows(), 3 * dim);
+    projection_.backward(p, tape.attended.view(x.rows(), dim), dout, dx, dp, exec);
+    attention_.backward(tape.qkv.view(x.rows(), 3 * dim), dx, dqkv, workspace, exec);
+    if (q_norm_) {
+      q_norm_->backward(p, part(dqkv, 0, dim), dp, tape.q, exec);
+      k_norm_->backward(p, part(dqkv, 1, dim), dp, tape.k, exec);
+    }
+    qkv_.backward(p, x, dqkv, dx, dp, exec);
+  }
+
+ private:
+  static RowView<S> part(RowView<S> qkv, Index i, Index dim) { return {qkv.data() + i * dim, qkv.rows(), dim, qkv.stride()}; }
+
+  Attention<S> attention_;
+  Linear<S> qkv_;
+  Linear<S> projection_;
+  std::optional<HeadNorm<S>> q_norm_;
+  std::optional<HeadNorm<S>> k_norm_;
+};
+
+}  // namespace dit
