@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <dit/rectified_flow.hpp>
 
 #include "golden_case.hpp"
@@ -62,7 +63,7 @@ struct DitRun {
   Matrix<Scalar> x, dy, y;
 
   DitRun(GoldenCase& golden, const Model& m)
-      : model(m), batch(golden.shape("input/x").front()), p(m.layout()), tape(m.make_tape()) {
+      : model(m), batch(golden.first_size("input/x")), p(m.layout()), tape(m.make_tape()) {
     const dit::ModelConfig& config = model.config();
     const Index size = config.image_size;
     golden.require("input/x", {batch, config.channels, size, size});
@@ -70,6 +71,7 @@ struct DitRun {
     golden.require("input/t", {batch});
     golden.require("input/y", {batch});
     GoldenCase::limit({batch, config.tokens(), config.dim, 6, config.depth});
+    GoldenCase::limit({config.heads, config.tokens(), config.tokens()});
     read_parameters(golden, model.layout(), p);
     x = golden.matrix<Scalar>("input/x", batch, config.image_dim());
     dy = golden.matrix<Scalar>("input/dy", batch, config.output_dim());
@@ -130,7 +132,7 @@ struct DitRun {
     }
     const dit::ModelConfig& config = model.config();
     const Index size = config.image_size;
-    const Index n = golden.shape("cfg/x").front();
+    const Index n = golden.first_size("cfg/x");
     if (n % 2 != 0) {
       throw GoldenError("tensor cfg/x has an odd number of images");
     }
@@ -277,7 +279,7 @@ struct RecordedModel {
 template <class Scalar>
 void verify_rectified_flow(GoldenCase& golden) {
   const std::vector<Index> like_x = golden.shape("input/x");
-  if (like_x.size() != 4 || like_x[2] != like_x[3]) {
+  if (like_x.size() != 4 || like_x[2] != like_x[3] || *std::min_element(like_x.begin(), like_x.end()) < 1) {
     throw GoldenError("tensor input/x: expected square images");
   }
   const bool learn_sigma = golden.boolean("learn_sigma");

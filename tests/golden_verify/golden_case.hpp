@@ -131,6 +131,14 @@ class GoldenCase {
   bool contains(std::string_view name) const { return file_.contains(name); }
   const std::vector<Index>& shape(std::string_view name) const { return file_.info(name).shape; }
 
+  /// The first size of a tensor. Throws GoldenError if it is a single number.
+  Index first_size(std::string_view name) const {
+    if (shape(name).empty()) {
+      throw GoldenError(moxie::detail::tensor_named(name) + " is a single number");
+    }
+    return shape(name).front();
+  }
+
   /// Throws GoldenError or SafetensorsError unless the file has this tensor in this shape. A family asks for all of its tensors
   /// before it computes anything: what fits the file then fits the memory.
   void require(std::string_view name, const std::vector<Index>& expected) const {
@@ -218,7 +226,7 @@ class GoldenCase {
                        const std::vector<std::int64_t>& index, const std::vector<double>& weight) {
     const std::vector<std::int64_t> expected_index = read<std::int64_t>(index_name);
     const std::vector<double> expected_weight = read<double>(weight_name);
-    const Index tokens = shape(index_name).front();
+    const Index tokens = first_size(index_name);
     const auto k = tokens == 0 ? Index{0} : Index(expected_index.size()) / tokens;
     if (index.size() != expected_index.size() || weight.size() != index.size() || expected_weight.size() != index.size()) {
       throw GoldenError(index_name + ": " + std::to_string(index.size()) + " choices, expected " +
