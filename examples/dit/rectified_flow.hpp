@@ -5,15 +5,16 @@
 
 namespace dit {
 
+/// The time 1 / (1 + exp(-normal)) of a normal number: most often in the middle of the path.
+inline double logit_normal(double normal) { return 1 / (1 + std::exp(-normal)); }
+
 /// Rectified flow (Liu et al. 2022; logit-normal times of Esser et al. 2024): straight paths from images x at t = 0 to noise z
 /// at t = 1, and a network that predicts their velocity.
 ///
 ///     x_t = (1 - t) x + t z,   loss = mean (v(x_t, t, label) - (z - x))²
 ///
-/// Times are logit-normal, t = 1 / (1 + exp(-normal)): most often in the middle of the path. The network is given t itself.
-/// A step draws everything from its own streams, so that step n of a resumed training is step n of an undisturbed one.
-inline double logit_normal(double normal) { return 1 / (1 + std::exp(-normal)); }
-
+/// Times are logit-normal, and the network is given t itself. A step draws everything from its own streams, so that step n of a
+/// resumed training is step n of an undisturbed one.
 template <class S>
 struct FlowBatch {
   Matrix<S> images;  // x_t, (B, C·H·W)
