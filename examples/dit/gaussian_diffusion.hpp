@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace dit {
@@ -217,15 +218,8 @@ class GaussianDiffusion {
   };
   /// `clip` keeps the predicted image in [-1, 1].
   Prediction predict(double x_t, double eps, double v, Index t, bool clip) const {
-    const auto i = std::size_t(t);
-    Prediction p;
-    p.x_start = schedule_.sqrt_recip_alphas_cumprod[i] * x_t - schedule_.sqrt_recipm1_alphas_cumprod[i] * eps;
-    if (clip) {
-      p.x_start = std::clamp(p.x_start, -1.0, 1.0);
-    }
-    p.mean = posterior_mean(p.x_start, x_t, t);
-    p.log_variance = log_variance(v, t);
-    return p;
+    const double x_start = start_of(x_t, eps, t, clip);
+    return {x_start, posterior_mean(x_start, x_t, t), log_variance(v, t)};
   }
 
   /// An image's loss, its parts in means over its pixels.
@@ -236,7 +230,7 @@ class GaussianDiffusion {
   };
   /// L_hybrid of Nichol and Dhariwal 2021, equation 16, with λ = 1 as in the code of DiT: mse + vb, vb that of a KL divergence,
   /// or for t = 0 of the likelihood of 8-bit pixels. `rescaled` multiplies vb by T/1000. If `doutput` has columns it becomes
-  /// `dloss` times the loss's gradient. Throws nothing: sizes are the caller's.
+  /// `dloss` times the loss's gradient.
   template <class S>
   Loss loss(RowView<const S> x_start, RowView<const S> x_t, RowView<const S> noise, RowView<const S> output, Index image,
             Index t, bool rescaled, double dloss, RowView<S> doutput) const {
@@ -301,10 +295,16 @@ class GaussianDiffusion {
   }
 
  private:
-  /// The predicted image, and the noise that leads from it to x_t.
+  /// The predicted image.
+  double start_of(double x_t, double eps, Index t, bool clip) const {
+    const auto i = std::size_t(t);
+    const double x = schedule_.sqrt_recip_alphas_cumprod[i] * x_t - schedule_.sqrt_recipm1_alphas_cumprod[i] * eps;
+    return clip ? std::clamp(x, -1.0, 1.0) : x;
+  }
+  /// The same, and the noise that leads from it to x_t.
   std::pair<double, double> start_and_noise(double x_t, double eps, Index t, bool clip) const {
     const auto i = std::size_t(t);
-    const double x_start = predict(x_t, eps, 0, t, clip).x_start;
+    const double x_start = start_of(x_t, eps, t, clip);
     return {x_start, (schedule_.sqrt_recip_alphas_cumprod[i] * x_t - x_start) / schedule_.sqrt_recipm1_alphas_cumprod[i]};
   }
 
