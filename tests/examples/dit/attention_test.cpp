@@ -16,8 +16,6 @@ namespace {
 
 constexpr double tolerance = 1e-6;
 
-double inner(const Matrix<double>& a, const Matrix<double>& b) { return (a.array() * b.array()).sum(); }
-
 }  // namespace
 
 TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees with finite differences") {
@@ -29,7 +27,7 @@ TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees w
   dit::Workspace workspace;
   const auto loss = [&] {
     attention.forward(qkv, out, workspace, Exec{1});
-    return inner(out, dout);
+    return out.cwiseProduct(dout).sum();
   };
   loss();
   for (Index b = 0; b < B; ++b) {
@@ -91,7 +89,7 @@ TEST_CASE("SelfAttention: its gradients agree with finite differences, with norm
     dit::Workspace workspace;
     const auto loss = [&] {
       attention.forward(p, x, y, tape, workspace, Exec{1});
-      return inner(y, dy);
+      return y.cwiseProduct(dy).sum();
     };
     loss();
     Parameters<double> dp = p.zeros_like();
