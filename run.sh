@@ -10,10 +10,10 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev zlib1g-dev)
-need_demo=(gnuplot-nox dataset-fashion-mnist)
+need_demo=(gnuplot-nox dataset-fashion-mnist libjs-vega)
 need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev gnuplot-nox python3)
 need_sets=(g++-aarch64-linux-gnu qemu-user)
-need_test=(doctest-dev clang libclang-rt-dev libomp-dev)
+need_test=(doctest-dev clang libclang-rt-dev libomp-dev libjs-vega)
 out=out/demo
 
 say() { printf '\n== %s\n' "$*"; }
