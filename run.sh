@@ -13,7 +13,7 @@ need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli
 need_demo=(gnuplot-nox dataset-fashion-mnist libjs-vega)
 need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev gnuplot-nox python3)
 need_sets=(g++-aarch64-linux-gnu qemu-user)
-need_test=(doctest-dev clang libclang-rt-dev libomp-dev libjs-vega)
+need_test=(doctest-dev clang libclang-rt-dev libomp-dev libjs-vega chromium)
 out=out/demo
 
 say() { printf '\n== %s\n' "$*"; }

@@ -423,3 +423,17 @@ TEST_CASE("report: a file that cannot be written is an error, and leaves the old
   CHECK(bytes_of(path).size() > 100'000);
   CHECK(dir.entries() == 2);
 }
+
+// report_browser.sh opens these; their names say how many sliders they have.
+TEST_CASE("report: pages for the browser" * doctest::skip(std::getenv("MOXIE_REPORTS") == nullptr)) {
+  const fs::path folder = std::getenv("MOXIE_REPORTS");
+  const RandomRouting routing(some_shape);
+  dit::write_report(folder / "5.html", full_report(folder, routing));
+  const RandomRouting no_choice({.layers = 1, .experts = 40, .classes = 60, .positions = 8, .bins = 1});
+  Report report = full_report(folder, no_choice);
+  report.class_names[0] = "</script><script>alert(1)</script> with a name that is long, long, long and ends at last";
+  dit::write_report(folder / "0.html", report);
+  report.routing = nullptr;
+  report.curves.clear();
+  dit::write_report(folder / "0-without-charts.html", report);
+}
