@@ -59,6 +59,9 @@ TEST_CASE("BFloat16: parts of vectors are loaded with zeros after them, and stor
     for (Index j = 0; j < width; ++j) {
       CHECK(out[j] == (j < n ? 7.0F : 0.0F));
     }
+    if (n == 0) {
+      continue;  // not for storing
+    }
     std::vector<BFloat16> to(memory.size(), BFloat16(-1.0F));
     kernel::store(V(3.0F), to.data(), n);
     for (Index j = 0; j < Index(to.size()); ++j) {
