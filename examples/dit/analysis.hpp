@@ -5,6 +5,8 @@
 #include <cmath>
 #include <moxie/routing/plan.hpp>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 namespace dit {
@@ -51,17 +53,20 @@ class RoutingCounts {
   };
   static constexpr Index all = -1;
 
+  /// Throws ValueError for sizes below 1.
   explicit RoutingCounts(const Shape& shape)
-      : shape_(shape),
+      : shape_((expect_sizes(shape), shape)),
         by_class_(std::size_t(shape.layers * shape.bins), Matrix<double>::Zero(shape.classes, shape.experts)),
         by_position_(std::size_t(shape.layers * shape.bins), Matrix<double>::Zero(shape.positions, shape.experts)) {}
 
   const Shape& shape() const { return shape_; }
 
   /// Counts a layer's plan over images with these labels. Images beyond them do not count: of a batch for guidance only the
-  /// half that has a class does.
+  /// half that has a class does. Throws ShapeError for a plan of other experts, or tokens that are not whole images, ValueError
+  /// for a layer, bin or label that there is not; nothing is counted then.
   template <class S>
   void add(Index layer, Index bin, const moxie::SparsePlan<S>& plan, std::span<const Index> labels) {
+    expect(layer, bin, plan, labels);
     for (Index e = 0; e < plan.experts(); ++e) {
       for (Index r = plan.expert_starts()[std::size_t(e)]; r < plan.expert_starts()[std::size_t(e) + 1]; ++r) {
         count(layer, bin, plan.token(r), e, labels, 1);
@@ -70,6 +75,7 @@ class RoutingCounts {
   }
   template <class S>
   void add(Index layer, Index bin, const moxie::DensePlan<S>& plan, std::span<const Index> labels) {
+    expect(layer, bin, plan, labels);
     for (Index t = 0; t < plan.tokens(); ++t) {
       for (Index n = 0; n < plan.slots(); ++n) {
         count(layer, bin, t, n / plan.slots_per_expert(), labels, double(plan.combine()(t, n)));
@@ -100,6 +106,25 @@ class RoutingCounts {
   }
 
  private:
+  static void expect_sizes(const Shape& s) {
+    for (const Index size : {s.layers, s.experts, s.classes, s.positions, s.bins}) {
+      moxie::detail::expect_at_least("RoutingCounts", "each size", size, 1);
+    }
+  }
+  template <class Plan>
+  void expect(Index layer, Index bin, const Plan& plan, std::span<const Index> labels) const {
+    constexpr std::string_view where = "RoutingCounts::add";
+    moxie::detail::expect_value(layer >= 0 && layer < shape_.layers, where, "there is no such layer");
+    moxie::detail::expect_value(bin >= 0 && bin < shape_.bins, where, "there is no such bin");
+    for (const Index label : labels) {
+      moxie::detail::expect_value(label >= 0 && label < shape_.classes, where, "a label is not a class");
+    }
+    if (plan.experts() != shape_.experts || plan.tokens() % shape_.positions != 0) {
+      throw moxie::ShapeError("RoutingCounts::add: the plan has " + std::to_string(plan.experts()) + " experts and " +
+                              std::to_string(plan.tokens()) + " tokens, expected " + std::to_string(shape_.experts) +
+                              " and a multiple of " + std::to_string(shape_.positions));
+    }
+  }
   void count(Index layer, Index bin, Index token, Index expert, std::span<const Index> labels, double amount) {
     const Index image = token / shape_.positions;
     if (image < Index(labels.size())) {
