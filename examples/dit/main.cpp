@@ -4,13 +4,16 @@
 //
 //     dit train --out DIR [--resume] [...]     trains, then samples; everything it writes is in DIR
 //     dit sample --checkpoint FILE --out DIR   samples from a checkpoint
+//     dit zoo                                  the named models of the papers, and what they cost
 #include <CLI/CLI.hpp>
 #include <cmath>
 #include <csignal>
 #include <dit/data_set.hpp>
 #include <dit/pictures.hpp>
 #include <dit/progress.hpp>
+#include <dit/report.hpp>
 #include <dit/training.hpp>
+#include <dit/zoo.hpp>
 #include <fstream>
 #include <iostream>
 #include <optional>
@@ -65,40 +68,37 @@ void write_history(const fs::path& path, const std::vector<dit::StepReport>& his
   fs::rename(part, path);
 }
 
-void draw_history(const fs::path& path, const std::vector<dit::StepReport>& history) {
-  dit::Series series{"loss", {}, {}};
+dit::Series curve(const std::string& name, const std::vector<dit::StepReport>& history, float dit::StepReport::*value) {
+  dit::Series series{name, {}, {}};
   for (std::size_t i = 0; i < history.size(); ++i) {
     series.x.push_back(double(i + 1));
-    series.y.push_back(double(history[i].loss));
+    series.y.push_back(double(history[i].*value));
   }
-  dit::draw_curve(path, "Training loss", "step", {series});
+  return series;
 }
 
-/// Shares of tokens per expert and layer, over all steps of sampling.
-class ExpertLoad {
- public:
-  template <class Tape>
-  void add(const Tape& tape) {
-    for (std::size_t layer = 0; layer < tape.blocks.size(); ++layer) {
-      if constexpr (requires { tape.blocks[layer].feed_forward.statistics(); }) {
-        const std::vector<double> load = tape.blocks[layer].feed_forward.statistics().load;
-        if (sum_.size() == 0) {
-          sum_ = Matrix<double>::Zero(Index(tape.blocks.size()), Index(load.size()));
-        }
-        sum_.row(Index(layer)) += Eigen::Map<const Eigen::RowVectorXd>(load.data(), Index(load.size()));
-      }
-    }
-  }
-  bool empty() const { return sum_.size() == 0; }
-  Matrix<double> shares() const { return sum_.array().colwise() / sum_.rowwise().sum().array(); }
+/// Stretches of the way from noise to image that the report tells apart.
+constexpr Index timestep_bins = 10;
 
- private:
-  Matrix<double> sum_;
-};
+/// An empty table for a model whose layers choose experts.
+template <class AnyModel>
+std::optional<dit::RoutingCounts> routing_counts(const AnyModel& model) {
+  if constexpr (requires { model.feed_forward().router(); }) {
+    const dit::ModelConfig& config = model.config();
+    return dit::RoutingCounts({.layers = config.depth,
+                               .experts = model.feed_forward().router().experts(),
+                               .classes = config.classes,
+                               .positions = config.tokens(),
+                               .bins = timestep_bins});
+  } else {
+    return std::nullopt;
+  }
+}
 
 template <class AnyModel>
 void write_samples(const AnyModel& model, dit::ParameterView<const float> weights, const std::vector<std::string>& class_names,
-                   const SamplingOptions& options, std::uint64_t seed, const Files& files, const Exec& exec) {
+                   const SamplingOptions& options, std::uint64_t seed, const Files& files, dit::Report report,
+                   const Exec& exec) {
   const dit::ModelConfig& config = model.config();
   const Index total = options.per_class * config.classes;
   std::cout << "Sampling " << total << " images, " << options.steps << " steps, guidance " << options.guidance << "\n";
@@ -107,7 +107,7 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
   for (Index i = 0; i < total; ++i) {
     labels[std::size_t(i)] = i % config.classes;
   }
-  ExpertLoad load;
+  auto counts = routing_counts(model);
   auto tape = model.make_tape();
   dit::Progress progress({.steps = total, .images_per_step = 1});
   constexpr Index batch = 50;
@@ -115,7 +115,14 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
     const Index n = std::min(batch, total - first);
     const std::vector<Index> part(labels.begin() + first, labels.begin() + first + n);
     images.middleRows(first, n) = dit::sample(model, weights, part, options.steps, options.guidance, Rng(seed).split(2),
-                                              std::uint64_t(first), tape, exec, [&](auto...) { load.add(tape); });
+                                              std::uint64_t(first), tape, exec, [&](Index step, auto...) {
+                                                if constexpr (requires { tape.blocks[0].feed_forward.plan(); }) {
+                                                  for (Index layer = 0; layer < config.depth; ++layer) {
+                                                    counts->add(layer, (step - 1) * timestep_bins / options.steps,
+                                                                tape.blocks[std::size_t(layer)].feed_forward.plan(), part);
+                                                  }
+                                                }
+                                              });
     progress.update(first + n);
     if (interrupted != 0 && first + n < total) {
       throw std::runtime_error("interrupted while sampling; the checkpoint can be sampled again");
@@ -133,9 +140,22 @@ void write_samples(const AnyModel& model, dit::ParameterView<const float> weight
   draw_or_say(files("samples.png"), [&](const fs::path& path) {
     dit::draw_samples(path, images, labels, class_names, config.channels, config.image_size, config.image_size);
   });
-  if (!load.empty()) {
-    draw_or_say(files("expert_load.png"), [&](const fs::path& path) { dit::draw_expert_load(path, load.shares()); });
+  if (counts) {
+    draw_or_say(files("expert_load.png"), [&](const fs::path& path) { dit::draw_expert_load(path, counts->load()); });
   }
+  draw_or_say(files("report.html"), [&](const fs::path& path) {
+    report.facts.emplace_back("Parameters", std::to_string(model.layout().parameter_count()));
+    report.facts.emplace_back("Samples",
+                              std::to_string(total) + ", " + std::to_string(options.steps) + " steps of Euler's method");
+    if (fs::exists(files("samples.png"))) {
+      report.pictures.push_back({"Samples", "Images drawn, a row for each class", files("samples.png")});
+    }
+    if (counts) {
+      report.routing = &*counts;
+      report.class_names = class_names;
+    }
+    dit::write_report(path, report);
+  });
 }
 
 /// Class names for a checkpoint that is sampled without its data.
@@ -205,8 +225,17 @@ int train(dit::TrainingConfig config, std::int64_t steps, std::int64_t checkpoin
       return 130;
     }
     std::cout << "Written:\n  " << checkpoint.string() << "\n  " << files("loss.csv").string() << "\n";
-    draw_or_say(files("loss.png"), [&](const fs::path& path) { draw_history(path, training.history()); });
-    write_samples(model, training.averages().view(), data.class_names, sampling, config.seed, files, exec);
+    const dit::Series loss = curve("loss", training.history(), &dit::StepReport::loss);
+    draw_or_say(files("loss.png"), [&](const fs::path& path) { dit::draw_curve(path, "Training loss", "step", {loss}); });
+    dit::Report report;
+    report.title = "Training of a diffusion transformer";
+    report.facts = {{"Data", data.origin},
+                    {"Feed-forward", config.feed_forward},
+                    {"Steps", std::to_string(training.steps()) + " of " + std::to_string(config.batch) + " images"}};
+    report.curves.push_back({"Training loss", "step", "loss", {loss}});
+    report.curves.push_back(
+        {"Balance loss", "step", "balance loss", {curve("balance loss", training.history(), &dit::StepReport::balance_loss)}});
+    write_samples(model, training.averages().view(), data.class_names, sampling, config.seed, files, report, exec);
     return 0;
   });
 }
@@ -219,7 +248,10 @@ int sample(const fs::path& checkpoint, const SamplingOptions& sampling, std::uin
   return dit::with_model(config, [&](const auto& model) {
     moxie::Parameters<float> weights(model.layout());
     moxie::load_parameters(file, weights, "ema.");
-    write_samples(model, weights.view(), names_of(file, config.model.classes), sampling, seed, files, exec);
+    dit::Report report;
+    report.title = "Samples of a diffusion transformer";
+    report.facts = {{"Checkpoint", checkpoint.string()}};
+    write_samples(model, weights.view(), names_of(file, config.model.classes), sampling, seed, files, report, exec);
     return 0;
   });
 }
@@ -248,6 +280,7 @@ int main(int argc, char** argv) {
       "FINITE");
   CLI::App* train_command = app.add_subcommand("train", "train, then sample");
   CLI::App* sample_command = app.add_subcommand("sample", "sample from a checkpoint");
+  const CLI::App* zoo_command = app.add_subcommand("zoo", "the named models of the papers: parameters, multiply-adds, memory");
   for (CLI::App* command : {train_command, sample_command}) {
     command->add_option("--out", files.folder, "folder for everything that is written")->capture_default_str();
     command->add_option("--samples-per-class", sampling.per_class)->capture_default_str()->check(CLI::PositiveNumber);
@@ -292,6 +325,10 @@ int main(int argc, char** argv) {
   std::signal(SIGINT, interrupt);
   std::signal(SIGTERM, interrupt);
   try {
+    if (zoo_command->parsed()) {
+      dit::print_zoo(std::cout);
+      return 0;
+    }
     return train_command->parsed() ? train(config, steps, checkpoint_every, resume, data_folder, sampling, files, exec)
                                    : sample(checkpoint, sampling, config.seed, files, exec);
   } catch (const std::exception& error) {
