@@ -389,8 +389,6 @@ TEST_CASE("report: what cannot be shown is an error before anything is written")
   CHECK(contains(failure([](Report& r) { r.class_names.pop_back(); }), "4 class names for 5 classes"));
   CHECK(contains(failure([](Report& r) { r.curves[1].series[0].x.pop_back(); }), "'balance' has 3 x for 4 y"));
   CHECK(contains(failure([](Report&) {}, dir.path), "vega-util.min.js cannot be read (Debian: apt install libjs-vega)"));
-  const RoutingCounts empty({.layers = 0, .experts = 1, .classes = 5, .positions = 1, .bins = 1});
-  CHECK(contains(failure([&](Report& r) { r.routing = &empty; }), "is 0, expected at least 1"));
 }
 
 TEST_CASE("report: a file that cannot be written is an error, and leaves the old one and nothing else") {
