@@ -44,6 +44,7 @@ constexpr std::array families{
     Family{"rectified_flow", golden::verify_rectified_flow<double>, golden::verify_rectified_flow<float>},
     Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
     Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},
+    Family{"switchdit_model", golden::verify_switchdit_model<double>, golden::verify_switchdit_model<float>},
     Family{"switchdit_prior", golden::verify_switchdit_prior<double>, golden::verify_switchdit_prior<float>},
     Family{"switchdit_taskmoe", golden::verify_switchdit_taskmoe<double>, golden::verify_switchdit_taskmoe<float>},
     Family{"topk_capacity", golden::verify_topk_capacity<double>, golden::verify_topk_capacity<float>},

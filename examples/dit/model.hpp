@@ -3,6 +3,7 @@
 
 #include <dit/attention.hpp>
 #include <dit/modules.hpp>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -60,6 +61,12 @@ struct ModelConfig {
   bool learn_sigma = false;  ///< a second output for every pixel, in channels after the first ones
   bool qk_norm = false;      ///< attention of the large models
 
+  Index switch_experts = 0;  ///< Switch-DiT: experts before each block, which the timestep chooses; 0 for none
+  Index switch_top_k = 2;
+  double prior = 1;          ///< weight of the diffusion prior loss of their gates
+  Index timesteps = 1000;    ///< that the prior tells apart
+  double timestep_unit = 1;  ///< the time t of timestep i is i · unit: 1 for DDPM, 1 / timesteps where t is in [0,1]
+
   Index out_channels() const { return learn_sigma ? 2 * channels : channels; }
   Index grid() const { return image_size / patch; }
   Index tokens() const { return grid() * grid(); }
@@ -67,6 +74,7 @@ struct ModelConfig {
   Index image_dim() const { return channels * image_size * image_size; }
   Index patch_output_dim() const { return out_channels() * patch * patch; }
   Index output_dim() const { return out_channels() * image_size * image_size; }
+  Index timestep(double t) const { return Index(std::clamp(std::floor(t / timestep_unit + 1e-3), 0.0, double(timesteps - 1))); }
 
   /// Throws ValueError for a shape that no transformer has.
   void validate() const {
@@ -74,6 +82,10 @@ struct ModelConfig {
     expect(patch >= 1 && image_size >= patch && image_size % patch == 0, "image_size must be a multiple of patch");
     expect(heads >= 1 && dim >= 4 && dim % 4 == 0 && dim % heads == 0, "dim must be a multiple of 4 and of heads");
     expect(channels >= 1 && depth >= 1 && classes >= 1, "channels, depth and classes must be at least 1");
+    expect(switch_experts == 0 || (switch_experts >= 1 && switch_top_k >= 1 && switch_top_k <= switch_experts),
+           "switch_top_k must be at least 1 and at most switch_experts");
+    expect(timesteps >= 1 && timestep_unit > 0 && std::isfinite(timestep_unit) && prior >= 0 && std::isfinite(prior),
+           "timesteps, timestep_unit and prior must be positive and finite");
   }
 };
 
@@ -83,8 +95,14 @@ struct ModelConfig {
 ///     x += gate1 · attention(modulate(norm x));   x += gate2 · moe(modulate(norm x))     for every block, six modulations from
 ///     c v  = final(modulate(norm x))
 ///
-/// All parameters live in one block, named as in the reference. Modulations and the final layer start at zero, so that every
-/// block starts as the identity.
+/// With `switch_experts`, Switch-DiT (Park et al. 2024): block f runs behind a mask of experts that the timestep chooses,
+///
+///     y = switch(x, timestep embedding);   out = f(x ⊙ (1 + y)) - x ⊙ y
+///
+/// and where `match_prior` has been called, the diffusion prior loss is one of the balance losses.
+///
+/// All parameters live in one block, named as in the reference. Modulations, the final layer and the experts of the masks start
+/// at zero, so that every block starts as the identity.
 template <class FeedForward, class S = typename FeedForward::Scalar>
 class Model {
  public:
@@ -94,6 +112,8 @@ class Model {
     typename ModulatedNorm<S>::Tape norm1, norm2;
     typename SelfAttention<S>::Tape attention;
     typename FeedForward::Tape feed_forward;
+    typename moxie::TimestepMoE<S>::Tape gated;  // Switch-DiT's layer, its output and what it lets through
+    Buffer<S> gated_y, masked;
   };
   struct Tape {
     Index batch = 0;
@@ -103,10 +123,14 @@ class Model {
     std::vector<BlockTape> blocks;
     typename ModulatedNorm<S>::Tape final_norm;
     mutable Workspace workspace;
+    // Of Switch-DiT: the embedding of t, and for the prior the unit of it that each expert plays (none: no prior loss).
+    Buffer<S> time_embedding;
+    std::vector<Index> prior_of_unit;
+    double prior_loss = 0;
 
-    /// Sum of the balance losses of all blocks.
+    /// Sum of the balance losses of all blocks, and Switch-DiT's prior loss.
     double balance_loss() const {
-      double loss = 0;
+      double loss = prior_loss;
       for (const BlockTape& block : blocks) {
         loss += block.feed_forward.balance_loss();
       }
@@ -125,7 +149,19 @@ class Model {
         blocks_(declare_blocks(name)),
         final_linear_(layout_, "final_layer.linear", config.dim, config.patch_output_dim()),
         final_modulation_(layout_, "final_layer.adaLN_modulation.1", config.dim, 2 * config.dim),
-        position_(position_embedding<S>(config.grid(), config.dim)) {}
+        position_(position_embedding<S>(config.grid(), config.dim)) {
+    if (config.switch_experts > 0) {
+      switch_.emplace(moxie::TimestepMoEConfig<moxie::LinearConfig>{.model_dim = config.dim,
+                                                                    .condition_dim = config.dim,
+                                                                    .experts = config.switch_experts,
+                                                                    .top_k = config.switch_top_k});
+      prior_ = moxie::unit_mapping(config.timesteps, config.depth * config.switch_experts,
+                                   double(config.switch_top_k) / double(config.switch_experts));
+      for (std::size_t i = 0; i < blocks_.size(); ++i) {
+        blocks_[i].gated = layout_.add_part("routers." + std::to_string(i) + ".", switch_->layout());
+      }
+    }
+  }
 
   const ModelConfig& config() const { return config_; }
   const Layout& layout() const { return layout_; }
@@ -140,7 +176,48 @@ class Model {
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       blocks_[i].attention.initialize(p, rng);
       feed_forward_.initialize(p.block(blocks_[i].feed_forward, feed_forward_.layout()), rng.split(1000 + i));
+      if (switch_) {
+        const ParameterView<S> gated = p.block(blocks_[i].gated, switch_->layout());
+        switch_->initialize(gated, rng.split(2000 + i));
+        for (const auto& tensor : switch_->layout().tensors()) {
+          if (tensor.name.starts_with("experts.")) {
+            gated[tensor.name].eigen().setZero();
+          }
+        }
+      }
     }
+  }
+
+  /// Matches the experts of Switch-DiT with the units of the diffusion prior, by what the gates choose at every timestep. From
+  /// then on `forward` adds the prior loss. The reference does this in every step of training. Cost: the gates for all
+  /// timesteps, and `match_units`.
+  void match_prior(ParameterView<const S> p, Tape& tape, const Exec& exec) const {
+    if (!switch_) {
+      return;
+    }
+    const Index steps = config_.timesteps;
+    std::vector<S> times;
+    for (Index i = 0; i < steps; ++i) {
+      times.push_back(S(double(i) * config_.timestep_unit));
+    }
+    const Workspace::Frame frame(tape.workspace);
+    const RowView<S> frequencies = tape.workspace.template matrix<S>(steps, 256);
+    const RowView<S> hidden = tape.workspace.template matrix<S>(steps, config_.dim);
+    const RowView<S> embedding = tape.workspace.template matrix<S>(steps, config_.dim);
+    embed_times(p, times, frequencies, hidden, hidden, embedding, exec);
+    // As many sequences without tokens.
+    const std::vector<Index> starts(std::size_t(steps + 1), 0);
+    const Matrix<S> none(0, config_.dim);
+    Matrix<S> no_output(0, config_.dim);
+    moxie::Tokens<S> in(none, starts);
+    in.condition = embedding;
+    Matrix<std::uint8_t> chosen(steps, prior_.cols());
+    auto gates = switch_->make_tape();
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      switch_->forward(p.block(blocks_[i].gated, switch_->layout()), in, no_output, gates, exec);
+      moxie::mark_chosen_units(gates.router().choices(), config_.switch_experts, Index(i) * config_.switch_experts, chosen);
+    }
+    tape.prior_of_unit = moxie::match_units(chosen, prior_).column;
   }
 
   Tape make_tape() const {
@@ -166,15 +243,13 @@ class Model {
     tape.batch = batch;
     tape.labels = labels;
 
-    const RowView<S> frequencies = tape.frequencies.matrix(batch, 256);
-    timestep_frequencies(t, frequencies);
-    const RowView<S> time_hidden = tape.time_hidden.matrix(batch, dim);
-    const RowView<S> time_active = tape.time_active.matrix(batch, dim);
     const RowView<S> condition = tape.condition.matrix(batch, dim);
     const RowView<S> active = tape.active_condition.matrix(batch, dim);
-    time1_.forward(p, frequencies, time_hidden, exec);
-    activate<moxie::Silu, S>(time_hidden, time_active);
-    time2_.forward(p, time_active, condition, exec);
+    embed_times(p, t, tape.frequencies.matrix(batch, 256), tape.time_hidden.matrix(batch, dim),
+                tape.time_active.matrix(batch, dim), condition, exec);
+    if (switch_) {
+      tape.time_embedding.matrix(batch, dim).eigen() = condition.eigen();
+    }
     for (Index b = 0; b < batch; ++b) {
       condition.middle_rows(b, 1).eigen() += p[labels_].middle_rows(labels[std::size_t(b)], 1).eigen();
     }
@@ -190,7 +265,13 @@ class Model {
 
     RowView<const S> in = first;
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      in = block_forward(blocks_[i], p, in, active, tape.blocks[i], tape.workspace, exec);
+      BlockTape& block = tape.blocks[i];
+      in = switch_ ? masked_forward(blocks_[i], p, in, active, tape, block, exec)
+                   : block_forward(blocks_[i], p, in, active, block, tape.workspace, exec);
+    }
+    tape.prior_loss = 0;
+    if (!tape.prior_of_unit.empty() && config_.prior > 0) {
+      add_prior_loss(t, tape);
     }
 
     const RowView<S> modulation = tape.final_modulation.matrix(batch, 2 * dim);
@@ -217,6 +298,8 @@ class Model {
     const RowView<S> d = tape.workspace.template matrix<S>(rows, dim);
     const RowView<S> dmodulation = tape.workspace.template matrix<S>(batch, 2 * dim);
     const RowView<S> dactive = tape.workspace.template matrix<S>(batch, dim);
+    const RowView<S> dembedding = tape.workspace.template matrix<S>(switch_ ? batch : 0, dim);
+    dembedding.eigen().setZero();
 
     for_each_output([&](Index row, Index feature, Index b, Index pixel) { dtokens(row, feature) = dv(b, pixel); }, batch);
     const RowView<const S> active = tape.active_condition.view(batch, dim);
@@ -229,7 +312,11 @@ class Model {
 
     for (std::size_t i = blocks_.size(); i-- > 0;) {
       const RowView<const S> in = i == 0 ? tape.first.view(rows, dim) : tape.blocks[i - 1].out.view(rows, dim);
-      block_backward(blocks_[i], p, in, active, d, dactive, grads, tape.blocks[i], tape.workspace, exec);
+      if (switch_) {
+        masked_backward(blocks_[i], p, in, active, d, dactive, dembedding, grads, tape, tape.blocks[i], exec);
+      } else {
+        block_backward(blocks_[i], p, in, active, d, dactive, grads, tape.blocks[i], tape.workspace, exec);
+      }
     }
 
     if (dx.size() == 0) {
@@ -244,6 +331,9 @@ class Model {
     for (Index b = 0; b < batch; ++b) {
       dlabels.middle_rows(tape.labels[std::size_t(b)], 1).eigen() += dactive.middle_rows(b, 1).eigen();
     }
+    if (switch_) {
+      dactive.eigen() += dembedding.eigen();
+    }
     const RowView<S> dtime = tape.workspace.template matrix<S>(batch, dim);
     time2_.backward(p, tape.time_active.view(batch, dim), dactive, dtime, grads, exec);
     activate_backward<moxie::Silu, S>(tape.time_hidden.view(batch, dim), dtime);
@@ -255,6 +345,7 @@ class Model {
     SelfAttention<S> attention;
     Index feed_forward;  // offset of its part of the block of parameters
     Linear<S> modulation;
+    Index gated = 0;  // offset of Switch-DiT's part
   };
 
   std::vector<Block> declare_blocks(const std::string& feed_forward_name) {
@@ -267,6 +358,15 @@ class Model {
            Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim)});
     }
     return blocks;
+  }
+
+  /// embedding = W2 silu(W1 frequencies(t) + b1) + b2.
+  void embed_times(ParameterView<const S> p, const std::vector<S>& t, RowView<S> frequencies, RowView<S> hidden,
+                   RowView<S> active, RowView<S> embedding, const Exec& exec) const {
+    timestep_frequencies(t, frequencies);
+    time1_.forward(p, frequencies, hidden, exec);
+    activate<moxie::Silu, S>(hidden, active);
+    time2_.forward(p, active, embedding, exec);
   }
 
   ModulatedNorm<S> norm() const { return {config_.tokens()}; }
@@ -297,6 +397,67 @@ class Model {
     feed_forward_.forward(p.block(block.feed_forward, feed_forward_.layout()), sequences(h2), mixed, tape.feed_forward, exec);
     add_gated<S>(middle, columns(m, 5), mixed, out, exec);
     return out;
+  }
+
+  /// Switch-DiT: the block on what the mask lets through, and what it holds back around the block.
+  RowView<const S> masked_forward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
+                                  Tape& whole, BlockTape& tape, const Exec& exec) const {
+    const RowView<S> y = tape.gated_y.matrix(x.rows(), x.cols());
+    const RowView<S> masked = tape.masked.matrix(x.rows(), x.cols());
+    switch_->forward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, exec);
+    moxie::timestep_mask<S>(x, y, masked, exec);
+    block_forward(block, p, masked, condition, tape, whole.workspace, exec);
+    const RowView<S> out = tape.out.matrix(x.rows(), x.cols());
+    subtract_product<S>(x, y, out, exec);
+    return out;
+  }
+
+  void masked_backward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
+                       RowView<S> d, RowView<S> dcondition, RowView<S> dembedding, ParameterView<S> grads, const Tape& whole,
+                       const BlockTape& tape, const Exec& exec) const {
+    Workspace& workspace = whole.workspace;
+    const Workspace::Frame frame(workspace);
+    const auto scratch = [&] { return workspace.matrix<S>(x.rows(), x.cols()); };
+    const RowView<const S> y = tape.gated_y.view(x.rows(), x.cols());
+    const RowView<S> dout = scratch();
+    const RowView<S> dx = scratch();
+    const RowView<S> dy = scratch();
+    const RowView<S> dcondition_part = workspace.matrix<S>(dembedding.rows(), dembedding.cols());
+    dout.eigen() = d.eigen();
+    block_backward(block, p, tape.masked.view(x.rows(), x.cols()), condition, d, dcondition, grads, tape, workspace, exec);
+    moxie::timestep_mask_backward<S>(x, y, d, dx, dy, exec);
+    subtract_product<S>(dout, y, dx, exec);
+    subtract_product<S>(dout, x, dy, exec);
+    switch_->backward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), dy, {d, dcondition_part},
+                      grads.block(block.gated, switch_->layout()), tape.gated, exec);
+    dembedding.eigen() += dcondition_part.eigen();
+    d.eigen() += dx.eigen();
+  }
+  moxie::Tokens<S> timed_sequences(RowView<const S> x, const Tape& tape) const {
+    moxie::Tokens<S> in(x, config_.tokens());
+    in.condition = tape.time_embedding.view(tape.batch, config_.dim);
+    return in;
+  }
+
+  /// Computes the prior loss, and leaves its gradient with the gates.
+  void add_prior_loss(const std::vector<S>& t, Tape& tape) const {
+    const Index experts = config_.switch_experts;
+    Matrix<S> scores(tape.batch, prior_.cols());
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      scores.middleCols(Index(i) * experts, experts) = tape.blocks[i].gated.router().scores().eigen();
+    }
+    std::vector<Index> timesteps;
+    for (const S time : t) {
+      timesteps.push_back(config_.timestep(double(time)));
+    }
+    const moxie::DiffusionPrior prior{.blocks = config_.depth, .mapping = prior_, .prior_of_unit = tape.prior_of_unit};
+    tape.prior_loss = config_.prior * moxie::diffusion_prior_loss<S>(scores, timesteps, prior);
+    Matrix<S> dscores = Matrix<S>::Zero(scores.rows(), scores.cols());
+    moxie::diffusion_prior_loss_backward<S>(scores, timesteps, prior, config_.prior, dscores);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      const Matrix<S> part = dscores.middleCols(Index(i) * experts, experts);
+      tape.blocks[i].gated.router().add_score_gradient(part);
+    }
   }
 
   /// d: gradient of the block's output in, of its input out. Adds to dcondition.
@@ -360,6 +521,8 @@ class Model {
   Linear<S> time2_;
   Index labels_;
   std::vector<Block> blocks_;
+  std::optional<moxie::TimestepMoE<S>> switch_;
+  Matrix<std::uint8_t> prior_;
   Linear<S> final_linear_;
   Linear<S> final_modulation_;
   Matrix<S> position_;

@@ -186,6 +186,15 @@ void add_gated_backward(RowView<const S> gate, RowView<const S> f, RowView<const
   });
 }
 
+/// out -= a ⊙ b.
+template <class S>
+void subtract_product(RowView<const S> a, RowView<const S> b, RowView<S> out, const Exec& exec) {
+  exec.parallel_ranges(out.rows(), 16, [&](Index begin, Index end) {
+    const auto part = [&](auto m) { return m.middle_rows(begin, end - begin).eigen().array(); };
+    part(out) -= part(a) * part(b);
+  });
+}
+
 /// The fixed position embedding of a g x g grid, (g², D): sines and cosines of the column index, then of the row index,
 /// frequencies 10000^(-i / (D/4)).
 template <class S>

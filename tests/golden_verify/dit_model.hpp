@@ -3,13 +3,15 @@
 
 #include <algorithm>
 #include <dit/rectified_flow.hpp>
+#include <dit/reference_names.hpp>
 
 #include "golden_case.hpp"
+#include "switchdit.hpp"
 
 namespace golden {
 
 /// What the metadata of a diffusion transformer says.
-inline dit::ModelConfig dit_config(const GoldenCase& golden) {
+inline dit::ModelConfig dit_config(const GoldenCase& golden, bool learn_sigma) {
   const dit::ModelConfig config{.image_size = golden.integer("input_size", 1, 4096),
                                 .channels = golden.integer("in_channels", 1, 4096),
                                 .patch = golden.integer("patch_size", 1, 4096),
@@ -17,8 +19,12 @@ inline dit::ModelConfig dit_config(const GoldenCase& golden) {
                                 .depth = golden.integer("depth", 1, 256),
                                 .heads = golden.integer("num_heads", 1, 4096),
                                 .classes = golden.integer("num_classes", 1, 1 << 20),
-                                .learn_sigma = golden.boolean("learn_sigma")};
+                                .learn_sigma = learn_sigma};
   config.validate();
+  return config;
+}
+inline dit::ModelConfig dit_config(const GoldenCase& golden) {
+  const dit::ModelConfig config = dit_config(golden, golden.boolean("learn_sigma"));
   if (golden.integer("out_channels") != config.out_channels()) {
     throw GoldenError("metadata 'out_channels' is " + golden.text("out_channels") + ", expected " +
                       std::to_string(config.out_channels()));
@@ -26,27 +32,30 @@ inline dit::ModelConfig dit_config(const GoldenCase& golden) {
   return config;
 }
 
-/// Parameters from a file's tensors of the same names.
+/// Parameters from a file's tensors, as the reference names and stores them.
 template <class Scalar>
 void read_parameters(GoldenCase& golden, const moxie::Layout& layout, moxie::Parameters<Scalar>& p) {
-  for (const auto& tensor : layout.tensors()) {
+  const std::vector<dit::FileTensor> tensors = dit::file_tensors(layout);
+  for (const dit::FileTensor& tensor : tensors) {
     golden.require("param/" + tensor.name, tensor.shape);
   }
-  for (const auto& tensor : layout.tensors()) {
-    auto to = p[tensor.name].eigen();
-    to = golden.matrix<Scalar>("param/" + tensor.name, to.rows(), to.cols());
+  for (const dit::FileTensor& tensor : tensors) {
+    const std::vector<Scalar> elements = golden.read<Scalar>("param/" + tensor.name);
+    dit::for_each_element(tensor, p.view(), [&](Index i, Scalar& to) { to = elements[std::size_t(i)]; });
   }
 }
 template <class Scalar>
 void compare_gradients(GoldenCase& golden, const moxie::Layout& layout, moxie::Parameters<Scalar>& grads) {
-  for (const auto& tensor : layout.tensors()) {
+  for (const dit::FileTensor& tensor : dit::file_tensors(layout)) {
     const std::string name = "grad/param/" + tensor.name;
     golden.require(name, tensor.shape);
+    std::vector<double> elements;
+    dit::for_each_element(tensor, grads.view(), [&](Index, Scalar of) { elements.push_back(double(of)); });
     if (tensor.name.ends_with("k_norm.bias")) {  // adds the same to all logits of a row, which softmax does not see
       const std::string weight = tensor.name.substr(0, tensor.name.size() - 4) + "weight";
-      golden.compare_cancelled(name, values(grads[tensor.name]), double(grads[weight].eigen().cwiseAbs().maxCoeff()));
+      golden.compare_cancelled(name, elements, double(grads[weight].eigen().cwiseAbs().maxCoeff()));
     } else {
-      golden.compare(name, values(grads[tensor.name]));
+      golden.compare(name, elements);
     }
   }
 }
@@ -62,7 +71,8 @@ struct DitRun {
   typename Model::Tape tape;
   Matrix<Scalar> x, dy, y;
 
-  DitRun(GoldenCase& golden, const Model& m)
+  /// `prior_of_unit` is Switch-DiT's recorded matching.
+  DitRun(GoldenCase& golden, const Model& m, std::vector<Index> prior_of_unit = {})
       : model(m), batch(golden.first_size("input/x")), p(m.layout()), tape(m.make_tape()) {
     const dit::ModelConfig& config = model.config();
     const Index size = config.image_size;
@@ -75,6 +85,7 @@ struct DitRun {
     read_parameters(golden, model.layout(), p);
     x = golden.matrix<Scalar>("input/x", batch, config.image_dim());
     dy = golden.matrix<Scalar>("input/dy", batch, config.output_dim());
+    tape.prior_of_unit = std::move(prior_of_unit);
     y = forward(golden, "input/", x);
   }
 
@@ -126,7 +137,7 @@ struct DitRun {
     golden.compare_total("loss/total", y, dy, tape.balance_loss());
   }
 
-  void compare_guided(GoldenCase& golden) {
+  void compare_guided(GoldenCase& golden, Index guided_channels = 3) {
     if (!golden.contains("cfg/output")) {
       return;
     }
@@ -143,7 +154,7 @@ struct DitRun {
     Matrix<Scalar> images = golden.matrix<Scalar>("cfg/x", n, config.image_dim());
     images.bottomRows(n / 2) = images.topRows(n / 2);
     Matrix<Scalar> out = forward(golden, "cfg/", images);
-    dit::guide<Scalar>(out, std::min(Index{3}, config.out_channels()) * size * size, golden.number("cfg_scale"));
+    dit::guide<Scalar>(out, std::min(guided_channels, config.out_channels()) * size * size, golden.number("cfg_scale"));
     golden.compare("cfg/output", values(out));
   }
 
@@ -213,6 +224,62 @@ void verify_ditmoe_model(GoldenCase& golden) {
   }
   golden.compare("loss/aux", {sum});
   run.compare_guided(golden);
+}
+
+/// Family `switchdit_model`: Switch-DiT, with the recorded one of the many matchings of least cost.
+template <class Scalar>
+void verify_switchdit_model(GoldenCase& golden) {
+  using Layer = dit::DenseFeedForward<Scalar>;
+  const std::vector<Index>& out = golden.shape("output/y");
+  dit::ModelConfig config = dit_config(golden, out.size() == 4 && out[1] == 2 * golden.integer("in_channels", 1, 4096));
+  config.switch_experts = golden.integer("num_experts", 1, 4096);
+  config.switch_top_k = golden.integer("top_k", 1, config.switch_experts);
+  config.timesteps = golden.integer("taskcount", 1, 1 << 16);
+  config.prior = golden.number("w_JSD");
+  if (golden.number("prior_alpha") != 4 || golden.number("prior_epsilon") != 1e-6) {
+    throw GoldenError("metadata 'prior_alpha' or 'prior_epsilon': only 4 and 1e-6 are known");
+  }
+  const Index units = config.depth * config.switch_experts;
+  GoldenCase::limit({config.timesteps, units});
+  const dit::Model<Layer> model(config,
+                                Layer({.model_dim = config.dim, .hidden_dim = golden.integer("mlp_hidden", 1, 1 << 20)}), "");
+  const Matrix<std::uint8_t> mapping =
+      prior_mapping(golden, config.timesteps, units, config.switch_top_k, config.switch_experts, 4);
+  golden.require("input/t", {golden.first_size("input/x")});
+  const std::vector<Index> timestep = read_indices(golden, "input/t", config.timesteps);
+  compare_active_mask(golden, mapping, timestep);
+  const std::vector<Index> pair = compare_matching(golden, "intermediate/probs_full_quantized", mapping);
+
+  DitRun<Scalar, Layer> run(golden, model, pair);
+  run.compare_outputs(golden);
+  Matrix<double> probs(run.batch, units);
+  for (std::size_t i = 0; i < run.tape.blocks.size(); ++i) {
+    const auto& block = run.tape.blocks[i];
+    const Index rows = run.batch * config.tokens();
+    const std::string name = "intermediate/blocks." + std::to_string(i) + ".mask";
+    golden.compare(name, values((block.gated_y.view(rows, config.dim).eigen().array() + Scalar(1)).matrix().eval()));
+    probs.middleCols(Index(i) * config.switch_experts, config.switch_experts) =
+        block.gated.router().scores().eigen().template cast<double>();
+  }
+  golden.compare("intermediate/probs", values(probs));
+  golden.compare("loss/aux", {run.tape.prior_loss});
+  const moxie::DiffusionPrior prior{.blocks = config.depth, .mapping = mapping, .prior_of_unit = pair};
+  std::vector<double> each;
+  for (Index b = 0; b < run.batch; ++b) {
+    each.push_back(
+        moxie::diffusion_prior_loss<double>(probs.middleRows(b, 1), std::span(timestep).subspan(std::size_t(b), 1), prior));
+  }
+  golden.compare("loss/jsd_per_sample", each);
+  run.compare_gradients(golden);
+  // The choices at all timesteps, and so the costs, are the recorded ones if our matching has the least cost.
+  model.match_prior(run.p, run.tape, moxie::Exec{2});
+  const Matrix<double> cost = golden.matrix<double>("routing/cost", units, units);
+  double ours = 0;
+  for (Index g = 0; g < units; ++g) {
+    ours += cost(g, run.tape.prior_of_unit[std::size_t(g)]);
+  }
+  golden.compare("routing/optimal_cost", {ours});
+  run.compare_guided(golden, config.channels);
 }
 
 /// Family `flash_attention_qknorm`: the attention of the large models, without a transformer around it.

@@ -150,54 +150,44 @@ void verify_switchdit_taskmoe(GoldenCase& golden) {
   golden.compare("grad/param/experts.b", values(db));
 }
 
-/// Family `switchdit_prior`: the mapping, the matching and the loss.
+/// The prior's mapping, compared with the recorded one.
+inline Matrix<std::uint8_t> prior_mapping(GoldenCase& golden, Index timesteps, Index units, Index top_k, Index experts,
+                                          double exponent) {
+  golden.require("output/unit_mapping", {timesteps, units});
+  const Matrix<std::uint8_t> mapping = moxie::unit_mapping(timesteps, units, double(top_k) / double(experts), exponent);
+  golden.compare("output/unit_mapping", values(mapping));
+  return mapping;
+}
+
+/// The mapping's rows at the timesteps of a batch.
+inline void compare_active_mask(GoldenCase& golden, const Matrix<std::uint8_t>& mapping, const std::vector<Index>& timestep) {
+  Matrix<std::uint8_t> active(Index(timestep.size()), mapping.cols());
+  for (Index i = 0; i < active.rows(); ++i) {
+    active.row(i) = mapping.row(timestep[std::size_t(i)]);
+  }
+  golden.require("output/active_mask", {active.rows(), active.cols()});
+  golden.compare("output/active_mask", values(active));
+}
+
+/// Compares the costs of the recorded choices; returns the recorded matching.
 ///
-/// Many matchings have the least cost, and the reference draws one: ours has to reach that cost, and the loss is computed with
-/// the recorded one. `rand_*_idx` are the reference's permutations of gate and prior units, in which `prior_idx` is the
-/// matching.
-template <class Scalar>
-void verify_switchdit_prior(GoldenCase& golden) {
-  const Index blocks = golden.integer("depth");
-  const Index experts = golden.integer("num_experts", 1, 4096);
-  const Index top_k = golden.integer("top_k", 1, experts);
-  const Index timesteps = golden.integer("taskcount");
-  const Index units = blocks * experts;
-  if (golden.integer("units") != units) {
-    throw GoldenError("metadata 'units' is not depth times num_experts");
-  }
-  const std::vector<Index>& shape = golden.shape("input/probs");
-  const Index batch = shape.empty() ? 0 : shape.front();
-  for (const char* name : {"input/probs", "output/active_mask", "grad/probs"}) {
-    golden.require(name, {batch, units});
-  }
-  for (const char* name : {"input/probs_full_quantized", "output/unit_mapping"}) {
-    golden.require(name, {timesteps, units});
-  }
+/// Many matchings have the least cost, and the reference draws one: ours has to reach that cost. `rand_*_idx` are the
+/// reference's permutations of gate and prior units, in which `prior_idx` is the matching.
+inline std::vector<Index> compare_matching(GoldenCase& golden, const std::string& choices,
+                                           const Matrix<std::uint8_t>& mapping) {
+  const Index units = mapping.cols();
+  golden.require(choices, {mapping.rows(), units});
   for (const char* name : {"routing/cost", "routing/cost_permuted"}) {
     golden.require(name, {units, units});
   }
   for (const char* name : {"routing/prior_for_gate", "routing/prior_idx", "routing/rand_gate_idx", "routing/rand_prior_idx"}) {
     golden.require(name, {units});
   }
-  golden.require("input/active_task", {batch});
-  golden.require("loss/jsd_per_sample", {batch});
-  golden.require("loss/aux", {});
   golden.require("routing/optimal_cost", {});
   GoldenCase::limit({units, units});
-
-  const Matrix<std::uint8_t> mapping =
-      moxie::unit_mapping(timesteps, units, double(top_k) / double(experts), golden.number("alpha"));
-  golden.compare("output/unit_mapping", values(mapping));
-  const std::vector<Index> timestep = read_indices(golden, "input/active_task", timesteps);
-  Matrix<std::uint8_t> active(batch, units);
-  for (Index i = 0; i < batch; ++i) {
-    active.row(i) = mapping.row(timestep[std::size_t(i)]);
-  }
-  golden.compare("output/active_mask", values(active));
-
-  const Matrix<double> quantized = golden.matrix<double>("input/probs_full_quantized", timesteps, units);
+  const Matrix<double> quantized = golden.matrix<double>(choices, mapping.rows(), units);
   if (!(quantized.array() == 0 || quantized.array() == 1).all()) {
-    throw GoldenError("input/probs_full_quantized is not 0 and 1");
+    throw GoldenError(choices + " is not 0 and 1");
   }
   const Matrix<std::uint8_t> chosen = quantized.cast<std::uint8_t>();
   const Matrix<double> cost = moxie::unit_costs(chosen, mapping);
@@ -226,6 +216,34 @@ void verify_switchdit_prior(GoldenCase& golden) {
   if (recorded != golden.read<double>("routing/optimal_cost").front()) {
     throw GoldenError("routing/prior_for_gate has another cost than routing/optimal_cost");
   }
+  return pair;
+}
+
+/// Family `switchdit_prior`: the mapping, the matching and the loss, this one with the recorded matching.
+template <class Scalar>
+void verify_switchdit_prior(GoldenCase& golden) {
+  const Index blocks = golden.integer("depth");
+  const Index experts = golden.integer("num_experts", 1, 4096);
+  const Index top_k = golden.integer("top_k", 1, experts);
+  const Index timesteps = golden.integer("taskcount");
+  const Index units = blocks * experts;
+  if (golden.integer("units") != units) {
+    throw GoldenError("metadata 'units' is not depth times num_experts");
+  }
+  const std::vector<Index>& shape = golden.shape("input/probs");
+  const Index batch = shape.empty() ? 0 : shape.front();
+  for (const char* name : {"input/probs", "output/active_mask", "grad/probs"}) {
+    golden.require(name, {batch, units});
+  }
+  golden.require("input/active_task", {batch});
+  golden.require("loss/jsd_per_sample", {batch});
+  golden.require("loss/aux", {});
+  GoldenCase::limit({timesteps, units});
+
+  const Matrix<std::uint8_t> mapping = prior_mapping(golden, timesteps, units, top_k, experts, golden.number("alpha"));
+  const std::vector<Index> timestep = read_indices(golden, "input/active_task", timesteps);
+  compare_active_mask(golden, mapping, timestep);
+  const std::vector<Index> pair = compare_matching(golden, "input/probs_full_quantized", mapping);
 
   const Matrix<Scalar> probs = golden.matrix<Scalar>("input/probs", batch, units);
   const moxie::DiffusionPrior prior{

@@ -18,6 +18,16 @@ constexpr double tolerance = 1e-6;
 
 const dit::ModelConfig small{.image_size = 6, .channels = 2, .patch = 2, .dim = 8, .depth = 2, .heads = 2, .classes = 3};
 
+// Switch-DiT with 10 timesteps, t in [0,1).
+dit::ModelConfig switched() {
+  dit::ModelConfig config = small;
+  config.switch_experts = 3;
+  config.timesteps = 10;
+  config.timestep_unit = 0.1;
+  config.prior = 0.7;
+  return config;
+}
+
 template <class Layer>
 dit::Model<Layer> shared_model() {
   using S = typename Layer::Scalar;
@@ -62,9 +72,11 @@ void check_model(const Model& model) {
   Parameters<double> grads = p.zeros_like();
   Step<double> s(model.config());
   auto tape = model.make_tape();
+  model.match_prior(p, tape, Exec{1});
   model.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
   model.backward(p, s.dv, grads, tape, Exec{1}, s.dx);
   auto moved = model.make_tape();
+  moved.prior_of_unit = tape.prior_of_unit;
   const auto loss = [&] {
     model.forward(p, s.x, s.t, s.labels, s.v, moved, Exec{1});
     for (std::size_t i = 0; i < tape.blocks.size(); ++i) {
@@ -72,6 +84,10 @@ void check_model(const Model& model) {
         if (!moxie::testing::detail::same_selection(tape.blocks[i].feed_forward.plan(), moved.blocks[i].feed_forward.plan())) {
           return std::nan("");
         }
+      }
+      if (model.config().switch_experts > 0 &&
+          !moxie::testing::detail::same_selection(tape.blocks[i].gated.plan(), moved.blocks[i].gated.plan())) {
+        return std::nan("");
       }
     }
     return (s.v.array() * s.dv.array()).sum() + moved.balance_loss();
@@ -84,7 +100,7 @@ void check_model(const Model& model) {
         const auto report = moxie::testing::check_gradient(loss, w, g, options, info.name);
         CHECK_MESSAGE(report.passes(tolerance), report.message());
         // Every part learns; an expert may be without tokens in so small a batch.
-        const bool of_expert = info.name.find("moe.experts.") != std::string::npos;
+        const bool of_expert = info.name.find(".experts.") != std::string::npos;
         CHECK_MESSAGE((of_expert || g.eigen().cwiseAbs().maxCoeff() > 0), info.name);
       },
       p, grads);
@@ -116,6 +132,59 @@ TEST_CASE("Model: the whole gradient agrees with finite differences, with a lear
   config.learn_sigma = true;
   CHECK(config.output_dim() == 2 * config.image_dim());
   check_model(dit::Model<Layer>(config, Layer({.model_dim = 8, .hidden_dim = 12}), ""));
+}
+
+TEST_CASE("Model: the whole gradient agrees with finite differences, Switch-DiT with its prior loss") {
+  using Layer = dit::DenseFeedForward<double>;
+  check_model(dit::Model<Layer>(switched(), Layer({.model_dim = 8, .hidden_dim = 12}), ""));
+}
+
+TEST_CASE("Model: Switch-DiT's experts start at zero and mask nothing, and its prior loss is part of the balance loss") {
+  using Layer = dit::DenseFeedForward<double>;
+  const Layer layer({.model_dim = 8, .hidden_dim = 12});
+  const dit::Model<Layer> with(switched(), layer, "");
+  const dit::Model<Layer> without(small, layer, "");
+  Parameters<double> p = awake<double>(with.layout());
+  for (const auto& tensor : with.layout().tensors()) {
+    if (tensor.name.find(".experts.") != std::string::npos) {
+      p[tensor.name].eigen().setZero();
+    }
+  }
+  Parameters<double> plain(without.layout());
+  for (const auto& tensor : without.layout().tensors()) {
+    plain[tensor.name].eigen() = p[tensor.name].eigen();
+  }
+  Step<double> s;
+  Step<double> expected;
+  auto tape = with.make_tape();
+  auto plain_tape = without.make_tape();
+  with.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
+  without.forward(plain, s.x, s.t, s.labels, expected.v, plain_tape, Exec{1});
+  CHECK(s.v == expected.v);
+  CHECK(tape.balance_loss() == 0);
+  with.match_prior(p, tape, Exec{1});
+  with.forward(p, s.x, s.t, s.labels, s.v, tape, Exec{1});
+  CHECK(tape.balance_loss() == tape.prior_loss);
+  CHECK(tape.prior_loss > 0.0);
+  CHECK(tape.prior_loss < 0.5 * std::log(2.0));
+
+  with.initialize(p, Rng(1));
+  for (const auto& tensor : with.layout().tensors()) {
+    const bool zero = tensor.name.find("routers.") == 0 && !tensor.name.ends_with("gate.weight");
+    CHECK_MESSAGE((zero == p[tensor.name].eigen().isZero() || tensor.name.find("routers.") != 0), tensor.name);
+  }
+}
+
+TEST_CASE("ModelConfig: the timestep of a time") {
+  dit::ModelConfig ddpm;
+  CHECK(ddpm.timestep(0) == 0);
+  CHECK(ddpm.timestep(999) == 999);
+  CHECK(ddpm.timestep(5000) == 999);
+  dit::ModelConfig flow{.timesteps = 1000, .timestep_unit = 1e-3};
+  for (Index i = 0; i < 1000; ++i) {
+    REQUIRE(flow.timestep(double(float(double(i) * 1e-3))) == i);
+  }
+  CHECK(flow.timestep(1) == 999);
 }
 
 TEST_CASE("Model: the same bits with 1, 2 and 7 threads, forward and backward") {
@@ -194,7 +263,8 @@ TEST_CASE("Model: refuses other shapes, labels that are no class, and configurat
   CHECK((s.v.array() == 7).all());
   for (const dit::ModelConfig& bad :
        {dit::ModelConfig{.image_size = 7, .patch = 2}, dit::ModelConfig{.dim = 10}, dit::ModelConfig{.dim = 12, .heads = 5},
-        dit::ModelConfig{.depth = 0}, dit::ModelConfig{.patch = 0}, dit::ModelConfig{.classes = 0}}) {
+        dit::ModelConfig{.depth = 0}, dit::ModelConfig{.switch_experts = 2, .switch_top_k = 3}, dit::ModelConfig{.patch = 0},
+        dit::ModelConfig{.classes = 0}}) {
     CHECK_THROWS_AS(bad.validate(), moxie::ValueError);
   }
 }
