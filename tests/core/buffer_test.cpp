@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <allocations.hpp>
+#include <cmath>
+#include <core/resident_memory.hpp>
 #include <moxie/core/buffer.hpp>
 #include <numeric>
+#include <vector>
 
 namespace {
 
@@ -107,6 +109,44 @@ TEST_CASE("buffer: a large one starts at a large page, zero as any other") {
   buffer[buffer.size() - 1] = 7;
   const Buffer<double> copy = buffer;
   CHECK(copy[copy.size() - 1] == 7);
+}
+
+TEST_CASE("buffer: a copy has every byte, whatever lies between zeros") {
+  for (const Index n : {1, 4095, 4096, 4097, 20000}) {
+    for (const Index place : {Index{0}, n / 2, n - 1}) {
+      Buffer<char> buffer(n);
+      buffer[place] = 3;
+      const Buffer<char> copy = buffer;
+      CHECK(std::equal(copy.begin(), copy.end(), buffer.begin(), buffer.end()));
+    }
+  }
+  Buffer<double> buffer(3);
+  buffer[1] = -0.0;
+  CHECK(std::signbit(Buffer<double>(buffer)[1]));
+}
+
+TEST_CASE("buffer: memory that nobody has touched costs nothing, nor do copies of it") {
+  constexpr Index n = 64 << 20;
+  const auto before = moxie::test::resident_kib();
+  Buffer<char> buffer(n);
+  buffer[n - 1] = 3;
+  const Buffer<char> copy = buffer;
+  CHECK(copy[n - 1] == 3);
+  CHECK(moxie::test::resident_kib() - before < 16 << 10);
+}
+
+TEST_CASE("buffer: large blocks give their memory back") {
+  constexpr Index n = 5 << 20;
+  const auto before = moxie::test::resident_kib();
+  std::vector<Buffer<char>> kept;  // between the others, so that the heap cannot shrink
+  for (int round = 0; round < 2; ++round) {
+    std::vector<Buffer<char>> buffers;
+    for (int i = 0; i < 16; ++i) {
+      buffers.emplace_back().assign(n, 3);
+      kept.emplace_back(1000);
+    }
+  }
+  CHECK(moxie::test::resident_kib() - before < 32 << 10);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <allocations.hpp>
+#include <core/resident_memory.hpp>
 #include <cstdint>
 #include <moxie/core/workspace.hpp>
 
@@ -111,6 +111,25 @@ TEST_CASE("workspace: spread rows are an odd number of cache lines apart") {
   CHECK(m.cols() == 16);
   CHECK(m.stride() == 24);
   CHECK(apart(m, workspace.spread<double>(2, 3)));
+}
+
+TEST_CASE("workspace: what a first step takes goes with its frames, and what the outer ones hold stays") {
+  Workspace workspace;
+  const auto before = moxie::test::resident_kib();
+  const Workspace::Frame outer(workspace);
+  const RowView<double> first = workspace.matrix<double>(3, 3);
+  const RowView<double> piece = workspace.matrix<double>(5, 5);
+  first.eigen().setConstant(1);
+  piece.eigen().setConstant(2);
+  for (int i = 0; i < 32; ++i) {
+    const Workspace::Frame inner(workspace);
+    const RowView<double> large = workspace.matrix<double>(1 << 10, 1 << 10);
+    large.eigen().setConstant(3);
+    CHECK(apart(large, piece));
+  }
+  CHECK(moxie::test::resident_kib() - before < 64 << 10);
+  CHECK((first.eigen().array() == 1).all());
+  CHECK((piece.eigen().array() == 2).all());
 }
 
 }  // namespace

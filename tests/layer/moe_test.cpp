@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <allocations.hpp>
+#include <core/resident_memory.hpp>
 #include <moxie/moxie.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <support.hpp>
@@ -335,6 +335,79 @@ TEST_CASE("layer: parameters in a block elsewhere give the same bits as its own"
   CHECK(moxie::test::same_bits(y, y2));
   CHECK(moxie::test::same_bits(dx, dx2));
   CHECK((grads.flat() == grads2.flat()).all());
+}
+
+TEST_CASE("layer: its own block costs nothing before it is used, nor do copies") {
+  const auto before = moxie::test::resident_kib();
+  const moxie::TopKMoE<float> layer({.model_dim = 512, .experts = 16, .top_k = 2, .expert = {.hidden_dim = 1024}});  // 100 MB
+  const moxie::TopKMoE<float> copy = layer;
+  CHECK(copy.parameters().view()[Index(layer.layout().tensors().size()) - 1](0, 0) == 0);
+  CHECK(moxie::test::resident_kib() - before < 32 << 10);
+}
+
+TEST_CASE("layer: layers may share a workspace that is in use, and give the same bits without scratch of their own") {
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 107);
+  const Matrix<float> condition = moxie::test::random<float>(3, model_dim, 108);
+  std::vector<std::uint8_t> mask(std::size_t(tokens), 1);
+  mask[2] = mask[7] = 0;
+  const auto check = [&](auto layer, moxie::Keep keep, bool masked) {
+    moxie::test::randomize(layer.parameters(), 109);
+    const moxie::Parameters<float> block = layer.parameters();
+    Tokens<float> in(x, 4);
+    in.condition = condition;
+    in.mask = masked ? std::span<const std::uint8_t>(mask) : std::span<const std::uint8_t>();
+    Tokens<float> next = in;
+    // Forward and backward of two layers, one after the other; `scratch` is a workspace or nothing. Returns the allocations.
+    const auto run = [&](auto& first, auto& second, RowView<float> y, RowView<float> y2, RowView<float> dy, RowView<float> dx,
+                         moxie::Parameters<float>& grads, auto&... scratch) {
+      next.x = y;
+      const std::size_t before = moxie::test::allocation_count;
+      layer.forward(block, in, y, first, scratch..., one_thread);
+      layer.forward(block, next, y2, second, scratch..., one_thread);
+      layer.backward(block, next, y2, dy, grads, second, scratch..., one_thread);
+      layer.backward(block, in, dy, dx, grads, first, scratch..., one_thread);
+      return moxie::test::allocation_count - before;
+    };
+    auto first = layer.make_tape(0, keep);
+    auto second = layer.make_tape(0, keep);
+    Matrix<float> y(tokens, model_dim), y2 = y, dy = y, dx = y;
+    moxie::Workspace workspace;
+    for (int step = 0; step < 3; ++step) {
+      const moxie::Workspace::Frame frame(workspace);
+      const auto matrix = [&] { return workspace.matrix<float>(tokens, model_dim); };
+      const RowView<float> z2 = matrix();
+      const RowView<float> dz = matrix();
+      auto grads = block.zeros_like();
+      auto shared_grads = block.zeros_like();
+      const std::size_t allocations = run(first, second, matrix(), z2, matrix(), dz, shared_grads, workspace);
+      CHECK((step == 0 || allocations == 0));
+      auto own = layer.make_tape(0, keep);
+      auto own2 = layer.make_tape(0, keep);
+      run(own, own2, y, y2, dy, dx, grads);
+      CHECK(moxie::test::same_bits<float>(z2.eigen(), y2));
+      CHECK(moxie::test::same_bits<float>(dz.eigen(), dx));
+      CHECK((grads.flat() == shared_grads.flat()).all());
+    }
+    // The tapes' own scratch has not come into being.
+    auto grads = block.zeros_like();
+    CHECK(run(first, second, y, y2, dy, dx, grads) > 0);
+    CHECK(run(first, second, y, y2, dy, dx, grads) == 0);
+  };
+  for (const moxie::Keep keep : {moxie::Keep::activations, moxie::Keep::inputs}) {
+    for (const bool masked : {false, true}) {
+      check(moxie::SharedExpertMoE<float>({.model_dim = model_dim,
+                                           .experts = 4,
+                                           .top_k = 2,
+                                           .expert = {.hidden_dim = 6},
+                                           .shared = {.hidden_dim = 3},
+                                           .balance = {.expert_level = 1}}),
+            keep, masked);
+      check(moxie::TimestepMoE<float>({.model_dim = model_dim, .condition_dim = model_dim, .experts = 3, .top_k = 2}), keep,
+            masked);
+      check(moxie::SoftMoE<float>({.model_dim = model_dim, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 6}}),
+            keep, masked);
+    }
+  }
 }
 
 TEST_CASE("layer: rows may lie apart, and what is between them stays as it is") {

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <moxie/core/matrix.hpp>
 #include <new>
@@ -32,6 +34,29 @@ inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std
 #endif
 }
 
+/// Gives memory back to the system before a large block is freed: an allocator may keep it (glibc keeps blocks of up to 32 MiB
+/// once it has freed one of their size). `data` starts at a large page; the last part of one stays, for others may share it.
+inline void give_back([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#if defined(MADV_DONTNEED)
+  if (bytes >= large_page) {
+    static_cast<void>(madvise(data, bytes / large_page * large_page, MADV_DONTNEED));
+  }
+#endif
+}
+
+/// Copies bytes into memory that is all zeros. Where the source has zeros nothing is written: pages that nobody has touched
+/// cost nothing, and neither do their copies.
+inline void copy_to_zeros(const void* from, void* to, std::size_t bytes) {
+  static constexpr std::array<std::byte, 4096> zeros{};
+  for (std::size_t i = 0; i < bytes; i += zeros.size()) {
+    const std::byte* part = static_cast<const std::byte*>(from) + i;
+    const std::size_t size = std::min(bytes - i, zeros.size());
+    if (std::memcmp(part, zeros.data(), size) != 0) {
+      std::memcpy(static_cast<std::byte*>(to) + i, part, size);
+    }
+  }
+}
+
 /// A distance between rows of `cols` elements for matrices that products read: whole cache lines, an odd number of them, so
 /// that the rows of a tile do not share sets of a cache.
 template <class T>
@@ -42,8 +67,9 @@ constexpr Index spread_stride(Index cols) {
 
 }  // namespace detail
 
-/// Aligned memory for `size()` trivially copyable elements, zero when it is new. `resize` keeps the capacity, and does not keep
-/// or clear the contents: buffers that a step fills anew are allocated by the first step alone.
+/// Aligned memory for `size()` trivially copyable elements, zero when it is new. A large block that nobody has written to takes
+/// no memory, and neither does a copy. `resize` keeps the capacity, and does not keep or clear the contents: buffers that a
+/// step fills anew are allocated by the first step alone.
 template <class T>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -51,7 +77,9 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(Index size) { resize(size); }
-  Buffer(const Buffer& other) : Buffer(other.size_) { std::copy_n(other.data_, size_, data_); }
+  Buffer(const Buffer& other) : Buffer(other.size_) {
+    detail::copy_to_zeros(other.data_, data_, std::size_t(size_) * sizeof(T));
+  }
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer other) noexcept {
     swap(other);
@@ -134,6 +162,7 @@ class Buffer {
   }
 
   void release() {
+    detail::give_back(data_, static_cast<std::size_t>(capacity_) * sizeof(T));
     std::free(block_);
     block_ = nullptr;
     data_ = nullptr;

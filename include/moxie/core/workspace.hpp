@@ -9,8 +9,9 @@ namespace moxie {
 
 /// Scratch that anyone may throw away: a stack of aligned blocks.
 ///
-/// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates; when its last frame
-/// closes, the pieces become one block of the size that was needed, so later steps allocate nothing.
+/// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates in pieces, which go
+/// with their frames; when the last frame closes, one block of the size that was needed takes their place, so later steps
+/// allocate nothing.
 class Workspace {
  public:
   Workspace() = default;
@@ -22,14 +23,15 @@ class Workspace {
 
   class Frame {
    public:
-    explicit Frame(Workspace& workspace) : workspace_(workspace), used_(workspace.used_) {}
+    explicit Frame(Workspace& workspace) : workspace_(workspace), used_(workspace.used_), blocks_(workspace.blocks_.size()) {}
     Frame(const Frame&) = delete;
     Frame& operator=(const Frame&) = delete;
-    ~Frame() { workspace_.close(used_); }
+    ~Frame() { workspace_.close(used_, blocks_); }
 
    private:
     Workspace& workspace_;
     Index used_;
+    std::size_t blocks_;
   };
 
   /// `rows` x `cols` uninitialised elements, valid until the enclosing frame closes.
@@ -57,13 +59,14 @@ class Workspace {
       blocks_.emplace_back(used_);
       return blocks_.front().data() + start;
     }
-    blocks_.emplace_back(std::max(bytes, Index{1}));  // an overflow piece; merged when the stack is next empty
+    blocks_.emplace_back(std::max(bytes, Index{1}));  // an overflow piece
     return blocks_.back().data();
   }
 
-  void close(Index used) noexcept {
+  void close(Index used, std::size_t blocks) noexcept {
     used_ = used;
-    if (used_ == 0 && blocks_.size() > 1) {
+    blocks_.resize(std::min(blocks_.size(), std::max(blocks, std::size_t{1})));
+    if (used_ == 0 && !blocks_.empty() && blocks_.front().size() < peak_) {
       blocks_.clear();
       try {
         blocks_.emplace_back(peak_);

@@ -69,7 +69,8 @@ void forward_bank(const B& bank, const Frozen<B>& frozen, Arguments&&... argumen
 ///
 /// `shared` is an optional second bank of one expert that every token passes, not gated (DeepSeekMoE eq. 9, DiT-MoE). Whatever
 /// the router and the bank are, the layer owns one block of parameters (router, experts, shared experts, in this order). The
-/// overloads that take a block use that one instead, so that a whole model can live in one.
+/// overloads that take a block use that one instead, so that a whole model can live in one; the layer's own then stays as it
+/// was made, zeros that take no memory.
 ///
 /// `forward` and `backward` are const: threads may share a layer, each with a tape of its own. The same bits for any number of
 /// threads. A step allocates nothing that an earlier one of as many tokens, unmasked tokens and assigned rows has (the kernels
@@ -123,9 +124,9 @@ class Moe {
     Buffer<Scalar> unmasked_x_;
     Buffer<Scalar> unmasked_noise_;
     Buffer<std::int64_t> unmasked_ids_;
-    // Scratch of backward: anyone may throw it away.
+    // Scratch: anyone may throw it away.
     mutable typename Plan::Gradient dplan_;
-    mutable Workspace workspace_;
+    mutable Workspace workspace_;  // stays empty where the caller has one
   };
 
   /// The layer for inference: the router's parameters, and weights in the form that the kernels read. It refers to no block, so
@@ -189,7 +190,8 @@ class Moe {
   /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds R(D + kept_width) numbers, T·kept_width more for a shared expert,
   /// RD more for the slots of a dense plan; with Keep::inputs and Keep::nothing none of these. What the router keeps comes on
   /// top, and scratch, which stays on the tape for the next step: with Keep::inputs a backward's scratch has room for all of
-  /// the above.
+  /// the above. A backward's scratch of top-k has about T·K(2D + 3H) numbers; a model of many layers passes one workspace to
+  /// all.
   Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
     Tape tape;
     tape.keep_ = keep;
@@ -220,9 +222,15 @@ class Moe {
   /// The same over a block of parameters that lives elsewhere (one block for a whole model).
   void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
                const Exec& exec = {}) const {
+    forward(p, in, y, tape, tape.workspace_, exec);
+  }
+  /// The same with scratch that lives elsewhere: one workspace for all layers of a model, in place of one on each tape. It may
+  /// have open frames, and what they hold may be arguments. Calls that run at the same time need one each.
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
+               const Exec& exec = {}) const {
     expect_layout(forward_name_, p);
     detail::expect_value(!detail::overlaps(block_of(p), y), forward_name_, "y overlaps the parameters");
-    run_checked(p, in, y, tape, exec);
+    run_checked(p, in, y, tape, workspace, exec);
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
     tape.condition_dim_ = in.condition.cols();
@@ -247,11 +255,16 @@ class Moe {
   /// plan, and nothing for a backward.
   void forward(const Frozen& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
     detail::expect_value(frozen.layer_ == layout_, forward_name_, "the weights were not frozen by this layer");
-    run_checked(frozen, in, y, tape, exec);
+    run_checked(frozen, in, y, tape, tape.workspace_, exec);
   }
 
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
                 const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, const Exec& exec = {}) const {
+    backward(p, in, dy, din, grads, tape, tape.workspace_, exec);
+  }
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, Workspace& workspace,
+                const Exec& exec = {}) const {
     const std::string& where = backward_name_;
     detail::expect_tokens(where, in, model_dim());
     detail::expect_shape(where, "dy", dy, in.count(), model_dim());
@@ -277,25 +290,25 @@ class Moe {
       din.condition.eigen().setZero();
     }
     if (!tape.masked_) {
-      run_backward(p, in, dy, din, grads, tape, exec);
+      run_backward(p, in, dy, din, grads, tape, workspace, exec);
       return;
     }
     const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
-    Workspace& workspace = tape.workspace_;
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> dy_part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
     const RowView<Scalar> dx_part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
     for (Index i = 0; i < unmasked.count(); ++i) {
       std::copy_n(dy.row(tape.unmasked_[i]), model_dim(), dy_part.row(i));
     }
-    run_backward(p, unmasked, dy_part, {dx_part, din.condition}, grads, tape, exec);
+    run_backward(p, unmasked, dy_part, {dx_part, din.condition}, grads, tape, workspace, exec);
     scatter(dx_part, din.x, tape);
   }
 
  private:
   /// Checks all but the weights, and runs; after a failure and afterwards the tape has no forward.
   template <class Weights>
-  void run_checked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
+  void run_checked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
+                   const Exec& exec) const {
     const std::string& where = forward_name_;
     detail::expect_tokens(where, in, model_dim());
     detail::expect_shape(where, "y", y, in.count(), model_dim());
@@ -305,7 +318,7 @@ class Moe {
 
     tape.layer_.reset();
     try {
-      run_unmasked(weights, in, y, tape, exec);
+      run_unmasked(weights, in, y, tape, workspace, exec);
     } catch (...) {  // a tape without a forward, not one with parts of two
       tape.masked_ = false;
       tape.plan_ = {};
@@ -316,25 +329,26 @@ class Moe {
 
   /// Leaves masked tokens out and runs the rest.
   template <class Weights>
-  void run_unmasked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
+  void run_unmasked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
+                    const Exec& exec) const {
     tape.masked_ = !in.mask.empty();
     if (tape.masked_) {
       leave_out_masked(in, tape);
       const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
-      Workspace& workspace = tape.workspace_;
       const Workspace::Frame frame(workspace);
       const RowView<Scalar> part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
-      run(weights, unmasked, part, tape, exec);
+      run(weights, unmasked, part, tape, workspace, exec);
       scatter(part, y, tape);
     } else {
-      run(weights, in, y, tape, exec);
+      run(weights, in, y, tape, workspace, exec);
     }
   }
 
   /// The three steps, over tokens that are not masked; the arguments have been checked.
   template <class Weights>
-  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
-    router_.route(router_part(weights), in, tape.plan_, tape.router_, tape.workspace_, exec);
+  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
+           const Exec& exec) const {
+    router_.route(router_part(weights), in, tape.plan_, tape.router_, workspace, exec);
     if (tape.plan_.tokens() != in.count() || tape.plan_.experts() != experts_.experts()) {
       throw ValueError(forward_name_ + ": the router planned " + std::to_string(tape.plan_.tokens()) + " tokens and " +
                        std::to_string(tape.plan_.experts()) + " experts, expected " + std::to_string(in.count()) + " and " +
@@ -343,15 +357,15 @@ class Moe {
     tape.shared_starts_.resize(2);
     tape.shared_starts_[0] = 0;
     tape.shared_starts_[1] = in.count();
-    const Workspace::Frame frame(tape.workspace_);
+    const Workspace::Frame frame(workspace);
     if (tape.keep_ == Keep::activations && !std::is_same_v<Weights, Frozen>) {
       const Index rows = tape.plan_.rows();
       run_experts(weights, in, y,
                   {tape.slots_.matrix(slot_rows(tape), model_dim()), tape.h_.matrix(rows, model_dim()),
                    tape.experts_.spread(rows, experts_.kept_width()), tape.shared_.spread(shared_rows(in), shared_width())},
-                  tape, exec);
+                  tape, workspace, exec);
     } else {
-      run_experts(weights, in, y, scratch(in, tape, false), tape, exec);
+      run_experts(weights, in, y, scratch(in, tape, workspace, false), tape, workspace, exec);
     }
   }
 
@@ -365,12 +379,9 @@ class Moe {
   };
 
   /// Room that ends with the caller's frame; for the banks none, where no backward follows.
-  Activations<Scalar> scratch(const Tokens<Scalar>& in, const Tape& tape, bool keep) const {
-    const auto room = [&](Index rows, Index width) {
-      return keep ? tape.workspace_.template spread<Scalar>(rows, width) : RowView<Scalar>();
-    };
-    return {tape.workspace_.template matrix<Scalar>(slot_rows(tape), model_dim()),
-            tape.workspace_.template matrix<Scalar>(tape.plan_.rows(), model_dim()),
+  Activations<Scalar> scratch(const Tokens<Scalar>& in, const Tape& tape, Workspace& workspace, bool keep) const {
+    const auto room = [&](Index rows, Index width) { return keep ? workspace.spread<Scalar>(rows, width) : RowView<Scalar>(); };
+    return {workspace.matrix<Scalar>(slot_rows(tape), model_dim()), workspace.matrix<Scalar>(tape.plan_.rows(), model_dim()),
             room(tape.plan_.rows(), experts_.kept_width()), room(shared_rows(in), shared_width())};
   }
   static Index slot_rows(const Tape& tape) { return gathers ? 0 : tape.plan_.rows(); }
@@ -380,11 +391,11 @@ class Moe {
   /// y (T,D) = C f(A x) + shared(x).
   template <class Weights>
   void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Activations<Scalar>& into,
-                   const Tape& tape, const Exec& exec) const {
+                   const Tape& tape, Workspace& workspace, const Exec& exec) const {
     const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slots, exec);
-    detail::forward_bank(experts_, experts_part(weights), rows, into.h, into.experts, tape.workspace_, exec);
+    detail::forward_bank(experts_, experts_part(weights), rows, into.h, into.experts, workspace, exec);
     if (shared_) {
-      detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, into.shared, tape.workspace_, exec);
+      detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, into.shared, workspace, exec);
     } else {
       y.eigen().setZero();
     }
@@ -392,8 +403,8 @@ class Moe {
   }
 
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                    const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, const Exec& exec) const {
-    Workspace& workspace = tape.workspace_;
+                    const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, Workspace& workspace,
+                    const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     if (tape.keep_ == Keep::activations) {
       const Index rows = tape.plan_.rows();
@@ -401,17 +412,16 @@ class Moe {
           p, in, dy, din, grads,
           {tape.slots_.view(slot_rows(tape), model_dim()), tape.h_.view(rows, model_dim()),
            tape.experts_.spread_view(rows, experts_.kept_width()), tape.shared_.spread_view(shared_rows(in), shared_width())},
-          tape, exec);
+          tape, workspace, exec);
     } else {
-      const Activations<Scalar> again = scratch(in, tape, true);
-      run_experts(p, in, din.x, again, tape, exec);  // dx is written anyway
-      run_backward(p, in, dy, din, grads, {again.slots, again.h, again.experts, again.shared}, tape, exec);
+      const Activations<Scalar> again = scratch(in, tape, workspace, true);
+      run_experts(p, in, din.x, again, tape, workspace, exec);  // dx is written anyway
+      run_backward(p, in, dy, din, grads, {again.slots, again.h, again.experts, again.shared}, tape, workspace, exec);
     }
   }
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
                     const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Activations<const Scalar>& kept,
-                    const Tape& tape, const Exec& exec) const {
-    Workspace& workspace = tape.workspace_;
+                    const Tape& tape, Workspace& workspace, const Exec& exec) const {
     const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slots);
     const RowView<Scalar> dh = workspace.spread<Scalar>(rows.count(), model_dim());
     const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
