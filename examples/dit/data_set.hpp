@@ -8,14 +8,17 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <initializer_list>
 #include <memory>
 #include <moxie/core/exec.hpp>
 #include <moxie/core/matrix.hpp>
 #include <moxie/core/random.hpp>
+#include <moxie/io/safetensors.hpp>
+#include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <system_error>
-#include <utility>
 #include <vector>
 
 /// Images with a class each: what the diffusion transformer learns to draw.
@@ -29,23 +32,45 @@ struct DataSet {
   Index height = 0;
   Index width = 0;
   std::vector<std::string> class_names;
-  Matrix<float> images;              ///< (count, C·H·W) in [-1, 1]: a row is an image, channel after channel, row after row
+  Matrix<float> images;  ///< (count, C·H·W): a row is an image, channel after channel, row after row; in [-1, 1] but for the
+                         ///< floats of a safetensors file, which are what they are
   std::vector<std::int64_t> labels;  ///< (count), in [0, number of class names)
-  std::string origin;                ///< one line that says where the images are from
+  std::string origin;                ///< one line that says what the images are, and where they are from
 
   Index count() const { return images.rows(); }
 };
 
 namespace detail {
 
+/// A byte p becomes p / 127.5 - 1.
+inline float pixel_of(std::uint8_t p) { return static_cast<float>(p) / 127.5F - 1.0F; }
+
+inline std::string sizes_text(const DataSet& set) {
+  return "(channels " + std::to_string(set.channels) + ", height " + std::to_string(set.height) + ", width " +
+         std::to_string(set.width) + ", classes " + std::to_string(set.class_names.size()) + ")";
+}
+inline std::string origin_of(const DataSet& set, const std::filesystem::path& path) {
+  return std::to_string(set.count()) + " images " + sizes_text(set) + " from " + path.string();
+}
+
+/// "0", "1", ... up to the largest label.
+inline std::vector<std::string> label_numbers(const std::vector<std::int64_t>& labels) {
+  std::vector<std::string> names(static_cast<std::size_t>(*std::max_element(labels.begin(), labels.end()) + 1));
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    names[i] = std::to_string(i);
+  }
+  return names;
+}
+
 struct IdxFile {
   std::vector<std::size_t> dimensions;
-  std::vector<unsigned char> bytes;  ///< as many as the product of the dimensions
+  std::vector<std::uint8_t> bytes;  ///< as many as the product of the dimensions
 };
 
-/// Reads an IDX file of bytes: the numbers 0, 0, 8 (type: byte) and `rank` as one byte each, `rank` dimensions as big-endian
-/// 32-bit integers, then the elements. Memory grows with what the file really holds, never with what its header claims.
-inline IdxFile read_idx_file(const std::filesystem::path& path, std::size_t rank) {
+/// Reads an IDX file of bytes: the numbers 0, 0, 8 (type: byte) and their rank as one byte each, as many dimensions as
+/// big-endian 32-bit integers, then the elements. Memory grows with what the file really holds, never with what its header
+/// claims.
+inline IdxFile read_idx_file(const std::filesystem::path& path, std::initializer_list<std::size_t> ranks) {
   const auto fail = [&](const std::string& what) -> void { throw std::runtime_error(path.string() + ": " + what); };
 
   errno = 0;
@@ -57,7 +82,7 @@ inline IdxFile read_idx_file(const std::filesystem::path& path, std::size_t rank
   // Up to `count` bytes; fewer at the end of the file.
   const auto read = [&](std::size_t count) {
     constexpr std::size_t chunk = std::size_t{1} << 20U;
-    std::vector<unsigned char> bytes;
+    std::vector<std::uint8_t> bytes;
     while (bytes.size() < count) {
       const std::size_t start = bytes.size();
       const std::size_t wanted = std::min(chunk, count - start);
@@ -76,26 +101,32 @@ inline IdxFile read_idx_file(const std::filesystem::path& path, std::size_t rank
     return bytes;
   };
 
-  const std::vector<unsigned char> header = read(4 + 4 * rank);
-  if (header.size() < 4 || header[0] != 0 || header[1] != 0) {
+  const std::vector<std::uint8_t> magic = read(4);
+  if (magic.size() < 4 || magic[0] != 0 || magic[1] != 0) {
     fail("is not an IDX file (it should start with two zero bytes)");
   }
-  if (header[2] != 8) {
-    fail("holds IDX elements of type " + std::to_string(header[2]) + ", expected 8 (bytes)");
+  if (magic[2] != 8) {
+    fail("holds IDX elements of type " + std::to_string(magic[2]) + ", expected 8 (bytes)");
   }
-  if (header[3] != rank) {
-    fail("has " + std::to_string(header[3]) + " dimensions, expected " + std::to_string(rank));
+  const std::size_t rank = magic[3];
+  if (std::find(ranks.begin(), ranks.end(), rank) == ranks.end()) {
+    std::string expected;
+    for (const std::size_t r : ranks) {
+      expected += (expected.empty() ? "" : " or ") + std::to_string(r);
+    }
+    fail("has " + std::to_string(rank) + " dimensions, expected " + expected);
   }
-  if (header.size() < 4 + 4 * rank) {
+  const std::vector<std::uint8_t> header = read(4 * rank);
+  if (header.size() < 4 * rank) {
     fail("ends in the middle of its header");
   }
 
   IdxFile result;
   std::size_t size = 1;
   for (std::size_t i = 0; i < rank; ++i) {
-    const unsigned char* b = &header[4 + 4 * i];
+    const std::uint8_t* b = &header[4 * i];
     const std::size_t n = std::size_t{b[0]} << 24U | std::size_t{b[1]} << 16U | std::size_t{b[2]} << 8U | std::size_t{b[3]};
-    constexpr std::size_t largest_side = 1024;  // so the product fits in 32 + 10 + 10 bits
+    constexpr std::size_t largest_side = 1024;  // so the product fits in 32 + 3 · 10 bits
     if (n == 0 || (i > 0 && n > largest_side)) {
       fail("has a dimension of " + std::to_string(n) + (n == 0 ? "" : ", expected at most " + std::to_string(largest_side)));
     }
@@ -116,61 +147,133 @@ inline IdxFile read_idx_file(const std::filesystem::path& path, std::size_t rank
 
 }  // namespace detail
 
-/// Reads gray images (count, H, W) and their labels (count) from a pair of IDX files, compressed with gzip or plain. A byte p
-/// becomes p / 127.5 - 1.
+/// Reads images (count, H, W) or (count, C, H, W) and their labels (count) from a pair of IDX files of bytes, compressed with
+/// gzip or plain. Classes are called by their numbers, except those of Fashion-MNIST, which is known by its labels.
 ///
-/// Throws std::runtime_error that names the file, if one is missing, damaged, too short or too long, if the counts differ, or
-/// if a label has no class name.
-inline DataSet read_idx(const std::filesystem::path& images_path, const std::filesystem::path& labels_path,
-                        std::vector<std::string> class_names) {
-  const detail::IdxFile labels = detail::read_idx_file(labels_path, 1);
-  const detail::IdxFile images = detail::read_idx_file(images_path, 3);
+/// Throws std::runtime_error that names the file, if one is missing, damaged, too short or too long, or if the counts differ.
+inline DataSet read_idx(const std::filesystem::path& images_path, const std::filesystem::path& labels_path) {
+  const detail::IdxFile images = detail::read_idx_file(images_path, {3, 4});
+  const detail::IdxFile labels = detail::read_idx_file(labels_path, {1});
   if (labels.dimensions[0] != images.dimensions[0]) {
     throw std::runtime_error(labels_path.string() + ": has " + std::to_string(labels.dimensions[0]) + " labels for the " +
                              std::to_string(images.dimensions[0]) + " images of " + images_path.string());
   }
-  for (std::size_t i = 0; i < labels.bytes.size(); ++i) {
-    if (labels.bytes[i] >= class_names.size()) {
-      throw std::runtime_error(labels_path.string() + ": label " + std::to_string(i) + " is " +
-                               std::to_string(labels.bytes[i]) + ", expected less than " + std::to_string(class_names.size()));
-    }
-  }
 
   DataSet set;
-  set.channels = 1;
-  set.height = Index(images.dimensions[1]);
-  set.width = Index(images.dimensions[2]);
-  set.class_names = std::move(class_names);
-  set.images.resize(Index(images.dimensions[0]), set.height * set.width);
-  std::transform(images.bytes.begin(), images.bytes.end(), set.images.data(),
-                 [](unsigned char p) { return static_cast<float>(p) / 127.5F - 1.0F; });
+  set.channels = images.dimensions.size() == 3 ? 1 : Index(images.dimensions[1]);
+  set.height = Index(images.dimensions.end()[-2]);
+  set.width = Index(images.dimensions.end()[-1]);
+  set.images.resize(Index(images.dimensions[0]), set.channels * set.height * set.width);
+  std::transform(images.bytes.begin(), images.bytes.end(), set.images.data(), detail::pixel_of);
   set.labels.assign(labels.bytes.begin(), labels.bytes.end());
-  set.origin = std::to_string(set.count()) + " images from " + images_path.string();
+
+  const auto checksum = crc32(0, labels.bytes.data(), static_cast<unsigned>(labels.bytes.size()));
+  const bool fashion_mnist = checksum == 0x2ED6E46A || checksum == 0x242BC73F;  // of the training set, the test set
+  set.class_names = fashion_mnist ? std::vector<std::string>{"T-shirt", "Trouser", "Pullover", "Dress", "Coat",
+                                                             "Sandal",  "Shirt",   "Sneaker",  "Bag",   "Ankle boot"}
+                                  : detail::label_numbers(set.labels);
+  set.origin = (fashion_mnist ? "Fashion-MNIST: " : "") + detail::origin_of(set, images_path);
   return set;
 }
 
-/// Where Debian's package dataset-fashion-mnist puts its files.
-inline const std::filesystem::path fashion_mnist_directory = "/usr/share/datasets/fashion-mnist";
-
 namespace detail {
 
-/// A file of the data set, compressed or plain; the compressed name if there is neither.
-inline std::filesystem::path idx_file(const std::filesystem::path& directory, const std::string& name) {
-  std::error_code ignored;
-  const std::filesystem::path compressed = directory / (name + ".gz");
-  const bool plain = !std::filesystem::exists(compressed, ignored) && std::filesystem::exists(directory / name, ignored);
-  return plain ? directory / name : compressed;
+/// The first of the files that is there, compressed or plain; the first name, plain, if none is.
+inline std::filesystem::path idx_file(const std::filesystem::path& directory, std::initializer_list<std::string> names) {
+  for (const std::string& name : names) {
+    for (const char* suffix : {".gz", ""}) {
+      std::error_code ignored;
+      if (std::filesystem::exists(directory / (name + suffix), ignored)) {
+        return directory / (name + suffix);
+      }
+    }
+  }
+  return directory / *names.begin();
+}
+
+inline std::filesystem::path training_images_in(const std::filesystem::path& directory) {
+  return idx_file(directory, {"train-images-idx3-ubyte", "train-images-idx4-ubyte"});
+}
+
+/// "labels-idx1" instead of "images-idx3" or "images-idx4"; a dot instead of the hyphen is common too.
+inline std::filesystem::path labels_beside(const std::filesystem::path& images) {
+  std::string name = (images.extension() == ".gz" ? images.stem() : images.filename()).string();
+  const std::size_t at = name.rfind("images");
+  if (at == std::string::npos || name.size() < at + 11 || name.compare(at + 7, 3, "idx") != 0) {
+    throw std::runtime_error(images.string() +
+                             ": expected a folder, IDX images (train-images-idx3-ubyte.gz, for example) or .safetensors");
+  }
+  name.replace(at, 6, "labels");
+  name[at + 10] = '1';
+  return idx_file(images.parent_path(), {name});
 }
 
 }  // namespace detail
 
-/// Fashion-MNIST's training set (Xiao, Rasul and Vollgraf 2017): 60,000 gray images of clothes, 28x28, 6000 a class; its two
-/// files compressed with gzip or plain. Throws like `read_idx`.
-inline DataSet fashion_mnist(const std::filesystem::path& directory = fashion_mnist_directory) {
-  DataSet set =
-      read_idx(detail::idx_file(directory, "train-images-idx3-ubyte"), detail::idx_file(directory, "train-labels-idx1-ubyte"),
-               {"T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"});
-  set.origin = "Fashion-MNIST: " + set.origin;
+/// The same from a folder, which holds train-images-idx3-ubyte (or idx4) and train-labels-idx1-ubyte, both with or without .gz;
+/// or from a file of images, whose labels are beside it and are named so.
+inline DataSet read_idx(const std::filesystem::path& path) {
+  std::error_code error;
+  if (!std::filesystem::exists(path, error)) {
+    throw std::runtime_error(path.string() + ": does not exist, or cannot be reached");
+  }
+  const auto images = std::filesystem::is_directory(path, error) ? detail::training_images_in(path) : path;
+  return read_idx(images, detail::labels_beside(images));
+}
+
+/// Reads tensors `images` (count, C, H, W), such as a VAE's latents, and `labels` (count), integers from 0; all images are of
+/// class 0 where there are no labels. Floats are taken as they are, bytes as those of an IDX file. A class is called by its
+/// number, or what the metadata say of the key "class." and its number.
+///
+/// Throws std::runtime_error that names the file and the tensor, if one cannot be read or has another shape, if there are no
+/// images, if a value is not finite as a float, or if a label is negative or larger than 65,535.
+inline DataSet read_safetensors(const std::filesystem::path& path) {
+  const moxie::SafetensorsFile file(path);
+  const auto fail = [&](const char* tensor, const std::string& what) -> void {
+    throw std::runtime_error(path.string() + ": " + moxie::detail::tensor_named(tensor) + " " + what);
+  };
+
+  const moxie::StoredTensor& stored = file.info("images");
+  if (stored.shape.size() != 4 || stored.count == 0) {
+    fail("images", "has the shape " + moxie::detail::shape_text(stored.shape) + ", expected (N,C,H,W), each at least 1");
+  }
+  DataSet set;
+  set.channels = stored.shape[1];
+  set.height = stored.shape[2];
+  set.width = stored.shape[3];
+  set.images.resize(stored.shape[0], stored.count / stored.shape[0]);
+  if (stored.dtype == moxie::DType::U8) {
+    const std::vector<std::uint8_t> bytes = file.read<std::uint8_t>("images");
+    std::transform(bytes.begin(), bytes.end(), set.images.data(), detail::pixel_of);
+  } else {
+    file.read_into("images", set.images);
+  }
+  for (Index i = 0; i < set.count(); ++i) {
+    if (!set.images.row(i).allFinite()) {
+      fail("images", "has a value that is not finite in image " + std::to_string(i));
+    }
+  }
+
+  if (file.contains("labels")) {
+    file.expect<std::int64_t>("labels", std::span(stored.shape).first(1));
+    set.labels = file.read<std::int64_t>("labels");
+  } else {
+    set.labels.resize(static_cast<std::size_t>(set.count()));
+  }
+  constexpr std::int64_t largest_label = 65535;  // a name is made for each
+  for (std::size_t i = 0; i < set.labels.size(); ++i) {
+    if (set.labels[i] < 0 || set.labels[i] > largest_label) {
+      fail("labels", "has " + std::to_string(set.labels[i]) + " for image " + std::to_string(i) + ", expected 0 to " +
+                         std::to_string(largest_label));
+    }
+  }
+  set.class_names = detail::label_numbers(set.labels);
+  for (std::string& name : set.class_names) {
+    if (const auto found = file.metadata().find("class." + name); found != file.metadata().end()) {
+      name = found->second;
+    }
+  }
+  set.origin = detail::origin_of(set, path);
   return set;
 }
 
@@ -245,23 +348,38 @@ inline DataSet generated_shapes(Index count, const moxie::Rng& rng, moxie::Exec 
       }
     }
   });
-  set.origin = std::to_string(count) + " generated shapes";
+  set.origin = std::to_string(count) + " generated shapes " + detail::sizes_text(set);
   return set;
 }
 
-/// Fashion-MNIST if `directory` holds it, generated shapes if it holds neither of the two files; `origin` says which. Files
-/// that are there and cannot be read are an error, as in `read_idx`.
-inline DataSet load_data_set(const std::filesystem::path& directory = fashion_mnist_directory, Index generated_count = 60000) {
-  const auto is_absent = [&](const char* name) {
+/// Where Debian's package dataset-fashion-mnist puts Fashion-MNIST (Xiao, Rasul and Vollgraf 2017).
+inline const std::filesystem::path fashion_mnist_directory = "/usr/share/datasets/fashion-mnist";
+
+/// Fashion-MNIST's training set, 60,000 gray images of clothes, 28x28, if `directory` holds it; generated shapes if it holds
+/// neither images nor labels. Files that are there and cannot be read are an error, as in `read_idx`.
+inline DataSet default_data_set(const std::filesystem::path& directory = fashion_mnist_directory,
+                                Index generated_count = 60000) {
+  const auto is_absent = [](const std::filesystem::path& file) {
     std::error_code ignored;
-    return std::filesystem::status(detail::idx_file(directory, name), ignored).type() == std::filesystem::file_type::not_found;
+    return std::filesystem::status(file, ignored).type() == std::filesystem::file_type::not_found;
   };
-  if (is_absent("train-images-idx3-ubyte") && is_absent("train-labels-idx1-ubyte")) {
+  const std::filesystem::path images = detail::training_images_in(directory);
+  const std::filesystem::path labels = detail::labels_beside(images);
+  if (is_absent(images) && is_absent(labels)) {
     DataSet set = generated_shapes(generated_count, moxie::Rng{1});
-    set.origin += " (no Fashion-MNIST in " + directory.string() + ": install dataset-fashion-mnist)";
+    set.origin += "; no Fashion-MNIST in " + directory.string() + ": install dataset-fashion-mnist";
     return set;
   }
-  return fashion_mnist(directory);
+  return read_idx(images, labels);
+}
+
+/// What `path` names: a .safetensors file, or IDX files as in `read_idx`. Without one, the default. Throws like the functions
+/// that read them.
+inline DataSet load_data_set(const std::optional<std::filesystem::path>& path = {}) {
+  if (!path) {
+    return default_data_set();
+  }
+  return path->extension() == ".safetensors" ? read_safetensors(*path) : read_idx(*path);
 }
 
 }  // namespace dit

@@ -106,6 +106,8 @@ inline std::vector<Index> respaced_steps(Index steps, std::string_view respacing
 ///
 /// Ho et al. 2020, equations 4 to 7. Kept steps of a longer diffusion have the ᾱ that it has there. In double.
 struct DiffusionSchedule {
+  NoiseSchedule noise;
+  Index whole;                   ///< steps of the long diffusion
   std::vector<Index> timesteps;  ///< of the long diffusion: what the network is told
   std::vector<double> betas;
   std::vector<double> alphas_cumprod;       ///< ᾱ_t
@@ -123,7 +125,8 @@ struct DiffusionSchedule {
   std::vector<double> posterior_mean_coef2;  ///< c2_t
 
   /// Throws std::invalid_argument for fewer than two steps, or a respacing that cannot be read.
-  explicit DiffusionSchedule(NoiseSchedule noise = NoiseSchedule::linear, Index steps = 1000, std::string_view respacing = "") {
+  explicit DiffusionSchedule(NoiseSchedule kind = NoiseSchedule::linear, Index steps = 1000, std::string_view respacing = "")
+      : noise(kind), whole(steps) {
     if (steps < 2) {
       throw std::invalid_argument("a diffusion has at least 2 steps, got " + std::to_string(steps));
     }
@@ -134,7 +137,7 @@ struct DiffusionSchedule {
     std::vector<double> kept(std::size_t(steps), 0);
     double product = 1;
     for (Index t = 0; t < steps; ++t) {
-      product *= 1 - beta(noise, t, steps);
+      product *= 1 - beta(kind, t, steps);
       kept[std::size_t(t)] = product;
     }
     double before = 1;
@@ -168,10 +171,12 @@ struct DiffusionSchedule {
   }
 
   Index steps() const { return Index(betas.size()); }
+  /// Other steps of the same long diffusion.
+  DiffusionSchedule respaced(std::string_view respacing) const { return DiffusionSchedule(noise, whole, respacing); }
 
  private:
-  static double beta(NoiseSchedule noise, Index t, Index steps) {
-    if (noise == NoiseSchedule::linear) {
+  static double beta(NoiseSchedule kind, Index t, Index steps) {
+    if (kind == NoiseSchedule::linear) {
       const double scale = 1000.0 / double(steps);
       const double first = scale * 1e-4;
       const double last = scale * 0.02;
@@ -199,6 +204,8 @@ class GaussianDiffusion {
   /// Columns of a network's output for images of n numbers.
   Index output_columns(Index n) const { return variance_ == StepVariance::learned_range ? 2 * n : n; }
 
+  /// The step that belongs to u, which is uniform on [0,1).
+  Index time(double u) const { return std::min(Index(u * double(schedule_.steps())), schedule_.steps() - 1); }
   /// x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) noise.
   double noised(double x_start, Index t, double noise) const {
     const auto i = std::size_t(t);

@@ -26,22 +26,23 @@ class DenseFeedForward {
     friend class DenseFeedForward;
     std::array<Index, 2> starts_{};
     Buffer<S> kept_;
-    mutable Workspace workspace_;
   };
 
   explicit DenseFeedForward(const Config& config)
       : bank_(1, config.model_dim, {.hidden_dim = config.hidden_dim}, moxie::BankNames{"mlp", false}) {}
 
   const Layout& layout() const { return bank_.layout(); }
+  const moxie::GeluTanhExperts<S>& experts() const { return bank_; }
   Tape make_tape(Index /*max_tokens*/ = 0) const { return {}; }
   void initialize(ParameterView<S> p, const Rng& rng) const { bank_.initialize(p, rng); }
-  void forward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<S> y, Tape& tape, const Exec& exec) const {
+  void forward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<S> y, Tape& tape, Workspace& workspace,
+               const Exec& exec) const {
     tape.starts_ = {0, in.count()};
-    bank_.forward(p, {tape.starts_, in.x}, y, tape.kept_.spread(in.count(), bank_.kept_width()), tape.workspace_, exec);
+    bank_.forward(p, {tape.starts_, in.x}, y, tape.kept_.spread(in.count(), bank_.kept_width()), workspace, exec);
   }
   void backward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,
-                const Tape& tape, const Exec& exec) const {
-    bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.kept_.spread_view(in.count(), bank_.kept_width()), tape.workspace_,
+                const Tape& tape, Workspace& workspace, const Exec& exec) const {
+    bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.kept_.spread_view(in.count(), bank_.kept_width()), workspace,
                    exec);
   }
 
@@ -166,6 +167,11 @@ class Model {
   const ModelConfig& config() const { return config_; }
   const Layout& layout() const { return layout_; }
   const FeedForward& feed_forward() const { return feed_forward_; }
+  /// Its part of the parameters in a block.
+  template <class T>
+  ParameterView<T> feed_forward_part(ParameterView<T> p, Index block) const {
+    return p.block(blocks_[std::size_t(block)].feed_forward, feed_forward_.layout());
+  }
 
   void initialize(ParameterView<S> p, const Rng& rng) const {
     p.flat().setZero();
@@ -214,7 +220,7 @@ class Model {
     Matrix<std::uint8_t> chosen(steps, prior_.cols());
     auto gates = switch_->make_tape();
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      switch_->forward(p.block(blocks_[i].gated, switch_->layout()), in, no_output, gates, exec);
+      switch_->forward(p.block(blocks_[i].gated, switch_->layout()), in, no_output, gates, tape.workspace, exec);
       moxie::mark_chosen_units(gates.router().choices(), config_.switch_experts, Index(i) * config_.switch_experts, chosen);
     }
     tape.prior_of_unit = moxie::match_units(chosen, prior_).column;
@@ -394,7 +400,8 @@ class Model {
     block.attention.forward(p, h1, projected, tape.attention, workspace, exec);
     add_gated<S>(x, columns(m, 2), projected, middle, exec);
     norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, exec);
-    feed_forward_.forward(p.block(block.feed_forward, feed_forward_.layout()), sequences(h2), mixed, tape.feed_forward, exec);
+    feed_forward_.forward(p.block(block.feed_forward, feed_forward_.layout()), sequences(h2), mixed, tape.feed_forward,
+                          workspace, exec);
     add_gated<S>(middle, columns(m, 5), mixed, out, exec);
     return out;
   }
@@ -404,7 +411,7 @@ class Model {
                                   Tape& whole, BlockTape& tape, const Exec& exec) const {
     const RowView<S> y = tape.gated_y.matrix(x.rows(), x.cols());
     const RowView<S> masked = tape.masked.matrix(x.rows(), x.cols());
-    switch_->forward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, exec);
+    switch_->forward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, whole.workspace, exec);
     moxie::timestep_mask<S>(x, y, masked, exec);
     block_forward(block, p, masked, condition, tape, whole.workspace, exec);
     const RowView<S> out = tape.out.matrix(x.rows(), x.cols());
@@ -429,7 +436,7 @@ class Model {
     subtract_product<S>(dout, y, dx, exec);
     subtract_product<S>(dout, x, dy, exec);
     switch_->backward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), dy, {d, dcondition_part},
-                      grads.block(block.gated, switch_->layout()), tape.gated, exec);
+                      grads.block(block.gated, switch_->layout()), tape.gated, workspace, exec);
     dembedding.eigen() += dcondition_part.eigen();
     d.eigen() += dx.eigen();
   }
@@ -474,7 +481,7 @@ class Model {
 
     add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
     feed_forward_.backward(p.block(block.feed_forward, feed_forward_.layout()), sequences(tape.h2.view(rows, dim)), df, dh,
-                           grads.block(block.feed_forward, feed_forward_.layout()), tape.feed_forward, exec);
+                           grads.block(block.feed_forward, feed_forward_.layout()), tape.feed_forward, workspace, exec);
     norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, exec);
 
     add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);

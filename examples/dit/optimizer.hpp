@@ -46,6 +46,11 @@ void set_zero(Parameters<S>& p, const Exec& exec) {
   exec.parallel_ranges(p.flat().size(), piece, [&](Index begin, Index end) { p.flat().segment(begin, end - begin).setZero(); });
 }
 
+template <class S>
+void scale(Parameters<S>& p, S factor, const Exec& exec) {
+  exec.parallel_ranges(p.flat().size(), piece, [&](Index begin, Index end) { p.flat().segment(begin, end - begin) *= factor; });
+}
+
 struct AdamWConfig {
   double rate = 1e-3;
   double beta1 = 0.9;

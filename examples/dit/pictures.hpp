@@ -155,6 +155,11 @@ class Script {
   std::ostringstream text_;
 };
 
+/// Dark for little, light for much.
+inline constexpr const char* palette =
+    "set palette defined (0 '#440154', 1 '#472d7b', 2 '#3b528b', 3 '#2c728e', 4 '#21918c', 5 '#28ae80', 6 '#5ec962', "
+    "7 '#addc30', 8 '#fde725')\n";
+
 /// A position of `set xtics` or `set ytics` with its label, and the comma before all but the first.
 inline void add_tic(Script& script, bool first, const std::string& label, double position) {
   script << (first ? "" : ", ") << gnuplot_quoted(label) << " " << position;
@@ -413,8 +418,7 @@ inline void draw_expert_load(const std::filesystem::path& path, RowView<const do
          << "set colorbox user origin screen " << (axes_left + axes_width + 16.0) / canvas_width << ", screen "
          << 1.0 - (top + axes_height) / canvas_height << " size screen " << 14.0 / canvas_width << ", screen "
          << axes_height / canvas_height << " noborder\n"
-         << "set palette defined (0 '#440154', 1 '#472d7b', 2 '#3b528b', 3 '#2c728e', 4 '#21918c', 5 '#28ae80', 6 '#5ec962', "
-            "7 '#addc30', 8 '#fde725')\n"
+         << detail::palette
          << "plot '-' using 1:2:($1-0.5):($1+0.5):($2-0.5):($2+0.5):3 with boxxyerror fill solid noborder fc palette, "
          << "'-' using 1:2:3:4 with labels font ',8' textcolor rgb variable\n";
   for (Index l = 0; l < layers; ++l) {
@@ -432,6 +436,114 @@ inline void draw_expert_load(const std::filesystem::path& path, RowView<const do
     }
   }
   script << "e\n";
+  script.draw(path);
+}
+
+/// A heat map among others.
+struct HeatMap {
+  std::string title;
+  moxie::Matrix<double> shares;  ///< in [0, 1]; NaN is left white
+};
+
+/// What the axes of a wall of heat maps mean.
+struct HeatMapAxes {
+  std::string rows;
+  std::string columns;
+  std::vector<std::string> row_names;  ///< none, or one for each row: shown at the left edge, if there is room
+  Index across = 6;                    ///< maps beside each other
+  double cell = 12;                    ///< pixels of a number, if the map then is between 36 and 180 pixels wide and high
+};
+
+/// A wall of heat maps of equal size, from left to right and then down, with one scale of colours, numbers in percent.
+inline void draw_heat_maps(const std::filesystem::path& path, const std::string& title, const std::vector<HeatMap>& maps,
+                           const HeatMapAxes& axes) {
+  constexpr const char* where = "draw_heat_maps";
+  moxie::detail::expect_at_least(where, "maps", Index(maps.size()), 1);
+  moxie::detail::expect_at_least(where, "across", axes.across, 1);
+  const Index rows = maps.front().shares.rows();
+  const Index cols = maps.front().shares.cols();
+  moxie::detail::expect_at_least(where, "rows", rows, 1);
+  moxie::detail::expect_at_least(where, "columns", cols, 1);
+  moxie::detail::expect_value(axes.row_names.empty() || Index(axes.row_names.size()) == rows, where,
+                              "there must be a name for each row, or none");
+  double largest = 0;
+  for (const HeatMap& map : maps) {
+    moxie::detail::expect_shape(where, "a map", RowView<const double>(map.shares), rows, cols);
+    for (Index i = 0; i < map.shares.size(); ++i) {
+      const double share = map.shares.data()[i];
+      moxie::detail::expect_value(std::isnan(share) || (share >= 0 && share <= 1 + 1e-9), where,
+                                  "a share is " + std::to_string(share) + ", expected 0 to 1");
+      largest = std::isnan(share) ? largest : std::max(largest, share);
+    }
+  }
+  largest = largest > 0 ? std::min(largest, 1.0) : 1.0;
+
+  const double width = std::clamp(axes.cell * double(cols), 36.0, 180.0);
+  const double height = std::clamp(axes.cell * double(rows), 36.0, 180.0);
+  const bool named = !axes.row_names.empty() && height / double(rows) >= 11.0;
+  double label_width = 24;
+  for (const std::string& name : axes.row_names) {
+    label_width = named ? std::max(label_width, 7.5 * detail::letter_count(name)) : label_width;
+  }
+  const bool titled = std::any_of(maps.begin(), maps.end(), [](const HeatMap& map) { return !map.title.empty(); });
+  const double gap = 8;
+  const double left = 24 + label_width;
+  const double top = 44.0 + (titled ? 18 : 0);
+  const auto across = std::min(axes.across, Index(maps.size()));
+  const auto down = (Index(maps.size()) + across - 1) / across;
+  const double step_x = width + gap;
+  const double step_y = height + gap + (titled ? 18 : 0);
+  const double wall_width = double(across) * step_x;
+  const double wall_height = double(down) * step_y;
+  const double canvas_width = std::max(left + wall_width + 90, 11.0 * detail::letter_count(title));
+  const double canvas_height = top + std::max(wall_height, 90.0) + 36;
+
+  detail::Script script(canvas_width, canvas_height);
+  script.title(title, 22);
+  const auto label = [&](const std::string& text, double x, double y, const char* how) {
+    script << "set label " << detail::gnuplot_quoted(text) << " at screen " << x / canvas_width << ", screen "
+           << 1 - y / canvas_height << " " << how << " textcolor rgb '#303030'\n";
+  };
+  label(axes.columns, left + wall_width / 2, top + wall_height + 14, "center");
+  label(axes.rows, 14, top + wall_height / 2, "center rotate by 90");
+  script << "set multiplot\nunset key\nset tics scale 0\nunset xtics\nset cbrange [0:" << 100 * largest
+         << "]\nset format cb '%.3g %%'\nset xrange [-0.5:" << cols - 1 << ".5]\nset yrange [" << rows - 1 << ".5:-0.5]\n"
+         << "set colorbox user origin screen " << (left + wall_width + 8) / canvas_width << ", screen "
+         << 1 - (top + std::min(wall_height, 240.0)) / canvas_height << " size screen " << 12 / canvas_width << ", screen "
+         << std::min(wall_height, 240.0) / canvas_height << " noborder\nset cbtics autofreq\n"
+         << detail::palette;
+  for (std::size_t i = 0; i < maps.size(); ++i) {
+    const auto x = double(Index(i) % across);
+    const auto y = double(Index(i) / across);
+    script.place_axes(left + x * step_x, top + y * step_y, width, height);
+    if (named && x == 0) {
+      script << "set ytics font ',8' (";
+      for (Index r = 0; r < rows; ++r) {
+        detail::add_tic(script, r == 0, axes.row_names[std::size_t(r)], double(r));
+      }
+      script << ")\n";
+    } else {
+      script << "unset ytics\n";
+    }
+    if (titled) {
+      label(maps[i].title, left + x * step_x + width / 2, top + y * step_y - 9, "center font ',9'");
+    }
+    script << "plot '-' matrix with image\n";
+    for (Index r = 0; r < rows; ++r) {
+      for (Index c = 0; c < cols; ++c) {
+        const double share = maps[i].shares(r, c);
+        script << (c == 0 ? "" : " ");
+        if (std::isnan(share)) {
+          script << "NaN";
+        } else {
+          script << 100 * share;
+        }
+      }
+      script << "\n";
+    }
+    script << "e\nunset label\nunset colorbox\n";
+  }
+  script << "unset multiplot\n";
   script.draw(path);
 }
 

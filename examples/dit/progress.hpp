@@ -50,7 +50,7 @@ struct ProgressOptions {
 /// What a training run says about itself. On a terminal, one line that is rewritten in place; elsewhere (a file, a pipe),
 /// a line every ten seconds. Either way a last one at the end.
 ///
-///      42% [########............] 840/2000 loss 0.244 balance 0.0101 118 images/s 7:36, left 10:30
+///      42% [########............] 840/2000 loss 0.244 balance 0.0101 load 1.31 118 images/s 7:36, left 10:30
 class Progress {
  public:
   explicit Progress(ProgressOptions options)
@@ -58,9 +58,10 @@ class Progress {
 
   /// After a step: `step` steps are done in all. Losses are shown as means over about the last 50 steps, a loss that is not
   /// finite as it is.
-  void update(Index step, double loss, double balance_loss) {
+  void update(Index step, double loss, double balance_loss, double max_load) {
     loss_.add(loss);
     balance_loss_.add(balance_loss);
+    max_load_.add(max_load);
     has_losses_ = true;
     update(step);
   }
@@ -110,9 +111,10 @@ class Progress {
     const double steps_per_second = elapsed > 0.0 ? double(step_ - options_.first_step) / elapsed : 0.0;
     const double left = steps_per_second > 0.0 ? double(std::max<Index>(options_.steps - step_, 0)) / steps_per_second : NAN;
 
-    char losses[64] = "";
+    char losses[96] = "";
     if (has_losses_) {
-      std::snprintf(losses, sizeof losses, " loss %.3f balance %.3g", loss_.value(), balance_loss_.value());
+      std::snprintf(losses, sizeof losses, " loss %.3f balance %.3g load %.2f", loss_.value(), balance_loss_.value(),
+                    max_load_.value());
     }
     char numbers[256];
     std::snprintf(numbers, sizeof numbers, "%lld/%lld%s %.0f images/s %s, left %s", static_cast<long long>(step_),
@@ -153,6 +155,7 @@ class Progress {
   Index shown_step_ = -1;
   Average loss_;
   Average balance_loss_;
+  Average max_load_;
   bool has_losses_ = false;
   std::size_t shown_length_ = 0;
 };

@@ -161,12 +161,11 @@ inline std::int64_t multiply_adds(const NamedModel& m) {
 ///
 ///     tape       blocks (T (12D + F) + 6BD) + T (3D + Cin p² + Cout p²)    F = K (D + 2H) + 2H' + 2E, dense: H;
 ///                                                                          qk_norm: 2 (D + heads) more
-///     forward    blocks T S + P                                            S = KH, dense: H
-///     backward   blocks T S + T (7D + Cout p²) + 2P                        S = K (2D + 3H), dense: 2H
+///     forward    the larger of T S and P                                   S = KH, dense: H
+///     backward   T (7D + Cout p²) and the larger of T S and 2P             S = K (2D + 3H), dense: 2H
 ///
-/// A forward needs tape + forward, a step tape + backward. S is there for every block, since every feed-forward has scratch of
-/// its own. Left out are what is small, below 2% (padding of rows, indices of the plans, packing buffers), and what the
-/// allocator keeps of freed memory.
+/// A forward needs tape + forward, a step tape + backward. Left out is what is small, below 2%: padding of rows, indices of the
+/// plans, packing buffers.
 inline std::int64_t activation_bytes(const NamedModel& m, std::int64_t batch, bool backward) {
   const ModelConfig& c = m.model;
   const std::int64_t dim = c.dim;
@@ -179,9 +178,10 @@ inline std::int64_t activation_bytes(const NamedModel& m, std::int64_t batch, bo
   const std::int64_t image = c.heads * c.tokens() * c.tokens();
   const std::int64_t probabilities = image * std::clamp<std::int64_t>(Attention<float>::scratch / image, 1, batch);
   const std::int64_t k = m.dense() ? 1 : m.top_k;
-  const std::int64_t scratch = backward ? c.depth * rows * (m.dense() ? 2 * hidden : k * (2 * dim + 3 * hidden)) +
-                                              rows * (7 * dim + c.patch_output_dim()) + 2 * probabilities
-                                        : c.depth * rows * k * hidden + probabilities;
+  const std::int64_t scratch =
+      backward ? rows * (7 * dim + c.patch_output_dim()) +
+                     std::max(rows * (m.dense() ? 2 * hidden : k * (2 * dim + 3 * hidden)), 2 * probabilities)
+               : std::max(rows * k * hidden, probabilities);
   return 4 * (tape + scratch);
 }
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <dit/rectified_flow.hpp>
 #include <dit/reference_names.hpp>
+#include <dit/sampling.hpp>
 
 #include "golden_case.hpp"
 #include "switchdit.hpp"
@@ -331,13 +331,16 @@ struct RecordedModel {
   mutable Index step = 0;
 
   const dit::ModelConfig& config() const { return shape; }
-  void forward(moxie::ParameterView<const Scalar> /*p*/, const Matrix<Scalar>& x, const std::vector<Scalar>& t,
+  void forward(moxie::ParameterView<const Scalar> /*p*/, const Matrix<Scalar>& /*x*/, const std::vector<Scalar>& t,
                const std::vector<Index>& /*labels*/, Matrix<Scalar>& v, Tape& /*tape*/, const moxie::Exec& /*exec*/) const {
-    const Index n = x.rows() / 2;
+    const Index n = with.rows() / Index(times.size());
     if (double(std::abs(t.front() - Scalar(times[std::size_t(step)]))) > 1e-6) {
       throw GoldenError("output/sample_t: step " + std::to_string(step) + " is at another time");
     }
-    v << with.middleRows(step * n, n), without.middleRows(step * n, n);
+    v.topRows(n) = with.middleRows(step * n, n);
+    if (v.rows() > n) {
+      v.bottomRows(n) = without.middleRows(step * n, n);
+    }
     ++step;
   }
 };
@@ -368,35 +371,28 @@ void verify_rectified_flow(GoldenCase& golden) {
 
   // A batch with the recorded draws.
   const std::vector<double> draw = golden.read<double>("input/time_draw");
-  dit::FlowBatch<Scalar> flow;
+  const dit::Process process = dit::RectifiedFlow{golden.boolean("ln")};
   const bool logit_normal = golden.boolean("ln");
   std::vector<double> times;
   for (const double z : draw) {
     times.push_back(logit_normal ? dit::logit_normal(z) : z);
   }
   golden.compare("output/t", times);
-  const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", batch, n);
-  const Matrix<Scalar> noise = golden.matrix<Scalar>("input/z1", batch, n);
-  flow.images.resize(batch, n);
-  flow.target.resize(batch, n);
-  for (Index b = 0; b < batch; ++b) {
-    for (Index j = 0; j < n; ++j) {
-      flow.set(b, j, x(b, j), noise(b, j), Scalar(times[std::size_t(b)]));
-    }
-  }
+  dit::Batch<Scalar> flow;
+  flow.clean = golden.matrix<Scalar>("input/x", batch, n);
+  flow.noise = golden.matrix<Scalar>("input/z1", batch, n);
+  flow.times.assign(times.begin(), times.end());
+  flow.add_noise(process, moxie::Exec{2});
   golden.compare("output/zt", values(flow.images));
-  golden.compare("output/target", values(flow.target));
+  golden.compare("output/target", values(Matrix<Scalar>(flow.noise - flow.clean)));
   const Matrix<Scalar> output = golden.matrix<Scalar>("input/model_output", batch, columns);
   Matrix<Scalar> doutput = unwritten<Scalar>(batch, columns);
-  golden.compare("loss/loss", {flow.loss(output, doutput)});
+  golden.compare("loss/loss", {flow.loss(process, 0, output, doutput)});
   golden.compare("grad/model_output", values(doutput));
   if (golden.contains("loss/batchwise_mse")) {
     std::vector<double> mse;
     for (Index b = 0; b < batch; ++b) {
-      dit::FlowBatch<Scalar> one;
-      one.target = flow.target.row(b);
-      Matrix<Scalar> unused(1, columns);
-      mse.push_back(one.loss(RowView<const Scalar>(output.row(b)), unused));
+      mse.push_back(flow.loss(process, b, RowView<const Scalar>(output.row(b)), {}));
     }
     golden.compare("loss/batchwise_mse", mse);
   }
@@ -423,12 +419,13 @@ void verify_rectified_flow(GoldenCase& golden) {
     };
     typename RecordedModel<Scalar>::Tape tape;
     model.step = 0;
-    dit::integrate(model, moxie::ParameterView<const Scalar>(), z, std::vector<Index>(std::size_t(batch), 0), steps,
-                   guided ? golden.number("cfg") : 1.0, tape, moxie::Exec{1},
-                   [&](Index i, RowView<const Scalar> at, RowView<const Scalar> v) {
-                     append(path, at.eigen());
-                     append(predicted, at.eigen() - Scalar(double(i) / double(steps)) * v.eigen());
-                   });
+    const dit::Sampler<RecordedModel<Scalar>, Scalar> sampler(
+        process, {.steps = std::to_string(steps), .guidance = guided ? golden.number("cfg") : 1.0}, model);
+    sampler.integrate(moxie::ParameterView<const Scalar>(), z, std::vector<Index>(std::size_t(batch), 0), moxie::Rng(0), 0,
+                      tape, moxie::Exec{1}, [&](double t, RowView<const Scalar> at, RowView<const Scalar> v) {
+                        append(path, at.eigen());
+                        append(predicted, at.eigen() - Scalar(t) * v.eigen());
+                      });
     append(path, z);
     const std::string suffix = guided ? "cfg/images" : "nocfg/images";
     for (const auto& [name, actual] :

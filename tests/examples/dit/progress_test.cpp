@@ -52,8 +52,8 @@ TEST_CASE("clock_time: minutes and seconds, hours where needed, dashes for the u
 TEST_CASE("progress: says how far, how good, how fast and how long") {
   Run run(false);
   run.now += 100.0;
-  run.progress.update(500, 0.25, 0.0101);
-  CHECK(run.text() == " 25% 500/2000 loss 0.250 balance 0.0101 320 images/s 1:40, left 5:00\n");
+  run.progress.update(500, 0.25, 0.0101, 1.25);
+  CHECK(run.text() == " 25% 500/2000 loss 0.250 balance 0.0101 load 1.25 320 images/s 1:40, left 5:00\n");
 }
 
 TEST_CASE("progress: says nothing of losses where there are none") {
@@ -66,15 +66,15 @@ TEST_CASE("progress: says nothing of losses where there are none") {
 TEST_CASE("progress: a resumed run counts its own steps for the rate, all steps for the rest") {
   Run run(false, 1000);
   run.now += 100.0;
-  run.progress.update(1500, 0.25, 0.01);
-  CHECK(run.text() == " 75% 1500/2000 loss 0.250 balance 0.01 320 images/s 1:40, left 1:40\n");
+  run.progress.update(1500, 0.25, 0.01, 1.25);
+  CHECK(run.text() == " 75% 1500/2000 loss 0.250 balance 0.01 load 1.25 320 images/s 1:40, left 1:40\n");
 }
 
 TEST_CASE("progress: elsewhere than on a terminal, a plain line every ten seconds and one at the end") {
   Run run(false);
   for (int step = 1; step <= 2000; ++step) {
     run.now += 0.025;  // 50 seconds in all
-    run.progress.update(step, 0.3, 0.01);
+    run.progress.update(step, 0.3, 0.01, 1.25);
   }
   run.progress.finish();
   CHECK(run.lines() == 6);
@@ -91,7 +91,7 @@ TEST_CASE("progress: on a terminal, one line rewritten in place and never wider 
     Run run(true, 0, columns);
     for (int step = 1; step <= 2000; ++step) {
       run.now += 0.025;
-      run.progress.update(step, step == 1000 ? 1e30 : 0.3, 0.01);
+      run.progress.update(step, step == 1000 ? 1e30 : 0.3, 0.01, 1.25);
     }
     CHECK(run.lines() == 0);
     run.progress.finish();
@@ -112,21 +112,21 @@ TEST_CASE("progress: on a terminal, one line rewritten in place and never wider 
   }
 }
 
-TEST_CASE("progress: on a terminal of 80 columns, there is room for the bar") {
-  Run run(true, 0, 80);
+TEST_CASE("progress: on a terminal of 90 columns, there is room for the bar") {
+  Run run(true, 0, 90);
   run.now += 100.0;
-  run.progress.update(500, 0.25, 0.0101);
-  CHECK(run.text() == "\r 25% [##......] 500/2000 loss 0.250 balance 0.0101 320 images/s 1:40, left 5:00");
+  run.progress.update(500, 0.25, 0.0101, 1.25);
+  CHECK(run.text() == "\r 25% [##......] 500/2000 loss 0.250 balance 0.0101 load 1.25 320 images/s 1:40, left 5:00");
 }
 
 TEST_CASE("progress: a shorter line wipes what a longer one left") {
   Run run(true);
   run.now += 1.0;
-  run.progress.update(1, 123456789.0, 0.01);
+  run.progress.update(1, 123456789.0, 0.01, 1.25);
   const std::size_t longer = run.text().size();
   run.out.str("");
   run.now += 1.0;
-  run.progress.update(2, not_a_number, 0.01);
+  run.progress.update(2, not_a_number, 0.01, 1.25);
   CHECK(run.text().size() >= longer);
 }
 
@@ -135,7 +135,7 @@ TEST_CASE("progress: a loss that is not finite is shown, and forgotten when the 
   const auto shown = [&](dit::Index step, double loss) {
     run.out.str("");
     run.now += 10.0;
-    run.progress.update(step, loss, not_a_number);
+    run.progress.update(step, loss, not_a_number, 1.25);
     return run.text();
   };
   CHECK(contains(shown(1, -not_a_number), " loss nan balance nan "));
@@ -146,8 +146,8 @@ TEST_CASE("progress: a loss that is not finite is shown, and forgotten when the 
 
 TEST_CASE("progress: the time left is unknown before the first step, and without steps") {
   Run run(false);
-  run.progress.update(0, 0.5, 0.01);
-  CHECK(contains(run.text(), "  0% 0/2000 loss 0.500 balance 0.01 0 images/s 0:00, left -:--\n"));
+  run.progress.update(0, 0.5, 0.01, 1.25);
+  CHECK(contains(run.text(), "  0% 0/2000 loss 0.500 balance 0.01 load 1.25 0 images/s 0:00, left -:--\n"));
 
   std::ostringstream out;
   dit::Progress empty({.out = &out, .terminal = false, .clock = [] { return 0.0; }});

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <dit/sampling.hpp>
 #include <dit/training.hpp>
 #include <filesystem>
 #include <fstream>
@@ -10,6 +11,7 @@ using dit::Index;
 using dit::Matrix;
 using dit::Rng;
 using moxie::Parameters;
+using nlohmann::json;
 
 namespace {
 
@@ -62,9 +64,16 @@ const std::vector<std::string> names{"left", "right"};
 TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for bit, with another number of threads") {
   const TemporaryFolder folder;
   const Images data;
-  for (const char* feed_forward : {"shared", "top-k", "soft", "dense"}) {
+  for (const char* feed_forward : {"shared", "top-k", "expert-choice", "soft", "dense"}) {
     CAPTURE(feed_forward);
-    const dit::TrainingConfig config = small_config(feed_forward);
+    dit::TrainingConfig config = small_config(feed_forward);
+    if (config.feed_forward == "dense") {  // with all that has a state or a draw of its own
+      config.process = "ddpm";
+      config.model.learn_sigma = true;
+      config.model.switch_experts = 3;
+      config.micro_batch = 4;
+      config.stratified = true;
+    }
     dit::with_model(config, [&](const auto& model) {
       dit::Training whole(config, model, names, 10);
       for (int i = 0; i < 7; ++i) {
@@ -106,8 +115,9 @@ TEST_CASE("Training: learns two classes, and guided samples show the class that 
     CHECK(training.history().back().loss < 0.5F * training.history().front().loss);
     auto tape = model.make_tape();
     int calls = 0;
-    const Matrix<float> images = dit::sample(model, training.averages().view(), std::vector<Index>{0, 1, 0, 1}, 20, 2.0, Rng(5),
-                                             0, tape, Exec{1}, [&](auto...) { ++calls; });
+    const dit::Sampler<std::decay_t<decltype(model)>, float> sampler(training.process(), {.steps = "20", .guidance = 2}, model);
+    const Matrix<float> images =
+        sampler(training.averages().view(), {0, 1, 0, 1}, Rng(5), 0, tape, Exec{1}, [&](auto...) { ++calls; });
     CHECK(calls == 20);
     for (Index i = 0; i < 4; ++i) {
       const auto own = (data.pixels.row(i) - images.row(i)).norm();
@@ -126,7 +136,7 @@ TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing chan
     dit::Training training(config, model, names, 10);
     training.step(data.pixels, data.labels, Exec{1});
     training.save(folder / "good");
-    CHECK(dit::config_of(moxie::SafetensorsFile(folder / "good")).json() == config.json());
+    CHECK(json(dit::config_of(moxie::SafetensorsFile(folder / "good"))) == json(config));
     const Parameters<float> before = training.averages();
 
     dit::TrainingConfig wider = config;
@@ -169,10 +179,65 @@ TEST_CASE("Training: a loss that is not finite stops the run and leaves the weig
   });
 }
 
-TEST_CASE("TrainingConfig: survives JSON, and an unknown feed-forward is refused") {
+TEST_CASE("Training: micro-batches make the step of the whole batch") {
+  const Images data;
+  dit::TrainingConfig config = small_config("dense");
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training whole(config, model, names, 10);
+    dit::TrainingConfig parts = config;
+    parts.micro_batch = 2;
+    dit::Training accumulated(parts, model, names, 10);
+    for (int i = 0; i < 5; ++i) {
+      const dit::StepReport a = whole.step(data.pixels, data.labels, Exec{1});
+      const dit::StepReport b = accumulated.step(data.pixels, data.labels, Exec{1});
+      CHECK(a.loss == doctest::Approx(b.loss).epsilon(1e-5));
+      CHECK(a.gradient_norm == doctest::Approx(b.gradient_norm).epsilon(1e-4));
+    }
+    parts.micro_batch = 3;
+    CHECK_THROWS_AS(dit::Training(parts, model, names, 10), moxie::ValueError);
+    return 0;
+  });
+}
+
+TEST_CASE("Training: the busiest expert's load is reported, and Switch-DiT's prior is part of its balance loss") {
+  const Images data;
   dit::TrainingConfig config = small_config();
-  config.seed = 18446744073709551615U;
-  CHECK(dit::TrainingConfig::from_json(nlohmann::json::parse(config.json().dump())).json() == config.json());
-  config.feed_forward = "loud";
-  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) { return 0; }), moxie::ValueError);
+  config.balance = 0;
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, names, 10);
+    const dit::StepReport report = training.step(data.pixels, data.labels, Exec{1});
+    CHECK(report.max_load >= 1.0F);
+    CHECK(report.max_load <= 2.0F);  // 4 experts, 2 for each token
+    CHECK(report.balance_loss == 0.0F);
+    return 0;
+  });
+  config.feed_forward = "dense";
+  config.model.switch_experts = 2;
+  config.model.switch_top_k = 1;
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, names, 10);
+    CHECK(training.step(data.pixels, data.labels, Exec{1}).balance_loss > 0.0F);
+    return 0;
+  });
+}
+
+TEST_CASE("SpikeGuard: ten steps far above the lowest ten, and not a single one") {
+  dit::SpikeGuard guard(3);
+  dit::SpikeGuard off(0);
+  for (int i = 0; i < 100; ++i) {
+    CHECK_FALSE(guard.add(1.0 / (1 + i)));
+  }
+  CHECK_FALSE(guard.add(0.1));  // a single bad batch of ten times the loss
+  for (int i = 0; i < 9; ++i) {
+    CHECK_FALSE(guard.add(0.01));
+  }
+  int steps = 1;
+  while (!guard.add(0.05)) {
+    ++steps;
+    REQUIRE(steps < 20);
+  }
+  CHECK(steps == 6);  // (4 · 0.01 + 6 · 0.05) / 10 is above 3 · 0.0105
+  for (int i = 0; i < 50; ++i) {
+    CHECK_FALSE(off.add(std::exp(i)));
+  }
 }

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <zlib.h>
+
+#include <cmath>
+#include <deque>
+#include <dit/configuration.hpp>
+#include <dit/reference_names.hpp>
+#include <dit/zoo.hpp>
+#include <moxie/io/safetensors.hpp>
+#include <set>
+#include <span>
+
+/// Checkpoints in safetensors, with the names and shapes of the references' state dicts: a file of ours opens there, and one of
+/// theirs, converted, here.
+///
+/// Weights have no prefix, and the fixed `pos_embed` is beside them; averages, first and second moments are under "ema.", "m."
+/// and "v.". The metadata has the configuration, and the CRC-32 of every tensor and of the metadata itself, so that a flipped
+/// bit is found.
+namespace dit {
+
+using moxie::SafetensorsError;
+using moxie::SafetensorsFile;
+
+namespace detail {
+
+inline constexpr const char* checksum_key = "crc32";
+inline constexpr std::array state_prefixes{"ema.", "m.", "v."};
+
+[[noreturn]] inline void fail(const SafetensorsFile& file, const std::string& what) {
+  throw SafetensorsError(file.path().string() + ": " + what);
+}
+
+inline std::uint32_t checksum(const void* data, std::size_t bytes) {
+  return std::uint32_t(crc32_z(0, static_cast<const unsigned char*>(data), bytes));
+}
+/// Of all entries but the checksums.
+inline std::uint32_t checksum(const std::map<std::string, std::string>& metadata) {
+  std::string text;
+  for (const auto& [key, value] : metadata) {
+    text += key == checksum_key ? "" : key + '\0' + value + '\0';
+  }
+  return checksum(text.data(), text.size());
+}
+
+}  // namespace detail
+
+/// Collects the tensors of a checkpoint. What is added has to live until `save`.
+class CheckpointWriter {
+ public:
+  /// A block of a model's layout, as the references name and store it.
+  void add(const moxie::Parameters<float>& block, const std::string& prefix = "") {
+    for (const FileTensor& tensor : file_tensors(block.layout())) {
+      const moxie::RowView<const float> only = block.view()[tensor.parts.front()];
+      if (tensor.parts.size() == 1 && !tensor.transposed) {
+        add(prefix + tensor.name, tensor.shape, {only.data(), std::size_t(only.size())});
+        continue;
+      }
+      std::vector<float>& stacked = stacked_.emplace_back();
+      for_each_element(tensor, block.view(), [&](Index, float value) { stacked.push_back(value); });
+      add(prefix + tensor.name, tensor.shape, stacked);
+    }
+  }
+  void add(const std::string& name, std::vector<Index> shape, std::span<const float> values) {
+    checksums_[name] = detail::checksum(values.data(), values.size_bytes());
+    writer_.add(name, std::move(shape), values);
+  }
+  /// The embedding that the references keep among their parameters.
+  void add_position_embedding(const ModelConfig& shape) {
+    const Matrix<float> table = position_embedding<float>(shape.grid(), shape.dim);
+    stacked_.emplace_back(table.data(), table.data() + table.size());
+    add("pos_embed", {1, table.rows(), table.cols()}, stacked_.back());
+  }
+  void metadata(const std::string& key, const std::string& value) { metadata_[key] = value; }
+
+  /// Atomic. Throws SafetensorsError; an old file is then as it was.
+  void save(const std::filesystem::path& path) {
+    nlohmann::json checksums = checksums_;
+    checksums["__metadata__"] = detail::checksum(metadata_);
+    for (const auto& [key, value] : metadata_) {
+      writer_.metadata(key, value);
+    }
+    writer_.metadata(detail::checksum_key, checksums.dump());
+    writer_.save(path);
+  }
+
+ private:
+  moxie::SafetensorsWriter writer_;
+  std::deque<std::vector<float>> stacked_;
+  std::map<std::string, std::uint32_t> checksums_;
+  std::map<std::string, std::string> metadata_;
+};
+
+/// Throws SafetensorsError, naming the tensor, where a checkpoint of ours is not what was written. The references' state dicts,
+/// which have neither configuration nor checksums, pass.
+inline void check_checksums(const SafetensorsFile& file) {
+  const auto entry = file.metadata().find(detail::checksum_key);
+  if (entry == file.metadata().end()) {
+    if (file.metadata().count("config") != 0) {
+      detail::fail(file, "its checksums are missing");
+    }
+    return;
+  }
+  std::map<std::string, std::uint32_t> checksums;
+  try {
+    nlohmann::json::parse(entry->second).get_to(checksums);
+  } catch (const nlohmann::json::exception&) {
+    detail::fail(file, "its checksums cannot be read");
+  }
+  const auto compare = [&](const std::string& name, const std::string& what, std::uint32_t actual) {
+    const auto expected = checksums.find(name);
+    if (expected == checksums.end() || expected->second != actual) {
+      detail::fail(file, what + " was changed after it was written: its checksum is another");
+    }
+  };
+  compare("__metadata__", "the metadata", detail::checksum(file.metadata()));
+  for (const std::string& name : file.names()) {
+    const std::vector<float> values = file.read<float>(name);
+    compare(name, moxie::detail::tensor_named(name), detail::checksum(values.data(), values.size() * sizeof(float)));
+  }
+}
+
+/// Throws SafetensorsError, naming the tensor, unless `load_weights` would succeed.
+inline void check_weights(const SafetensorsFile& file, const moxie::Layout& layout, const std::string& prefix = "") {
+  for (const FileTensor& tensor : file_tensors(layout)) {
+    const std::string name = prefix + tensor.name;
+    file.expect<float>(name, tensor.shape);
+    for (const float value : file.read<float>(name)) {
+      if (!std::isfinite(value)) {
+        detail::fail(file, moxie::detail::tensor_named(name) + " has a number that is not finite");
+      }
+    }
+  }
+}
+
+/// Reads a block, all or nothing. Throws SafetensorsError.
+inline void load_weights(const SafetensorsFile& file, moxie::Parameters<float>& block, const std::string& prefix = "") {
+  check_weights(file, block.layout(), prefix);
+  for (const FileTensor& tensor : file_tensors(block.layout())) {
+    const std::vector<float> values = file.read<float>(prefix + tensor.name);
+    for_each_element(tensor, block.view(), [&](Index i, float& to) { to = values[std::size_t(i)]; });
+  }
+}
+
+/// Throws SafetensorsError, naming the tensor, where a checkpoint has a tensor that the model does not have, or another
+/// position embedding.
+inline void check_foreign(const SafetensorsFile& file, const ModelConfig& shape, const moxie::Layout& layout) {
+  std::set<std::string> known{"history", "pos_embed"};
+  for (const FileTensor& tensor : file_tensors(layout)) {
+    known.insert(tensor.name);
+    for (const char* prefix : detail::state_prefixes) {
+      known.insert(prefix + tensor.name);
+    }
+  }
+  for (const std::string& name : file.names()) {
+    if (known.count(name) == 0) {
+      detail::fail(file, moxie::detail::tensor_named(name) + " is not one of this model's");
+    }
+  }
+  if (file.contains("pos_embed")) {
+    const Matrix<float> table = position_embedding<float>(shape.grid(), shape.dim);
+    file.expect<float>("pos_embed", std::array<Index, 3>{1, table.rows(), table.cols()});
+    const std::vector<float> stored = file.read<float>("pos_embed");
+    for (Index i = 0; i < table.size(); ++i) {
+      if (!(std::abs(stored[std::size_t(i)] - table.data()[i]) < 1e-3F)) {
+        detail::fail(file, "tensor 'pos_embed' is not the sines and cosines of the patches' places");
+      }
+    }
+  }
+}
+
+/// What cannot be seen in a state dict of the references.
+struct ForeignOptions {
+  Index heads = 0;  ///< 0: those of the named model of this depth and width
+  Index top_k = 2;
+  std::string process = "ddpm";
+};
+
+/// The configuration that the tensors of a reference's state dict follow from: DiT, DiT-MoE and Switch-DiT. Throws
+/// SafetensorsError, naming the tensor that is missing or has a shape that no such model has.
+inline TrainingConfig inferred_config(const SafetensorsFile& file, const ForeignOptions& options = {}) {
+  const auto shape = [&](const std::string& name, std::size_t rank) {
+    const std::vector<Index>& s = file.info(name).shape;
+    if (s.size() != rank || *std::min_element(s.begin(), s.end()) < 1) {
+      detail::fail(file, moxie::detail::tensor_named(name) + " has the shape " + moxie::detail::shape_text(s) + ", expected " +
+                             std::to_string(rank) + " sizes");
+    }
+    return s;
+  };
+  const auto count = [&](const std::string& before, const std::string& after) {
+    Index n = 0;
+    while (file.contains(before + std::to_string(n) + after)) {
+      ++n;
+    }
+    return n;
+  };
+  TrainingConfig c;
+  ModelConfig& m = c.model;
+  const std::vector<Index> patches = shape("x_embedder.proj.weight", 4);
+  m.dim = patches[0];
+  m.channels = patches[1];
+  m.patch = patches[2];
+  m.classes = shape("y_embedder.embedding_table.weight", 2)[0] - 1;
+  shape("blocks.0.adaLN_modulation.1.weight", 2);
+  m.depth = count("blocks.", ".adaLN_modulation.1.weight");
+  const Index tokens = shape("pos_embed", 3)[1];
+  const auto grid = Index(std::lround(std::sqrt(double(tokens))));
+  if (grid * grid != tokens) {
+    detail::fail(file, "tensor 'pos_embed' has " + std::to_string(tokens) + " places, which are no square");
+  }
+  m.image_size = grid * m.patch;
+  const Index outputs = shape("final_layer.linear.weight", 2)[0];
+  m.learn_sigma = outputs == 2 * m.patch_dim();
+  m.qk_norm = file.contains("blocks.0.attn.Wqkv.weight");
+  m.heads = options.heads;
+  if (m.heads == 0) {
+    const auto* const size =
+        std::find_if(model_sizes.begin(), model_sizes.end(), [&](auto& s) { return s.depth == m.depth && s.dim == m.dim; });
+    if (size == model_sizes.end()) {
+      detail::fail(file, "no named model has " + std::to_string(m.depth) + " blocks of width " + std::to_string(m.dim) +
+                             ": say how many heads it has (--heads)");
+    }
+    m.heads = size->heads;
+  }
+  if (file.contains("routers.0.experts.w")) {
+    m.switch_experts = shape("routers.0.experts.w", 3)[0];
+    m.switch_top_k = std::min(options.top_k, m.switch_experts);
+  }
+  const std::string block = "blocks.0.moe.";
+  c.top_k = options.top_k;
+  if (file.contains(block + "gate.weight")) {
+    c.experts = shape(block + "gate.weight", 2)[0];
+    c.hidden_dim = shape(block + "experts.0.gate_proj.weight", 2)[0];
+    c.feed_forward = "top-k";
+    if (file.contains(block + "shared_experts.gate_proj.weight")) {
+      c.feed_forward = "shared";
+      c.shared_hidden_dim = shape(block + "shared_experts.gate_proj.weight", 2)[0];
+    }
+  } else {
+    c.feed_forward = "dense";
+    c.hidden_dim = shape("blocks.0.mlp.fc1.weight", 2)[0];
+  }
+  c.process = options.process;
+  m.validate();
+  return c;
+}
+
+/// The configuration of a checkpoint: the one that it was trained with, or the one that its tensors show. Throws
+/// SafetensorsError.
+inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOptions& options = {}) {
+  const auto text = file.metadata().find("config");
+  if (text == file.metadata().end()) {
+    return inferred_config(file, options);
+  }
+  try {
+    return nlohmann::json::parse(text->second).get<TrainingConfig>();
+  } catch (const nlohmann::json::exception& error) {
+    detail::fail(file, std::string("its configuration cannot be read: ") + error.what());
+  }
+}
+
+/// The weights to draw with: averages where a file has them.
+inline moxie::Parameters<float> load_model(const SafetensorsFile& file, const ModelConfig& shape, const moxie::Layout& layout) {
+  check_checksums(file);
+  check_foreign(file, shape, layout);
+  moxie::Parameters<float> weights(layout);
+  load_weights(file, weights, file.contains("ema.x_embedder.proj.weight") ? "ema." : "");
+  return weights;
+}
+
+}  // namespace dit

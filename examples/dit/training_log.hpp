@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <dit/training.hpp>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+namespace dit {
+
+/// The steps of a training as JSON lines: an object for each, in order, written when it is done.
+///
+///     {"step":1,"loss":1.98,"balance_loss":0.04,"gradient_norm":2.1,"max_load":1.4,"images_per_second":370}
+class TrainingLog {
+ public:
+  /// Goes on with what an old file says of the first `steps` steps; later ones, which a checkpoint does not have, are dropped,
+  /// and so is a line that was cut off. Throws std::runtime_error if the file cannot be written.
+  TrainingLog(const std::filesystem::path& path, std::int64_t steps) : path_(path) {
+    std::string kept;
+    std::ifstream old(path);
+    for (std::string line; steps > 0 && std::getline(old, line) && !old.eof();) {
+      const nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
+      if (entry.is_object() && entry.contains("step") && entry["step"].is_number_integer() &&
+          entry["step"].get<std::int64_t>() <= steps) {
+        kept += line + '\n';
+      }
+    }
+    const std::filesystem::path part = path.string() + ".part";
+    std::ofstream out(part, std::ios::binary);
+    out << kept;
+    out.close();
+    if (!out) {
+      std::filesystem::remove(part);
+      fail();
+    }
+    std::filesystem::rename(part, path);
+    out_.open(path, std::ios::binary | std::ios::app);
+  }
+
+  /// Throws std::runtime_error if it cannot be written.
+  void add(std::int64_t step, const StepReport& report, double images_per_second) {
+    nlohmann::ordered_json line;
+    line["step"] = step;
+    line["loss"] = report.loss;
+    line["balance_loss"] = report.balance_loss;
+    line["gradient_norm"] = report.gradient_norm;
+    line["max_load"] = report.max_load;
+    line["images_per_second"] = images_per_second;
+    out_ << line.dump() << std::endl;
+    if (!out_) {
+      fail();
+    }
+  }
+
+ private:
+  [[noreturn]] void fail() const { throw std::runtime_error(path_.string() + ": cannot be written"); }
+
+  std::filesystem::path path_;
+  std::ofstream out_;
+};
+
+}  // namespace dit

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <dit/checkpoint.hpp>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <random>
+
+using dit::Exec;
+using dit::Index;
+using dit::Matrix;
+using moxie::SafetensorsError;
+using moxie::SafetensorsFile;
+namespace fs = std::filesystem;
+
+namespace {
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::random_device random;
+    path_ = fs::temp_directory_path() / ("moxie-checkpoint-" + std::to_string(random()) + std::to_string(random()));
+    fs::create_directory(path_);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  ~TemporaryFolder() { fs::remove_all(path_); }
+  fs::path operator/(const std::string& name) const { return path_ / name; }
+
+ private:
+  fs::path path_;
+};
+
+struct Tensor {
+  std::vector<Index> shape;
+  std::vector<float> values;
+};
+using StateDict = std::map<std::string, Tensor>;
+
+// The state dict that a golden file was recorded with.
+StateDict state_dict(const SafetensorsFile& golden) {
+  StateDict state;
+  for (const std::string& name : golden.names()) {
+    if (name.starts_with("param/")) {
+      state[name.substr(6)] = {golden.info(name).shape, golden.read<float>(name)};
+    }
+  }
+  return state;
+}
+
+fs::path write(const fs::path& path, const StateDict& state) {
+  moxie::SafetensorsWriter writer;
+  for (const auto& [name, tensor] : state) {
+    writer.add(name, tensor.shape, std::span(tensor.values));
+  }
+  writer.save(path);
+  return path;
+}
+
+std::string complaint(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const SafetensorsError& error) {
+    return error.what();
+  }
+  return "no complaint";
+}
+bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+SafetensorsFile golden(const std::string& name) {
+  return SafetensorsFile(fs::path(MOXIE_GOLDEN_DIR) / (name + ".safetensors"));
+}
+
+// Everything that drawing with a foreign file does before it draws.
+void load(const fs::path& path, const dit::ForeignOptions& options) {
+  const SafetensorsFile file(path);
+  dit::with_model(dit::config_of(file, options), [&](const auto& model) {
+    dit::load_model(file, model.config(), model.layout());
+    return 0;
+  });
+}
+
+// Random numbers in all tensors.
+moxie::Parameters<float> filled(const moxie::Layout& layout, float factor = 1) {
+  moxie::Parameters<float> p(layout);
+  for (std::size_t i = 0; i < layout.tensors().size(); ++i) {
+    dit::Rng(1).split(i).fill_normal(p.view()[Index(i)]);
+  }
+  p.flat() *= factor;
+  return p;
+}
+
+struct Ours {
+  dit::TrainingConfig config;
+  Ours() {
+    config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 2, .heads = 2, .classes = 2};
+    config.experts = 3;
+    config.hidden_dim = 6;
+    config.shared_hidden_dim = 4;
+    config.model.switch_experts = 2;
+  }
+  void save(const fs::path& path) const {
+    dit::with_model(config, [&](const auto& model) {
+      const moxie::Parameters<float> p = filled(model.layout());
+      const moxie::Parameters<float> half = filled(model.layout(), 0.5F);
+      dit::CheckpointWriter writer;
+      writer.add(p);
+      writer.add_position_embedding(model.config());
+      writer.add(half, "ema.");
+      writer.metadata("config", nlohmann::json(config).dump());
+      writer.save(path);
+      return 0;
+    });
+  }
+};
+
+}  // namespace
+
+TEST_CASE("checkpoint: a reference's state dict loads, and gives the reference's output") {
+  const TemporaryFolder folder;
+  struct Case {
+    const char* name;
+    const char* feed_forward;
+  };
+  for (const auto& [name, feed_forward] :
+       {Case{"dense_dit_dev", "dense"}, Case{"ditmoe_model_dev", "shared"}, Case{"switchdit_model_dev", "dense"}}) {
+    CAPTURE(name);
+    const SafetensorsFile recorded = golden(name);
+    const SafetensorsFile file(write(folder / name, state_dict(recorded)));
+    const Index heads = std::stol(recorded.metadata().at("num_heads"));
+    const dit::TrainingConfig config = dit::config_of(file, {.heads = heads});
+    CHECK(config.feed_forward == feed_forward);
+    CHECK(config.model.image_size == std::stol(recorded.metadata().at("input_size")));
+    CHECK(config.model.classes == std::stol(recorded.metadata().at("num_classes")));
+    CHECK(config.model.learn_sigma);
+    dit::with_model(config, [&](const auto& model) {
+      const moxie::Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
+      const Index batch = recorded.info("input/x").shape[0];
+      Matrix<float> x(batch, config.model.image_dim());
+      Matrix<float> y(batch, config.model.output_dim());
+      const std::vector<float> images = recorded.read<float>("input/x");
+      std::copy(images.begin(), images.end(), x.data());
+      std::vector<float> t;
+      if (recorded.info("input/t").dtype == moxie::DType::I64) {
+        for (const std::int64_t step : recorded.read<std::int64_t>("input/t")) {
+          t.push_back(float(step));
+        }
+      } else {
+        t = recorded.read<float>("input/t");
+      }
+      const auto labels = recorded.read<std::int64_t>("input/y");
+      auto tape = model.make_tape();
+      model.forward(weights, x, t, {labels.begin(), labels.end()}, y, tape, Exec{1});
+      const std::vector<float> expected = recorded.read<float>("output/y");
+      double difference = 0;
+      double largest = 0;
+      for (std::size_t i = 0; i < expected.size(); ++i) {
+        difference = std::max(difference, std::abs(double(y.data()[i]) - double(expected[i])));
+        largest = std::max(largest, std::abs(double(expected[i])));
+      }
+      CHECK(difference < 2e-5 * largest);
+      return 0;
+    });
+  }
+}
+
+TEST_CASE("checkpoint: a foreign state dict that does not fit is refused by the tensor's name") {
+  const TemporaryFolder folder;
+  const StateDict good = state_dict(golden("ditmoe_model_dev"));
+  const dit::ForeignOptions options{.heads = 4};
+  load(write(folder / "good", good), options);
+  const auto refusal = [&](const std::function<void(StateDict&)>& change) {
+    StateDict changed = good;
+    change(changed);
+    const fs::path path = write(folder / "changed", changed);
+    return complaint([&] { load(path, options); });
+  };
+  for (const auto& [name, tensor] : good) {
+    if (name == "pos_embed" || name.find("shared_experts") != std::string::npos) {
+      continue;  // what is inferred without them is another model, and that one lacks or has something else
+    }
+    CAPTURE(name);
+    CHECK(contains(refusal([&n = name](StateDict& s) { s.erase(n); }), "tensor '"));
+    CHECK(contains(refusal([&n = name](StateDict& s) { s.at(n).values.back() = std::nanf(""); }), name));
+    CHECK(contains(refusal([&n = name](StateDict& s) { s.at(n).shape.push_back(1); }), "tensor '"));
+  }
+  CHECK(contains(refusal([](StateDict& s) { s.erase("pos_embed"); }), "'pos_embed'"));
+  CHECK(contains(refusal([](StateDict& s) { s["pos_embed"].values[5] += 0.01F; }), "'pos_embed'"));
+  CHECK(contains(refusal([](StateDict& s) { s["pos_embed"].shape = {1, 48, 16}; }), "'pos_embed'"));
+  CHECK(contains(refusal([](StateDict& s) { s["blocks.0.extra.weight"] = {{1}, {0}}; }), "'blocks.0.extra.weight'"));
+  CHECK(contains(refusal([](StateDict& s) {
+                   s["blocks.1.moe.shared_experts.up_proj.weight"].shape = {1},
+                   s["blocks.1.moe.shared_experts.up_proj.weight"].values = {0};
+                 }),
+                 "'blocks.1.moe.shared_experts.up_proj.weight'"));
+  CHECK(contains(complaint([&] { load(folder / "good", {}); }), "--heads"));
+}
+
+TEST_CASE("checkpoint: ours survives, with averages where there are any") {
+  const TemporaryFolder folder;
+  const Ours ours;
+  ours.save(folder / "file");
+  const SafetensorsFile file(folder / "file");
+  CHECK(nlohmann::json(dit::config_of(file)) == nlohmann::json(ours.config));
+  CHECK(file.contains("blocks.1.moe.experts.2.gate_proj.weight"));
+  CHECK(file.info("routers.1.experts.w").shape == std::vector<Index>{2, 8, 8});
+  dit::with_model(ours.config, [&](const auto& model) {
+    const moxie::Parameters<float> expected = filled(model.layout());
+    moxie::Parameters<float> bare(model.layout());
+    dit::load_weights(file, bare);
+    CHECK((bare.flat() == expected.flat()).all());
+    CHECK((dit::load_model(file, model.config(), model.layout()).flat() == 0.5F * expected.flat()).all());
+    return 0;
+  });
+}
+
+TEST_CASE("checkpoint: a flipped bit anywhere is found, and one in the data by the tensor's name") {
+  const TemporaryFolder folder;
+  Ours().save(folder / "file");
+  const auto read = [](const fs::path& path) {
+    std::ifstream in(path, std::ios::binary);
+    return std::string((std::istreambuf_iterator<char>(in)), {});
+  };
+  const std::string bytes = read(folder / "file");
+  const SafetensorsFile good(folder / "file");
+  std::uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), 8);
+  const auto refusal = [&](std::size_t at, int bit) {
+    std::string changed = bytes;
+    changed[at] = char(changed[at] ^ (1 << bit));
+    std::ofstream(folder / "changed", std::ios::binary) << changed;
+    return complaint([&] { load(folder / "changed", {}); });
+  };
+  for (const std::string& name : good.names()) {
+    const auto& info = good.info(name);
+    const auto at = std::size_t(8 + Index(header) + info.offset) + std::size_t(info.count / 2) * 4;
+    CHECK(contains(refusal(at + 1, 3), moxie::detail::tensor_named(name)));
+  }
+  // Of the header every 7th byte: names, shapes, configuration, checksums.
+  for (std::size_t at = 0; at < header + 8; at += 7) {
+    CAPTURE(at);
+    std::string message;
+    try {
+      message = refusal(at, int(at % 8));
+    } catch (const moxie::ValueError& error) {  // a configuration that no model has
+      message = error.what();
+    }
+    CHECK(message != "no complaint");
+  }
+  for (const std::size_t size : {std::size_t(0), std::size_t(7), std::size_t(header), bytes.size() - 1}) {
+    std::ofstream(folder / "short", std::ios::binary) << bytes.substr(0, size);
+    CHECK(complaint([&] { load(folder / "short", {}); }) != "no complaint");
+  }
+}

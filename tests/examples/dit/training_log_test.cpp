@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <dit/training_log.hpp>
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+struct TemporaryFile {
+  fs::path path;
+  TemporaryFile() {
+    std::random_device random;
+    path = fs::temp_directory_path() / ("moxie-log-" + std::to_string(random()) + std::to_string(random()));
+  }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() { fs::remove(path); }
+
+  std::vector<json> lines() const {
+    std::vector<json> all;
+    std::ifstream in(path);
+    for (std::string line; std::getline(in, line);) {
+      all.push_back(json::parse(line));
+    }
+    return all;
+  }
+};
+
+constexpr dit::StepReport report{0.5F, 0.25F, 2.0F, 1.5F};
+
+}  // namespace
+
+TEST_CASE("TrainingLog: an object for each step, written when it is added") {
+  const TemporaryFile file;
+  dit::TrainingLog log(file.path, 0);
+  CHECK(file.lines().empty());
+  log.add(1, report, 100);
+  log.add(2, report, 200);
+  const std::vector<json> lines = file.lines();
+  REQUIRE(lines.size() == 2);
+  CHECK(lines[0] == json{{"step", 1},
+                         {"loss", 0.5},
+                         {"balance_loss", 0.25},
+                         {"gradient_norm", 2},
+                         {"max_load", 1.5},
+                         {"images_per_second", 100}});
+  CHECK(lines[1]["step"] == 2);
+}
+
+TEST_CASE("TrainingLog: going on keeps the steps of the checkpoint, and drops later ones and a cut-off line") {
+  const TemporaryFile file;
+  {
+    dit::TrainingLog log(file.path, 0);
+    for (int step = 1; step <= 5; ++step) {
+      log.add(step, report, step);
+    }
+  }
+  std::ofstream(file.path, std::ios::app) << "{\"step\":2,\"lo";
+  {
+    dit::TrainingLog log(file.path, 3);
+    log.add(4, report, 40);
+  }
+  std::vector<json> lines = file.lines();
+  REQUIRE(lines.size() == 4);
+  CHECK(lines[2]["images_per_second"] == 3);
+  CHECK(lines[3]["images_per_second"] == 40);
+  dit::TrainingLog(file.path, 0);
+  CHECK(file.lines().empty());
+}
+
+TEST_CASE("TrainingLog: what cannot be written is an error") {
+  CHECK_THROWS_AS(dit::TrainingLog("/nowhere/log.jsonl", 0), std::runtime_error);
+}
