@@ -4,11 +4,13 @@
 #include <benchmarks.hpp>
 #include <dit/model.hpp>
 #include <dit/optimizer.hpp>
+#include <dit/zoo.hpp>
 #include <moxie/layer/shared_expert_moe.hpp>
+#include <string>
 #include <vector>
 
-// The model of the examples in the size DiT-MoE-S/2-8E2A (Fei et al. 2024), on four latents of 4 x 32 x 32: a forward, and a
-// training step with AdamW.
+// The model of the examples in the size DiT-MoE-S/2-8E2A (Fei et al. 2024), on latents of 4 x 32 x 32: a forward of 4 images,
+// and training steps of 4 and 16 with AdamW.
 namespace {
 
 using moxie::Exec;
@@ -17,44 +19,22 @@ using moxie::Matrix;
 using Layer = moxie::SharedExpertMoE<float>;
 using Model = dit::Model<Layer>;
 
-constexpr Index dim = 384, hidden = 4 * dim, shared = 2 * dim, experts = 8, top_k = 2, batch = 4;
+const dit::NamedModel named = dit::named_model("S/2-8E2A");
 
 Model make_model() {
-  const Layer layer({.model_dim = dim,
-                     .experts = experts,
-                     .top_k = top_k,
-                     .expert = {.hidden_dim = hidden},
-                     .shared = {.hidden_dim = shared},
-                     .balance = {.expert_level = 0.01}});
-  return Model(
-      {.image_size = 32, .channels = 4, .patch = 2, .dim = dim, .depth = 12, .heads = 6, .classes = 1000, .learn_sigma = true},
-      layer, "moe.");
+  return {named.model,
+          Layer({.model_dim = named.model.dim,
+                 .experts = named.experts,
+                 .top_k = named.top_k,
+                 .expert = {.hidden_dim = named.hidden_dim},
+                 .shared = {.hidden_dim = named.shared_hidden_dim},
+                 .balance = {.expert_level = 0.01}}),
+          "moe."};
 }
 
-/// Of a forward: the products of every token of every block, the modulations of every image, the embeddings and the last layer.
-double flops(const dit::ModelConfig& c) {
-  const double length = double(c.tokens());
-  const double token = 4.0 * dim * dim + 2.0 * length * dim + 3.0 * dim * (top_k * hidden + shared) + dim * experts;
-  const double image = length * token + 6.0 * dim * dim;
-  const double rest = length * dim * double(c.patch_dim() + c.patch_output_dim()) + (256.0 + dim + 2.0 * dim) * dim;
-  return 2.0 * batch * (double(c.depth) * image + rest);
-}
-
-/// GiB of a training step: weights, gradients, two moments and the average; and what the tapes of a block keep: twelve matrices
-/// (T,D), R (D + 2H) of the experts, 2 T H' of the shared ones, and the scratch of its backward, R (2D + 3H). Attention's
-/// probabilities are scratch of the whole model, twice.
-double formula(const Model& model) {
-  const dit::ModelConfig& c = model.config();
-  const double tokens = double(batch * c.tokens());
-  const double block = 12 * tokens * dim + top_k * tokens * (dim + 2 * hidden) + 2 * tokens * shared;
-  const double scratch = top_k * tokens * (2 * dim + 3 * hidden);
-  const double probabilities = double(batch * c.heads) * double(c.tokens()) * double(c.tokens());
-  return 4 * (5 * double(model.layout().size()) + double(c.depth) * (block + scratch) + 2 * probabilities) / double(1 << 30);
-}
-
-void add(bool train, const Exec& exec) {
+void add(Index batch, bool train, const Exec& exec) {
   benchmark::RegisterBenchmark(
-      train ? "training_step/DiT-S/2-8E2A" : "forward/DiT-S/2-8E2A",
+      std::string(train ? "training_step" : "forward") + "/DiT-MoE-S/2-8E2A/batch" + std::to_string(batch),
       [=](benchmark::State& state) {
         const Model model = make_model();
         moxie::Parameters<float> p{moxie::Layout(model.layout())};
@@ -62,10 +42,14 @@ void add(bool train, const Exec& exec) {
         const Index size = model.config().output_dim();
         Matrix<float> x = moxie::random_normal<float>(batch, model.config().image_dim(), moxie::Rng(2));
         Matrix<float> v(batch, size), dv = moxie::random_normal<float>(batch, size, moxie::Rng(3));
-        const std::vector<float> times = {0.1F, 0.3F, 0.6F, 0.9F};
-        const std::vector<Index> labels = {1, 10, 100, 1000};
+        std::vector<float> times;
+        std::vector<Index> labels;
+        for (Index b = 0; b < batch; ++b) {
+          times.push_back((float(b) + 0.5F) / float(batch));
+          labels.push_back(b * model.config().classes / batch);
+        }
         auto tape = model.make_tape();
-        const double work = flops(model.config());
+        const double work = 2.0 * double(batch) * double(dit::multiply_adds(named));
         state.counters["parameters"] = double(model.layout().parameter_count());
         if (!train) {
           moxie::bench::measure<float>(state, exec, {{work, 0}},
@@ -83,15 +67,16 @@ void add(bool train, const Exec& exec) {
         rusage usage{};
         getrusage(RUSAGE_SELF, &usage);
         state.counters["process_gib"] = double(usage.ru_maxrss) / double(1 << 20);
-        state.counters["formula_gib"] = formula(model);
+        state.counters["formula_gib"] = double(dit::training_bytes(named, batch)) / double(1 << 30);
       })
       ->UseRealTime()
       ->Unit(benchmark::kMillisecond);
 }
 
 const moxie::bench::Register registration([](const Exec& exec) {
-  add(false, exec);
-  add(true, exec);
+  add(4, false, exec);
+  add(4, true, exec);
+  add(16, true, exec);
 });
 
 }  // namespace
