@@ -62,6 +62,7 @@ class CheckpointWriter {
       add(prefix + tensor.name, tensor.shape, stacked);
     }
   }
+  void add(moxie::Parameters<float>&& block, const std::string& prefix = "") = delete;
   void add(const std::string& name, std::vector<Index> shape, std::span<const float> values) {
     checksums_[name] = detail::checksum(values.data(), values.size_bytes());
     writer_.add(name, std::move(shape), values);
@@ -260,12 +261,17 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
   }
 }
 
-/// The weights to draw with: averages where a file has them.
+/// Of the weights to draw with: averages where a file has them.
+inline std::string weights_prefix(const SafetensorsFile& file) {
+  return file.contains("ema.x_embedder.proj.weight") ? "ema." : "";
+}
+
+/// The weights to draw with.
 inline moxie::Parameters<float> load_model(const SafetensorsFile& file, const ModelConfig& shape, const moxie::Layout& layout) {
   check_checksums(file);
   check_foreign(file, shape, layout);
   moxie::Parameters<float> weights(layout);
-  load_weights(file, weights, file.contains("ema.x_embedder.proj.weight") ? "ema." : "");
+  load_weights(file, weights, weights_prefix(file));
   return weights;
 }
 

@@ -62,60 +62,77 @@ inline Process process_of(const TrainingConfig& c) {
       c.model.learn_sigma ? StepVariance::learned_range : StepVariance::fixed_large);
 }
 
-/// The model that a configuration asks for, handed to `f`: its type depends on the feed-forward.
-template <class F>
-auto with_model(const TrainingConfig& c, F&& f) {
+/// The shape of a configuration's model, with the timesteps of its process.
+inline ModelConfig shape_of(const TrainingConfig& c) {
   ModelConfig shape = c.model;
   shape.timesteps = c.process == "ddpm" ? c.diffusion_steps : 1000;
   shape.timestep_unit = c.process == "ddpm" ? 1 : 1e-3;
-  shape.validate();
-  const Index dim = shape.dim;
+  return shape;
+}
+
+/// The feed-forward that a configuration asks for, handed to `f` with the name that its tensors have in a block. With another
+/// `Element`, experts hold and multiply such numbers; only SwiGLU experts can. Throws ValueError.
+template <class Element = float, class F>
+auto with_layer(const TrainingConfig& c, F&& f) {
+  using SwiGlu = moxie::SwiGluExperts<float, Element>;
+  const Index dim = c.model.dim;
   const auto balance = moxie::Balance{.expert_level = c.balance};
   moxie::detail::expect_value(c.expert == "swiglu" || (c.expert == "gelu" && c.feed_forward == "top-k"), "TrainingConfig",
                               "expert is swiglu, or gelu for top-k");
-  const auto call = [&](const auto& layer, const char* name) {
-    return f(Model<std::decay_t<decltype(layer)>>(shape, layer, name));
+  const auto top_k = [&]<class Experts>(std::type_identity<Experts>) {
+    return f(moxie::TopKMoE<float, Experts>({.model_dim = dim,
+                                             .experts = c.experts,
+                                             .top_k = c.top_k,
+                                             .expert = {.hidden_dim = c.hidden_dim},
+                                             .normalize = c.normalize,
+                                             .balance = balance}),
+             "moe.");
   };
   if (c.feed_forward == "shared") {
-    return call(moxie::SharedExpertMoE<float>({.model_dim = dim,
-                                               .experts = c.experts,
-                                               .top_k = c.top_k,
-                                               .expert = {.hidden_dim = c.hidden_dim},
-                                               .shared = {.hidden_dim = c.shared_hidden_dim},
-                                               .normalize = c.normalize,
-                                               .balance = balance}),
-                "moe.");
+    return f(moxie::SharedExpertMoE<float, SwiGlu>({.model_dim = dim,
+                                                    .experts = c.experts,
+                                                    .top_k = c.top_k,
+                                                    .expert = {.hidden_dim = c.hidden_dim},
+                                                    .shared = {.hidden_dim = c.shared_hidden_dim},
+                                                    .normalize = c.normalize,
+                                                    .balance = balance}),
+             "moe.");
   }
-  if (c.feed_forward == "top-k") {
-    const auto top_k = [&]<class Experts>(std::type_identity<Experts>) {
-      return call(moxie::TopKMoE<float, Experts>({.model_dim = dim,
-                                                  .experts = c.experts,
-                                                  .top_k = c.top_k,
-                                                  .expert = {.hidden_dim = c.hidden_dim},
-                                                  .normalize = c.normalize,
-                                                  .balance = balance}),
-                  "moe.");
-    };
-    return c.expert == "gelu" ? top_k(std::type_identity<moxie::GeluTanhExperts<float>>())
-                              : top_k(std::type_identity<moxie::SwiGluExperts<float>>());
+  if (c.feed_forward == "top-k" && c.expert == "swiglu") {
+    return top_k(std::type_identity<SwiGlu>());
   }
   if (c.feed_forward == "expert-choice") {
-    return call(moxie::ExpertChoiceMoE<float>({.model_dim = dim,
-                                               .experts = c.experts,
-                                               .expert = {.hidden_dim = c.hidden_dim},
-                                               .capacity = {.factor = c.capacity_factor}}),
-                "moe.");
+    return f(moxie::ExpertChoiceMoE<float, SwiGlu>({.model_dim = dim,
+                                                    .experts = c.experts,
+                                                    .expert = {.hidden_dim = c.hidden_dim},
+                                                    .capacity = {.factor = c.capacity_factor}}),
+             "moe.");
   }
-  if (c.feed_forward == "soft") {
-    return call(moxie::SoftMoE<float>({.model_dim = dim,
-                                       .experts = c.experts,
-                                       .slots_per_expert = c.slots_per_expert,
-                                       .expert = {.hidden_dim = c.hidden_dim}}),
-                "moe.");
+  if constexpr (std::is_same_v<Element, float>) {
+    if (c.feed_forward == "top-k") {
+      return top_k(std::type_identity<moxie::GeluTanhExperts<float>>());
+    }
+    if (c.feed_forward == "soft") {
+      return f(moxie::SoftMoE<float>({.model_dim = dim,
+                                      .experts = c.experts,
+                                      .slots_per_expert = c.slots_per_expert,
+                                      .expert = {.hidden_dim = c.hidden_dim}}),
+               "moe.");
+    }
+    moxie::detail::expect_value(c.feed_forward == "dense", "TrainingConfig",
+                                "feed_forward is shared, top-k, expert-choice, soft or dense");
+    return f(DenseFeedForward<float>({.model_dim = dim, .hidden_dim = c.hidden_dim}), "");
+  } else {
+    throw moxie::ValueError("TrainingConfig: only SwiGLU experts hold numbers of another kind than float");
   }
-  moxie::detail::expect_value(c.feed_forward == "dense", "TrainingConfig",
-                              "feed_forward is shared, top-k, expert-choice, soft or dense");
-  return call(DenseFeedForward<float>({.model_dim = dim, .hidden_dim = c.hidden_dim}), "");
+}
+
+/// The model that a configuration asks for, handed to `f`: its type depends on the feed-forward. Throws ValueError.
+template <class F>
+auto with_model(const TrainingConfig& c, F&& f) {
+  return with_layer(c, [&](const auto& layer, const char* name) {
+    return f(Model<std::decay_t<decltype(layer)>>(shape_of(c), layer, name));
+  });
 }
 
 }  // namespace dit

@@ -8,12 +8,15 @@
 //     dit upcycle --checkpoint FILE --out FILE     a dense model becomes a mixture of experts
 //     dit predict --checkpoint FILE --input FILE --out FILE    the network's output for given inputs
 //     dit zoo                                      the named models of the papers, and what they cost
+#include <sys/resource.h>
+
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cmath>
 #include <csignal>
 #include <dit/analysis_output.hpp>
 #include <dit/data_set.hpp>
+#include <dit/frozen_model.hpp>
 #include <dit/pictures.hpp>
 #include <dit/progress.hpp>
 #include <dit/report.hpp>
@@ -365,29 +368,43 @@ int train(dit::TrainingConfig config, const TrainingOptions& options, const Draw
   });
 }
 
-int sample(const fs::path& checkpoint, const dit::ForeignOptions& foreign, const DrawingOptions& drawing, bool analyse,
-           const Files& files, const Exec& exec) {
+/// The model of a checkpoint and its weights, handed to `f`; with experts in bfloat16, if asked for.
+template <class F>
+int with_checkpoint(const moxie::SafetensorsFile& file, const dit::TrainingConfig& config, bool bfloat16, const Exec& exec,
+                    F&& f) {
+  if (bfloat16) {
+    return dit::with_bfloat16_model(
+        file, config, exec, [&](const auto& model) { return f(model, model.weights().view(), model.parameter_count()); });
+  }
+  return dit::with_model(config, [&](const auto& model) {
+    const moxie::Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
+    return f(model, weights.view(), model.layout().parameter_count());
+  });
+}
+
+int sample(const fs::path& checkpoint, const dit::ForeignOptions& foreign, const DrawingOptions& drawing, bool bfloat16,
+           bool analyse, const Files& files, const Exec& exec) {
   const moxie::SafetensorsFile file(checkpoint);
   const dit::TrainingConfig config = dit::config_of(file, foreign);
+  if (analyse && config.feed_forward == "dense") {
+    throw std::runtime_error(checkpoint.string() + ": is a dense model, which routes nothing");
+  }
   fs::create_directories(files.folder);
-  return dit::with_model(config, [&](const auto& model) {
-    if (analyse && !routes<std::decay_t<decltype(model)>>) {
-      throw std::runtime_error(checkpoint.string() + ": is a dense model, which routes nothing");
-    }
-    const moxie::Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
-    const std::vector<std::string> class_names = names_of(file, config.model.classes);
-    dit::Report report;
-    report.title = analyse ? "Routing of a diffusion transformer" : "Samples of a diffusion transformer";
-    report.facts = {{"Checkpoint", checkpoint.string()},
-                    {"Feed-forward", config.feed_forward},
-                    {"Parameters", std::to_string(model.layout().parameter_count())}};
-    const Drawing drawn = draw(model, weights.view(), config, drawing, exec);
-    write_drawing(drawn, config, class_names, files, report);
-    if (analyse) {
-      write_analysis(*drawn.counts, class_names, files);
-    }
-    return 0;
-  });
+  return with_checkpoint(file, config, bfloat16, exec,
+                         [&](const auto& model, dit::ParameterView<const float> weights, Index parameters) {
+                           const std::vector<std::string> class_names = names_of(file, config.model.classes);
+                           dit::Report report;
+                           report.title = analyse ? "Routing of a diffusion transformer" : "Samples of a diffusion transformer";
+                           report.facts = {{"Checkpoint", checkpoint.string()},
+                                           {"Feed-forward", config.feed_forward + (bfloat16 ? ", experts in bfloat16" : "")},
+                                           {"Parameters", std::to_string(parameters)}};
+                           const Drawing drawn = draw(model, weights, config, drawing, exec);
+                           write_drawing(drawn, config, class_names, files, report);
+                           if (analyse) {
+                             write_analysis(*drawn.counts, class_names, files);
+                           }
+                           return 0;
+                         });
 }
 
 int upcycle(const fs::path& checkpoint, const dit::ForeignOptions& foreign, const dit::UpcyclingOptions& options,
@@ -399,36 +416,76 @@ int upcycle(const fs::path& checkpoint, const dit::ForeignOptions& foreign, cons
 }
 
 /// Of tensors x (B,C,H,W), t (B) and y (B), the network's output (B,Cout,H,W).
-int predict(const fs::path& checkpoint, const dit::ForeignOptions& foreign, const fs::path& input, const fs::path& out,
-            const Exec& exec) {
+int predict(const fs::path& checkpoint, const dit::ForeignOptions& foreign, bool bfloat16, const fs::path& input,
+            const fs::path& out, const Exec& exec) {
   const moxie::SafetensorsFile file(checkpoint);
   const moxie::SafetensorsFile in(input);
-  return dit::with_model(dit::config_of(file, foreign), [&](const auto& model) {
-    const dit::ModelConfig& shape = model.config();
-    const moxie::Parameters<float> weights = dit::load_model(file, shape, model.layout());
-    const std::vector<Index> images = in.info("x").shape;
-    const Index batch = images.empty() ? 0 : images.front();
-    in.expect<float>("x", std::array<Index, 4>{batch, shape.channels, shape.image_size, shape.image_size});
-    std::vector<float> t;
-    if (moxie::detail::reads_as<float>(in.info("t").dtype)) {
-      t = in.read<float>("t");
-    } else {
-      for (const std::int64_t step : in.read<std::int64_t>("t")) {
-        t.push_back(float(step));
+  return with_checkpoint(
+      file, dit::config_of(file, foreign), bfloat16, exec,
+      [&](const auto& model, dit::ParameterView<const float> weights, Index /*parameters*/) {
+        const dit::ModelConfig& shape = model.config();
+        const std::vector<Index> images = in.info("x").shape;
+        const Index batch = images.empty() ? 0 : images.front();
+        in.expect<float>("x", std::array<Index, 4>{batch, shape.channels, shape.image_size, shape.image_size});
+        std::vector<float> t;
+        if (moxie::detail::reads_as<float>(in.info("t").dtype)) {
+          t = in.read<float>("t");
+        } else {
+          for (const std::int64_t step : in.read<std::int64_t>("t")) {
+            t.push_back(float(step));
+          }
+        }
+        const std::vector<std::int64_t> labels = in.read<std::int64_t>("y");
+        const std::vector<float> values = in.read<float>("x");
+        Matrix<float> output(batch, shape.output_dim());
+        auto tape = model.make_tape();
+        model.forward(weights, dit::RowView<const float>(values.data(), batch, shape.image_dim()), t,
+                      {labels.begin(), labels.end()}, output, tape, exec);
+        moxie::SafetensorsWriter writer;
+        writer.add("output", {batch, shape.out_channels(), shape.image_size, shape.image_size},
+                   std::span<const float>(output.data(), std::size_t(output.size())));
+        writer.save(out);
+        std::cout << "Written:\n  " << out.string() << "\n";
+        return 0;
+      });
+}
+
+/// Makes a named mixture with random weights, the same in every block, and times a forward of one image.
+template <class Element>
+int measure(const dit::NamedModel& named, const Exec& exec) {
+  dit::TrainingConfig config;
+  dit::apply(named, config);
+  return dit::with_layer<Element>(config, [&](const auto& layer, const char* name) -> int {
+    using Layer = std::decay_t<decltype(layer)>;
+    if constexpr (requires { layer.router(); }) {
+      Index of_layer = 0;
+      const auto read = [&](const std::string& part, moxie::Parameters<float>& to) {
+        for (Index i = 0; i < Index(to.layout().tensors().size()) && (part.empty() || of_layer == 0); ++i) {
+          Rng(1).split(std::uint64_t(i)).fill_uniform(to.view()[i], -0.03, 0.03);
+        }
+        of_layer += part.empty() ? 0 : 1;
+      };
+      const dit::FrozenModel<Layer> model(config.model, layer, name, read, exec);
+      const Matrix<float> x = moxie::random_normal<float>(1, config.model.image_dim(), Rng(2));
+      Matrix<float> v(1, config.model.output_dim());
+      auto tape = model.make_tape();
+      std::cout << named.name << ": " << model.parameter_count() << " trained parameters\n";
+      for (const char* which : {"first", "second"}) {
+        const auto start = std::chrono::steady_clock::now();
+        model.forward(model.weights(), x, {0.5F}, {0}, v, tape, exec);
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        std::cout << which << " forward of one image: " << seconds.count() << " s\n";
       }
+      if (!v.allFinite()) {
+        throw std::runtime_error("the output is not finite");
+      }
+      rusage usage{};
+      getrusage(RUSAGE_SELF, &usage);
+      std::cout << "memory at most: " << double(usage.ru_maxrss) / double(1 << 20) << " GiB\n";
+      return 0;
+    } else {
+      throw std::runtime_error("only mixtures are measured");
     }
-    const std::vector<std::int64_t> labels = in.read<std::int64_t>("y");
-    const std::vector<float> values = in.read<float>("x");
-    Matrix<float> output(batch, shape.output_dim());
-    auto tape = model.make_tape();
-    model.forward(weights, dit::RowView<const float>(values.data(), batch, shape.image_dim()), t,
-                  {labels.begin(), labels.end()}, output, tape, exec);
-    moxie::SafetensorsWriter writer;
-    writer.add("output", {batch, shape.out_channels(), shape.image_size, shape.image_size},
-               std::span<const float>(output.data(), std::size_t(output.size())));
-    writer.save(out);
-    std::cout << "Written:\n  " << out.string() << "\n";
-    return 0;
   });
 }
 
@@ -447,6 +504,8 @@ int main(int argc, char** argv) {
   fs::path checkpoint;
   fs::path input;
   fs::path out_file;
+  bool bfloat16 = false;
+  std::string measured;
   Exec exec;
 
   const CLI::Validator finite(
@@ -471,7 +530,7 @@ int main(int argc, char** argv) {
   CLI::App* analyse_command = app.add_subcommand("analyse", "draw, and look at who is routed where");
   CLI::App* upcycle_command = app.add_subcommand("upcycle", "make a mixture of experts of a dense checkpoint");
   CLI::App* predict_command = app.add_subcommand("predict", "the network's output for tensors x, t and y");
-  const CLI::App* zoo_command = app.add_subcommand("zoo", "the named models of the papers: parameters, multiply-adds, memory");
+  CLI::App* zoo_command = app.add_subcommand("zoo", "the named models of the papers: parameters, multiply-adds, memory");
 
   for (CLI::App* command : {train_command, sample_command, analyse_command}) {
     command->add_option("--out", files.folder, "folder for everything that is written")->capture_default_str();
@@ -494,7 +553,7 @@ int main(int argc, char** argv) {
     command->add_flag("--clip", drawing.sampler.clip, "the images that ddpm and ddim predict, to [-1,1]");
     command->add_option("--seed", config.seed)->capture_default_str();
   }
-  for (CLI::App* command : {train_command, sample_command, analyse_command, predict_command}) {
+  for (CLI::App* command : {train_command, sample_command, analyse_command, predict_command, zoo_command}) {
     command->add_option("--threads", exec.threads, "0: all cores")->capture_default_str()->check(CLI::NonNegativeNumber);
   }
   for (CLI::App* command : {sample_command, analyse_command, upcycle_command, predict_command}) {
@@ -509,6 +568,10 @@ int main(int argc, char** argv) {
   for (CLI::App* command : {sample_command, analyse_command, predict_command}) {
     command->add_option("--top-k", foreign.top_k, "of a state dict")->capture_default_str()->check(CLI::PositiveNumber);
   }
+  for (CLI::App* command : {sample_command, analyse_command, predict_command, zoo_command}) {
+    command->add_flag("--bf16", bfloat16, "experts in bfloat16: half their memory, and faster where the processor has it");
+  }
+  zoo_command->add_option("--measure", measured, "times a forward of this model, with random weights")->check(model_name);
   analyse_command->add_option("--bins", drawing.bins, "stretches of the way from noise to image")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
@@ -613,6 +676,10 @@ int main(int argc, char** argv) {
   std::signal(SIGTERM, interrupt);
   try {
     if (zoo_command->parsed()) {
+      if (!measured.empty()) {
+        const dit::NamedModel named = dit::named_model(measured);
+        return bfloat16 ? measure<moxie::BFloat16>(named, exec) : measure<float>(named, exec);
+      }
       dit::print_zoo(std::cout);
       return 0;
     }
@@ -629,9 +696,9 @@ int main(int argc, char** argv) {
       return upcycle(checkpoint, foreign, upcycling, out_file);
     }
     if (predict_command->parsed()) {
-      return predict(checkpoint, foreign, input, out_file, exec);
+      return predict(checkpoint, foreign, bfloat16, input, out_file, exec);
     }
-    return sample(checkpoint, foreign, drawing, analyse_command->parsed(), files, exec);
+    return sample(checkpoint, foreign, drawing, bfloat16, analyse_command->parsed(), files, exec);
   } catch (const std::exception& error) {
     std::cerr << "dit: " << error.what() << "\n";
     return 1;

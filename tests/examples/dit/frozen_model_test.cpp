@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <dit/frozen_model.hpp>
+#include <filesystem>
+#include <random>
+
+using dit::Exec;
+using dit::Index;
+using dit::Matrix;
+using dit::Rng;
+using moxie::Parameters;
+namespace fs = std::filesystem;
+
+namespace {
+
+struct TemporaryFile {
+  fs::path path;
+  TemporaryFile() {
+    std::random_device random;
+    path = fs::temp_directory_path() / ("moxie-frozen-" + std::to_string(random()) + std::to_string(random()));
+  }
+  TemporaryFile(const TemporaryFile&) = delete;
+  TemporaryFile& operator=(const TemporaryFile&) = delete;
+  ~TemporaryFile() { fs::remove(path); }
+};
+
+dit::TrainingConfig small(const std::string& feed_forward) {
+  dit::TrainingConfig c;
+  c.model = {.image_size = 8, .channels = 1, .patch = 2, .dim = 16, .depth = 2, .heads = 2, .classes = 3};
+  c.feed_forward = feed_forward;
+  c.experts = 4;
+  c.hidden_dim = 24;
+  c.shared_hidden_dim = 16;
+  return c;
+}
+
+// A checkpoint with random numbers in all tensors, averages among them.
+Parameters<float> save(const dit::TrainingConfig& config, const fs::path& path) {
+  return dit::with_model(config, [&](const auto& model) {
+    Parameters<float> p(model.layout());
+    for (std::size_t i = 0; i < model.layout().tensors().size(); ++i) {
+      Rng(2).split(i).fill_normal(p.view()[Index(i)], 0.2);
+    }
+    const Parameters<float> not_averaged = p.zeros_like();
+    dit::CheckpointWriter writer;
+    writer.add(not_averaged);
+    writer.add(p, "ema.");
+    writer.metadata("config", nlohmann::json(config).dump());
+    writer.save(path);
+    return p;
+  });
+}
+
+struct Pass {
+  Matrix<float> v;
+  std::vector<Index> tokens_per_expert;
+};
+template <class AnyModel>
+Pass pass(const AnyModel& model, const Parameters<float>& weights) {
+  const Matrix<float> x = moxie::random_normal<float>(3, model.config().image_dim(), Rng(5));
+  Pass result{Matrix<float>(3, model.config().output_dim()), {}};
+  auto tape = model.make_tape();
+  model.forward(weights, x, {0.2F, 0.5F, 0.7F}, {0, 2, 3}, result.v, tape, Exec{2});
+  if constexpr (requires { tape.blocks[1].feed_forward.plan().tokens_per_expert(); }) {
+    const auto& counts = tape.blocks[1].feed_forward.plan().tokens_per_expert();
+    result.tokens_per_expert.assign(counts.begin(), counts.end());
+  }
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("FrozenModel: with experts in float, the bits of the model, and its routing") {
+  const TemporaryFile file;
+  for (const char* feed_forward : {"shared", "top-k", "expert-choice"}) {
+    const dit::TrainingConfig config = small(feed_forward);
+    const Parameters<float> weights = save(config, file.path);
+    const Pass expected = dit::with_model(config, [&](const auto& model) { return pass(model, weights); });
+    const dit::SafetensorsFile stored(file.path);
+    const Pass frozen = dit::with_layer(config, [&](const auto& layer, const char* name) {
+      if constexpr (requires { layer.router(); }) {
+        const auto read = [&](const std::string& part, Parameters<float>& to) { dit::load_weights(stored, to, "ema." + part); };
+        const dit::FrozenModel<std::decay_t<decltype(layer)>> model(config.model, layer, name, read, Exec{2});
+        CHECK(model.parameter_count() == weights.layout().parameter_count());
+        return pass(model, model.weights());
+      } else {
+        return Pass{};
+      }
+    });
+    CHECK(frozen.v == expected.v);
+    CHECK(frozen.tokens_per_expert == expected.tokens_per_expert);
+    CHECK_FALSE(frozen.tokens_per_expert.empty());
+  }
+}
+
+TEST_CASE("with_bfloat16_model: close to the float model, and not equal") {
+  const TemporaryFile file;
+  for (const char* feed_forward : {"shared", "top-k"}) {
+    const dit::TrainingConfig config = small(feed_forward);
+    const Parameters<float> weights = save(config, file.path);
+    const Matrix<float> expected = dit::with_model(config, [&](const auto& model) { return pass(model, weights).v; });
+    const Matrix<float> rounded = dit::with_bfloat16_model(dit::SafetensorsFile(file.path), config, Exec{2},
+                                                           [](const auto& model) { return pass(model, model.weights()).v; });
+    const float error = (rounded - expected).norm() / expected.norm();
+    CHECK(error < 1e-2F);
+    CHECK(error > 1e-5F);
+  }
+}
+
+TEST_CASE("with_bfloat16_model: experts that are not SwiGLU are refused") {
+  const TemporaryFile file;
+  for (const char* feed_forward : {"dense", "soft"}) {
+    const dit::TrainingConfig config = small(feed_forward);
+    save(config, file.path);
+    CHECK_THROWS_AS(
+        dit::with_bfloat16_model(dit::SafetensorsFile(file.path), config, Exec{1}, [](const auto& /*model*/) { return 0; }),
+        moxie::ValueError);
+  }
+}
