@@ -11,6 +11,7 @@
 #include <limits>
 #include <moxie/io/safetensors.hpp>
 #include <ostream>
+#include <system_error>
 
 /// What `dit analyse` writes of the counts of a routing: files for other programs, a table, and heat maps.
 namespace dit {
@@ -43,6 +44,7 @@ inline void write_counts_csv(const std::filesystem::path& path, const RoutingCou
   const std::filesystem::path part = path.string() + ".part";
   std::ofstream out(part);
   out.imbue(std::locale::classic());
+  out.precision(std::numeric_limits<double>::max_digits10);
   out << "key,layer,bin,index,expert,count\n";
   for (const char* key : {"class", "position"}) {
     for (Index layer = 0; layer < shape.layers; ++layer) {
@@ -57,11 +59,15 @@ inline void write_counts_csv(const std::filesystem::path& path, const RoutingCou
     }
   }
   out.close();
-  if (!out) {
-    std::filesystem::remove(part);
-    throw std::runtime_error(path.string() + ": cannot be written");
+  std::error_code error;
+  if (out) {
+    std::filesystem::rename(part, path, error);
   }
-  std::filesystem::rename(part, path);
+  if (!out || error) {
+    std::error_code ignored;
+    std::filesystem::remove(part, ignored);
+    throw std::runtime_error(path.string() + ": cannot be written" + (error ? ": " + error.message() : ""));
+  }
 }
 
 /// What a layer's routing says of its keys, in bits.

@@ -445,21 +445,43 @@ struct HeatMap {
   moxie::Matrix<double> shares;  ///< in [0, 1]; NaN is left white
 };
 
-/// What the axes of a wall of heat maps mean.
+/// What the axes of a wall of heat maps mean: the rows and columns of each map if the maps have titles, else those of the wall.
+/// They are numbered from 0, as many as there is room for.
 struct HeatMapAxes {
   std::string rows;
   std::string columns;
-  std::vector<std::string> row_names;  ///< none, or one for each row: shown at the left edge, if there is room
-  Index across = 6;                    ///< maps beside each other
+  std::vector<std::string> row_names;  ///< of each row of a map that has a title, instead of its number; none, or all
+  Index across = 0;                    ///< maps beside each other; 0: 6, or more if the wall else is higher than wide
   double cell = 12;                    ///< pixels of a number, if the map then is between 36 and 180 pixels wide and high
 };
+
+namespace detail {
+
+/// Pixels of `maps` maps beside or above each other, `cells` numbers each. They shrink where the canvas would go beyond 4000
+/// pixels, but a number has a pixel at least.
+inline double map_size(Index cells, double cell, Index maps, double gap) {
+  constexpr double most = 3800;  // and what is around the wall
+  const double size = std::clamp(cell * double(cells), 36.0, 180.0);
+  return std::max(double(cells), std::min(size, std::floor(most / double(maps) - gap)));
+}
+
+/// Every how many lines of text there is room for one.
+inline Index tic_step(Index lines, double pixels, double line) {
+  Index step = 1;
+  for (const Index next : {2, 5, 10, 20, 50, 100, 200, 500, 1000}) {
+    step = pixels / double(lines) * double(step) < line ? next : step;
+  }
+  return step;
+}
+
+}  // namespace detail
 
 /// A wall of heat maps of equal size, from left to right and then down, with one scale of colours, numbers in percent.
 inline void draw_heat_maps(const std::filesystem::path& path, const std::string& title, const std::vector<HeatMap>& maps,
                            const HeatMapAxes& axes) {
   constexpr const char* where = "draw_heat_maps";
   moxie::detail::expect_at_least(where, "maps", Index(maps.size()), 1);
-  moxie::detail::expect_at_least(where, "across", axes.across, 1);
+  moxie::detail::expect_at_least(where, "across", axes.across, 0);
   const Index rows = maps.front().shares.rows();
   const Index cols = maps.front().shares.cols();
   moxie::detail::expect_at_least(where, "rows", rows, 1);
@@ -478,25 +500,43 @@ inline void draw_heat_maps(const std::filesystem::path& path, const std::string&
   }
   largest = largest > 0 ? std::min(largest, 1.0) : 1.0;
 
-  const double width = std::clamp(axes.cell * double(cols), 36.0, 180.0);
-  const double height = std::clamp(axes.cell * double(rows), 36.0, 180.0);
-  const bool named = !axes.row_names.empty() && height / double(rows) >= 11.0;
+  const auto count = Index(maps.size());
+  const bool titled = std::any_of(maps.begin(), maps.end(), [](const HeatMap& map) { return !map.title.empty(); });
+  const double gap_x = 8;
+  const double gap_y = gap_x + (titled ? 18 : 0);
+  Index across = std::min(axes.across == 0 ? 6 : axes.across, count);
+  Index down = 0;
+  double width = 0;
+  double height = 0;
+  double wall_width = 0;
+  double wall_height = 0;
+  const auto lay_out = [&] {
+    down = (count + across - 1) / across;
+    width = detail::map_size(cols, axes.cell, across, gap_x);
+    height = detail::map_size(rows, axes.cell, down, gap_y);
+    if (rows == cols) {
+      width = height = std::min(width, height);
+    }
+    wall_width = double(across) * (width + gap_x) - gap_x;
+    wall_height = double(down) * (height + gap_y) - gap_y;
+  };
+  lay_out();
+  while (axes.across == 0 && across < count && wall_height > wall_width) {
+    ++across;
+    lay_out();
+  }
+  const double bar_height = std::clamp(wall_height, 90.0, 240.0);
+  const double body_height = std::max({wall_height, bar_height, 8.0 * detail::letter_count(axes.rows)});
+
   double label_width = 24;
   for (const std::string& name : axes.row_names) {
-    label_width = named ? std::max(label_width, 7.5 * detail::letter_count(name)) : label_width;
+    label_width = titled ? std::max(label_width, 7.0 * detail::letter_count(name)) : label_width;
   }
-  const bool titled = std::any_of(maps.begin(), maps.end(), [](const HeatMap& map) { return !map.title.empty(); });
-  const double gap = 8;
-  const double left = 24 + label_width;
-  const double top = 44.0 + (titled ? 18 : 0);
-  const auto across = std::min(axes.across, Index(maps.size()));
-  const auto down = (Index(maps.size()) + across - 1) / across;
-  const double step_x = width + gap;
-  const double step_y = height + gap + (titled ? 18 : 0);
-  const double wall_width = double(across) * step_x;
-  const double wall_height = double(down) * step_y;
-  const double canvas_width = std::max(left + wall_width + 90, 11.0 * detail::letter_count(title));
-  const double canvas_height = top + std::max(wall_height, 90.0) + 36;
+  const double top = titled ? 62 : 44;
+  const double right = 90;
+  const double canvas_width = std::max(30 + label_width + wall_width + right, 11.0 * detail::letter_count(title));
+  const double canvas_height = top + std::max(wall_height + 50, body_height + 20);
+  const double left = 30 + label_width + 0.5 * (canvas_width - 30 - label_width - wall_width - right);
 
   detail::Script script(canvas_width, canvas_height);
   script.title(title, 22);
@@ -504,34 +544,54 @@ inline void draw_heat_maps(const std::filesystem::path& path, const std::string&
     script << "set label " << detail::gnuplot_quoted(text) << " at screen " << x / canvas_width << ", screen "
            << 1 - y / canvas_height << " " << how << " textcolor rgb '#303030'\n";
   };
-  label(axes.columns, left + wall_width / 2, top + wall_height + 14, "center");
-  label(axes.rows, 14, top + wall_height / 2, "center rotate by 90");
-  script << "set multiplot\nunset key\nset tics scale 0\nunset xtics\nset cbrange [0:" << 100 * largest
-         << "]\nset format cb '%.3g %%'\nset xrange [-0.5:" << cols - 1 << ".5]\nset yrange [" << rows - 1 << ".5:-0.5]\n"
-         << "set colorbox user origin screen " << (left + wall_width + 8) / canvas_width << ", screen "
-         << 1 - (top + std::min(wall_height, 240.0)) / canvas_height << " size screen " << 12 / canvas_width << ", screen "
-         << std::min(wall_height, 240.0) / canvas_height << " noborder\nset cbtics autofreq\n"
-         << detail::palette;
-  for (std::size_t i = 0; i < maps.size(); ++i) {
-    const auto x = double(Index(i) % across);
-    const auto y = double(Index(i) / across);
-    script.place_axes(left + x * step_x, top + y * step_y, width, height);
-    if (named && x == 0) {
-      script << "set ytics font ',8' (";
-      for (Index r = 0; r < rows; ++r) {
-        detail::add_tic(script, r == 0, axes.row_names[std::size_t(r)], double(r));
-      }
-      script << ")\n";
-    } else {
-      script << "unset ytics\n";
+  label(axes.columns, left + wall_width / 2, top + wall_height + 32, "center");
+  label(axes.rows, left - label_width - 16, top + body_height / 2, "center rotate by 90");
+  if (!titled) {
+    for (Index x = 0, step = detail::tic_step(across, wall_width, 24); x < across; x += step) {
+      label(std::to_string(x), left + double(x) * (width + gap_x) + width / 2, top + wall_height + 9, "center font ',8'");
     }
+    for (Index y = 0, step = detail::tic_step(down, wall_height, 14); y < down; y += step) {
+      label(std::to_string(y), left - 7, top + double(y) * (height + gap_y) + height / 2, "right font ',8'");
+    }
+  }
+  // An image of gnuplot has two rows and two columns at least: what is alone is drawn twice.
+  const Index drawn_rows = std::max(rows, Index{2});
+  const Index drawn_cols = std::max(cols, Index{2});
+  script << "set multiplot\nunset key\nset cbrange [0:" << 100 * largest
+         << "]\nset format cb '%.3g %%'\nset xrange [-0.5:" << drawn_cols - 1 << ".5]\nset yrange [" << drawn_rows - 1
+         << ".5:-0.5]\nset colorbox user origin screen " << (left + wall_width + 16) / canvas_width << ", screen "
+         << 1 - (top + bar_height) / canvas_height << " size screen " << 12 / canvas_width << ", screen "
+         << bar_height / canvas_height << " noborder\nset cbtics scale 0 autofreq\n"
+         << detail::palette;
+  const auto add_tics = [&](const char* axis, Index lines, double pixels, double line, const std::vector<std::string>& names) {
+    script << "set " << axis << "tics scale 0 offset 0," << (*axis == 'x' ? "0.5" : "0")
+           << " font ',8' textcolor rgb '#303030' (";
+    for (Index i = 0, step = detail::tic_step(lines, pixels, line); i < lines; i += step) {
+      detail::add_tic(script, i == 0, names.empty() ? std::to_string(i) : names[std::size_t(i)], lines == 1 ? 0.5 : double(i));
+    }
+    script << ")\n";
+  };
+  for (Index i = 0; i < count; ++i) {
+    const Index row = i / across;
+    const Index col = i % across;
+    const double x = left + double(col) * (width + gap_x);
+    const double y = top + double(row) * (height + gap_y);
+    const HeatMap& map = maps[std::size_t(i)];
+    script.place_axes(x, y, width, height);
+    script << "unset xtics\nunset ytics\n";
     if (titled) {
-      label(maps[i].title, left + x * step_x + width / 2, top + y * step_y - 9, "center font ',9'");
+      label(map.title, x + width / 2, y - 9, "center font ',9'");
+      if (col == 0) {
+        add_tics("y", rows, height, 11, axes.row_names);
+      }
+      if (i + across >= count) {  // none below
+        add_tics("x", cols, width, 18, {});
+      }
     }
     script << "plot '-' matrix with image\n";
-    for (Index r = 0; r < rows; ++r) {
-      for (Index c = 0; c < cols; ++c) {
-        const double share = maps[i].shares(r, c);
+    for (Index r = 0; r < drawn_rows; ++r) {
+      for (Index c = 0; c < drawn_cols; ++c) {
+        const double share = map.shares(std::min(r, rows - 1), std::min(c, cols - 1));
         script << (c == 0 ? "" : " ");
         if (std::isnan(share)) {
           script << "NaN";
