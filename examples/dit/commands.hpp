@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <csignal>
+#include <dit/checkpoint.hpp>
+#include <dit/sampling.hpp>
+#include <dit/upcycling.hpp>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+/// What the subcommands of `dit` do; main.cpp reads their options. They return the exit status, and throw what stops them.
+namespace dit::commands {
+
+namespace fs = std::filesystem;
+
+/// Set by Ctrl-C: a command ends where nothing is lost.
+extern volatile std::sig_atomic_t interrupted;
+
+struct DrawingOptions {
+  Index per_class = 100;
+  std::vector<Index> classes;  // none: all
+  SamplerConfig sampler{.steps = ""};
+  std::uint64_t seed = 1;
+  Index bins = 10;  // of the way from noise to image, that the analysis tells apart
+
+  /// With the process's own number of steps, where nobody gave one.
+  SamplerConfig sampler_for(const Process& process) const {
+    SamplerConfig config = sampler;
+    if (config.steps.empty()) {
+      config.steps = std::holds_alternative<RectifiedFlow>(process) ? "25" : "250";
+    }
+    return config;
+  }
+};
+
+struct TrainingOptions {
+  std::int64_t steps = 2000;
+  std::int64_t checkpoint_every = 250;
+  std::int64_t draw_every = 0;
+  double spike = 4;
+  bool resume = false;
+  std::optional<fs::path> start_from;
+  std::optional<fs::path> data;
+};
+
+/// Files of a run, all in its folder.
+struct Files {
+  fs::path folder;
+  fs::path operator()(const std::string& name) const { return folder / name; }
+};
+
+int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const Files& files,
+          const Exec& exec);
+/// The model and the process of a checkpoint, with a run's own options of training.
+TrainingConfig started_from(const fs::path& path, const ForeignOptions& foreign, const TrainingConfig& run);
+/// With `analyse`, who was routed where, too.
+int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const DrawingOptions& drawing, bool bfloat16,
+           bool analyse, const Files& files, const Exec& exec);
+int upcycle(const fs::path& checkpoint, const ForeignOptions& foreign, const UpcyclingOptions& options, const fs::path& out);
+/// Of tensors x (B,C,H,W), t (B) and y (B), the network's output (B,Cout,H,W).
+int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bfloat16, const fs::path& input,
+            const fs::path& out, const Exec& exec);
+/// Makes a named mixture with random weights, the same in every block, and times a forward of one image.
+int measure(const NamedModel& named, bool bfloat16, const Exec& exec);
+
+}  // namespace dit::commands

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+#include <dit/analysis.hpp>
+#include <dit/commands.hpp>
+#include <dit/pictures.hpp>
+#include <dit/progress.hpp>
+#include <dit/report.hpp>
+#include <iostream>
+
+/// What `train`, `sample` and `analyse` share: they draw images, and write them down.
+namespace dit::commands {
+
+/// A picture is worth having, but a run does not fail for want of gnuplot.
+template <class Draw>
+void draw_or_say(const fs::path& path, Draw&& draw) {
+  try {
+    draw(path);
+    std::cout << "  " << path.string() << "\n";
+  } catch (const std::exception& error) {
+    std::cout << "  no " << path.filename().string() << ": " << error.what() << "\n";
+  }
+}
+
+/// Images drawn, and who was routed where meanwhile.
+struct Drawing {
+  Matrix<float> images;
+  std::vector<std::int64_t> labels;
+  std::optional<RoutingCounts> counts;
+};
+
+template <class AnyModel>
+constexpr bool routes = requires(const typename AnyModel::Tape& tape) {
+  tape.blocks[0].feed_forward.plan();
+};
+
+/// Draws the same number of images of each class. An interruption throws.
+template <class AnyModel>
+Drawing draw(const AnyModel& model, ParameterView<const float> weights, const TrainingConfig& config,
+             const DrawingOptions& options, const Exec& exec) {
+  const ModelConfig& shape = model.config();
+  const Process process = process_of(config);
+  const Sampler<AnyModel, float> sampler(process, options.sampler_for(process), model);
+  std::vector<Index> classes = options.classes;
+  for (Index i = 0; classes.size() < std::size_t(shape.classes) && options.classes.empty(); ++i) {
+    classes.push_back(i);
+  }
+  Drawing drawing;
+  const Index total = options.per_class * Index(classes.size());
+  for (Index i = 0; i < total; ++i) {
+    const Index label = classes[std::size_t(i) % classes.size()];
+    moxie::detail::expect_value(label >= 0 && label < shape.classes, "dit",
+                                "class " + std::to_string(label) + " is not one of " + std::to_string(shape.classes));
+    drawing.labels.push_back(label);
+  }
+  std::cout << "Drawing " << total << " images, " << sampler.steps() << " steps of " << sampler.config().method << ", guidance "
+            << sampler.config().guidance << "\n";
+  drawing.images.resize(total, shape.image_dim());
+  if constexpr (routes<AnyModel>) {
+    drawing.counts.emplace(RoutingCounts::Shape{.layers = shape.depth,
+                                                .experts = model.feed_forward().router().experts(),
+                                                .classes = shape.classes,
+                                                .positions = shape.tokens(),
+                                                .bins = options.bins});
+  }
+  auto tape = model.make_tape();
+  Progress progress({.steps = total, .images_per_step = 1});
+  constexpr Index batch = 50;
+  for (Index first = 0; first < total; first += batch) {
+    const Index n = std::min(batch, total - first);
+    const std::vector<Index> part(drawing.labels.begin() + first, drawing.labels.begin() + first + n);
+    drawing.images.middleRows(first, n) =
+        sampler(weights, part, Rng(options.seed).split(2), std::uint64_t(first), tape, exec, [&](double way, auto...) {
+          if (interrupted != 0) {
+            throw std::runtime_error("interrupted while drawing; the checkpoint can be drawn with again");
+          }
+          if constexpr (routes<AnyModel>) {
+            const Index bin = std::min(Index(std::ceil(way * double(options.bins) - 1e-9)) - 1, options.bins - 1);
+            for (Index layer = 0; layer < shape.depth; ++layer) {
+              drawing.counts->add(layer, std::max(bin, Index{0}), tape.blocks[std::size_t(layer)].feed_forward.plan(), part);
+            }
+          }
+        });
+    progress.update(first + n);
+  }
+  progress.finish();
+  if (!config.latents) {
+    drawing.images = drawing.images.array().max(-1.0F).min(1.0F);
+  }
+  return drawing;
+}
+
+/// A grid of the images, if they are pixels.
+inline void draw_grid(const fs::path& path, const Drawing& drawing, const TrainingConfig& config,
+                      const std::vector<std::string>& class_names) {
+  if (config.latents) {
+    throw std::runtime_error("latents are no pixels; their decoder draws them");
+  }
+  const ModelConfig& shape = config.model;
+  draw_samples(path, drawing.images, drawing.labels, class_names, shape.channels, shape.image_size, shape.image_size);
+}
+
+/// samples.safetensors, pictures and the report.
+inline void write_drawing(const Drawing& drawing, const TrainingConfig& config, const std::vector<std::string>& class_names,
+                          const Files& files, Report report) {
+  const ModelConfig& shape = config.model;
+  const Index total = drawing.images.rows();
+  moxie::SafetensorsWriter writer;
+  writer.add("images", {total, shape.channels, shape.image_size, shape.image_size},
+             std::span<const float>(drawing.images.data(), std::size_t(drawing.images.size())));
+  writer.add("labels", {total}, std::span<const std::int64_t>(drawing.labels));
+  for (std::size_t i = 0; i < class_names.size(); ++i) {
+    writer.metadata("class." + std::to_string(i), class_names[i]);
+  }
+  writer.save(files("samples.safetensors"));
+  std::cout << "  " << files("samples.safetensors").string() << "\n";
+  draw_or_say(files("samples.png"), [&](const fs::path& path) { draw_grid(path, drawing, config, class_names); });
+  if (drawing.counts) {
+    draw_or_say(files("expert_load.png"), [&](const fs::path& path) { draw_expert_load(path, drawing.counts->load()); });
+  }
+  draw_or_say(files("report.html"), [&](const fs::path& path) {
+    report.facts.emplace_back("Images drawn", std::to_string(total));
+    if (!config.latents && fs::exists(files("samples.png"))) {
+      report.pictures.push_back({"Samples", "Images drawn, a row for each class", files("samples.png")});
+    }
+    if (drawing.counts) {
+      report.routing = &*drawing.counts;
+      report.class_names = class_names;
+    }
+    write_report(path, report);
+  });
+}
+
+}  // namespace dit::commands

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT
+#include <sys/resource.h>
+
+#include <chrono>
+#include <dit/analysis_output.hpp>
+#include <dit/commands.hpp>
+#include <dit/drawing.hpp>
+#include <dit/frozen_model.hpp>
+#include <dit/zoo.hpp>
+
+namespace dit::commands {
+
+namespace {
+
+/// The files and the table of `dit analyse`.
+void write_analysis(const RoutingCounts& counts, const std::vector<std::string>& class_names, const Files& files) {
+  save_counts(files("routing.safetensors"), counts);
+  write_counts_csv(files("routing.csv"), counts);
+  std::cout << "  " << files("routing.safetensors").string() << "\n  " << files("routing.csv").string() << "\n";
+  draw_or_say(files("routing_by_class.png"), [&](const fs::path& path) { draw_routing_by_class(path, counts, class_names); });
+  draw_or_say(files("routing_by_position.png"), [&](const fs::path& path) { draw_routing_by_position(path, counts); });
+  draw_or_say(files("routing_by_timestep.png"), [&](const fs::path& path) { draw_routing_by_timestep(path, counts); });
+  std::cout << "\n";
+  print_information(std::cout, counts);
+}
+
+/// Class names for a checkpoint that is drawn with without its data.
+std::vector<std::string> names_of(const moxie::SafetensorsFile& file, Index classes) {
+  std::vector<std::string> names;
+  for (Index i = 0; i < classes; ++i) {
+    const auto found = file.metadata().find("class." + std::to_string(i));
+    names.push_back(found == file.metadata().end() ? "class " + std::to_string(i) : found->second);
+  }
+  return names;
+}
+
+/// The model of a checkpoint and its weights, handed to `f`; with experts in bfloat16, if asked for.
+template <class F>
+int with_checkpoint(const moxie::SafetensorsFile& file, const TrainingConfig& config, bool bfloat16, const Exec& exec, F&& f) {
+  if (bfloat16) {
+    return with_bfloat16_model(file, config, exec,
+                               [&](const auto& model) { return f(model, model.weights().view(), model.parameter_count()); });
+  }
+  return with_model(config, [&](const auto& model) {
+    const moxie::Parameters<float> weights = load_model(file, model.config(), model.layout());
+    return f(model, weights.view(), model.layout().parameter_count());
+  });
+}
+
+template <class Element>
+int measure_in(const NamedModel& named, const Exec& exec) {
+  TrainingConfig config;
+  apply(named, config);
+  return with_layer<Element>(config, [&](const auto& layer, const char* name) -> int {
+    using Layer = std::decay_t<decltype(layer)>;
+    if constexpr (requires { layer.router(); }) {
+      Index of_layer = 0;
+      const auto read = [&](const std::string& part, moxie::Parameters<float>& to) {
+        for (Index i = 0; i < Index(to.layout().tensors().size()) && (part.empty() || of_layer == 0); ++i) {
+          Rng(1).split(std::uint64_t(i)).fill_uniform(to.view()[i], -0.03, 0.03);
+        }
+        of_layer += part.empty() ? 0 : 1;
+      };
+      const FrozenModel<Layer> model(config.model, layer, name, read, exec);
+      const Matrix<float> x = moxie::random_normal<float>(1, config.model.image_dim(), Rng(2));
+      Matrix<float> v(1, config.model.output_dim());
+      auto tape = model.make_tape();
+      std::cout << named.name << ": " << model.parameter_count() << " trained parameters\n";
+      for (const char* which : {"first", "second"}) {
+        const auto start = std::chrono::steady_clock::now();
+        model.forward(model.weights(), x, {0.5F}, {0}, v, tape, exec);
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        std::cout << which << " forward of one image: " << seconds.count() << " s\n";
+      }
+      if (!v.allFinite()) {
+        throw std::runtime_error("the output is not finite");
+      }
+      rusage usage{};
+      getrusage(RUSAGE_SELF, &usage);
+      std::cout << "memory at most: " << double(usage.ru_maxrss) / double(1 << 20) << " GiB\n";
+      return 0;
+    } else {
+      throw std::runtime_error("only mixtures are measured");
+    }
+  });
+}
+
+}  // namespace
+
+int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const DrawingOptions& drawing, bool bfloat16,
+           bool analyse, const Files& files, const Exec& exec) {
+  const moxie::SafetensorsFile file(checkpoint);
+  const TrainingConfig config = config_of(file, foreign);
+  if (analyse && config.feed_forward == "dense") {
+    throw std::runtime_error(checkpoint.string() + ": is a dense model, which routes nothing");
+  }
+  fs::create_directories(files.folder);
+  return with_checkpoint(file, config, bfloat16, exec,
+                         [&](const auto& model, ParameterView<const float> weights, Index parameters) {
+                           const std::vector<std::string> class_names = names_of(file, config.model.classes);
+                           Report report;
+                           report.title = analyse ? "Routing of a diffusion transformer" : "Samples of a diffusion transformer";
+                           report.facts = {{"Checkpoint", checkpoint.string()},
+                                           {"Feed-forward", config.feed_forward + (bfloat16 ? ", experts in bfloat16" : "")},
+                                           {"Parameters", std::to_string(parameters)}};
+                           const Drawing drawn = draw(model, weights, config, drawing, exec);
+                           write_drawing(drawn, config, class_names, files, report);
+                           if (analyse) {
+                             write_analysis(*drawn.counts, class_names, files);
+                           }
+                           return 0;
+                         });
+}
+
+int upcycle(const fs::path& checkpoint, const ForeignOptions& foreign, const UpcyclingOptions& options, const fs::path& out) {
+  const moxie::SafetensorsFile file(checkpoint);
+  const Index parameters = upcycle_checkpoint(file, config_of(file, foreign), options, out);
+  std::cout << "Written:\n  " << out.string() << ", " << options.experts << " experts, " << parameters << " parameters\n";
+  return 0;
+}
+
+int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bfloat16, const fs::path& input,
+            const fs::path& out, const Exec& exec) {
+  const moxie::SafetensorsFile file(checkpoint);
+  const moxie::SafetensorsFile in(input);
+  return with_checkpoint(
+      file, config_of(file, foreign), bfloat16, exec,
+      [&](const auto& model, ParameterView<const float> weights, Index /*parameters*/) {
+        const ModelConfig& shape = model.config();
+        const std::vector<Index> images = in.info("x").shape;
+        const Index batch = images.empty() ? 0 : images.front();
+        in.expect<float>("x", std::array<Index, 4>{batch, shape.channels, shape.image_size, shape.image_size});
+        std::vector<float> t;
+        if (moxie::detail::reads_as<float>(in.info("t").dtype)) {
+          t = in.read<float>("t");
+        } else {
+          for (const std::int64_t step : in.read<std::int64_t>("t")) {
+            t.push_back(float(step));
+          }
+        }
+        const std::vector<std::int64_t> labels = in.read<std::int64_t>("y");
+        const std::vector<float> values = in.read<float>("x");
+        Matrix<float> output(batch, shape.output_dim());
+        auto tape = model.make_tape();
+        model.forward(weights, RowView<const float>(values.data(), batch, shape.image_dim()), t, {labels.begin(), labels.end()},
+                      output, tape, exec);
+        moxie::SafetensorsWriter writer;
+        writer.add("output", {batch, shape.out_channels(), shape.image_size, shape.image_size},
+                   std::span<const float>(output.data(), std::size_t(output.size())));
+        writer.save(out);
+        std::cout << "Written:\n  " << out.string() << "\n";
+        return 0;
+      });
+}
+
+int measure(const NamedModel& named, bool bfloat16, const Exec& exec) {
+  return bfloat16 ? measure_in<moxie::BFloat16>(named, exec) : measure_in<float>(named, exec);
+}
+
+}  // namespace dit::commands
