@@ -29,7 +29,8 @@ struct DrawingOptions {
   SamplerConfig sampler_for(const Process& process) const {
     SamplerConfig config = sampler;
     if (config.steps.empty()) {
-      config.steps = std::holds_alternative<RectifiedFlow>(process) ? "25" : "250";
+      const auto* diffusion = std::get_if<GaussianDiffusion>(&process);
+      config.steps = std::to_string(diffusion == nullptr ? 25 : std::min<Index>(250, diffusion->schedule().steps()));
     }
     return config;
   }
