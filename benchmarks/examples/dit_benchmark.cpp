@@ -33,8 +33,10 @@ Model make_model() {
 }
 
 void add(Index batch, bool train, const Exec& exec) {
+  const std::string name =
+      (train ? "training_step/DiT-MoE-" : "forward/DiT-MoE-") + named.name + "/batch" + std::to_string(batch);
   benchmark::RegisterBenchmark(
-      std::string(train ? "training_step" : "forward") + "/DiT-MoE-S/2-8E2A/batch" + std::to_string(batch),
+      name.c_str(),
       [=](benchmark::State& state) {
         const Model model = make_model();
         moxie::Parameters<float> p{moxie::Layout(model.layout())};
