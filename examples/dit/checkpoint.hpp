@@ -171,10 +171,49 @@ inline void check_foreign(const SafetensorsFile& file, const ModelConfig& shape,
   }
 }
 
+namespace detail {
+
+/// How many tensors there are whose names differ in a number from 0 on.
+inline Index count_of(const SafetensorsFile& file, const std::string& before, const std::string& after) {
+  Index n = 0;
+  while (file.contains(before + std::to_string(n) + after)) {
+    ++n;
+  }
+  return n;
+}
+
+/// Throws SafetensorsError where a configuration speaks of more than the file has: a model of that size is not made then.
+inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
+  const ModelConfig& m = c.model;
+  file.expect<float>("x_embedder.proj.weight", std::array<Index, 4>{m.dim, m.channels, m.patch, m.patch});
+  file.expect<float>("y_embedder.embedding_table.weight", std::array<Index, 2>{m.classes + 1, m.dim});
+  const auto expect = [&](bool same, const std::string& what) {
+    if (!same) {
+      fail(file, "its configuration has other " + what + " than its tensors");
+    }
+  };
+  expect(m.depth == count_of(file, "blocks.", ".adaLN_modulation.1.weight"), "blocks");
+  expect(m.image_size >= 1 && m.image_size <= 1 << 15, "image sizes");
+  expect(c.diffusion_steps >= 2 && c.diffusion_steps <= 1'000'000, "diffusion steps");
+  if (c.feed_forward != "dense") {
+    const std::string experts = "blocks.0.moe.experts.";
+    expect(c.experts == std::max(count_of(file, experts, ".gate_proj.weight"), count_of(file, experts, ".fc1.weight")),
+           "experts");
+    expect(c.slots_per_expert <= 1 << 20, "slots");
+  }
+  if (m.switch_experts != 0) {
+    expect(file.contains("routers.0.experts.b") && !file.info("routers.0.experts.b").shape.empty() &&
+               file.info("routers.0.experts.b").shape.front() == m.switch_experts,
+           "experts that the timestep chooses");
+  }
+}
+
+}  // namespace detail
+
 /// What cannot be seen in a state dict of the references.
 struct ForeignOptions {
   Index heads = 0;  ///< 0: those of the named model of this depth and width
-  Index top_k = 2;
+  Index top_k = 0;  ///< 0: 2, or all experts where there are fewer
   std::string process = "ddpm";
 };
 
@@ -189,13 +228,6 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
     }
     return s;
   };
-  const auto count = [&](const std::string& before, const std::string& after) {
-    Index n = 0;
-    while (file.contains(before + std::to_string(n) + after)) {
-      ++n;
-    }
-    return n;
-  };
   TrainingConfig c;
   ModelConfig& m = c.model;
   const std::vector<Index> patches = shape("x_embedder.proj.weight", 4);
@@ -204,7 +236,7 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
   m.patch = patches[2];
   m.classes = shape("y_embedder.embedding_table.weight", 2)[0] - 1;
   shape("blocks.0.adaLN_modulation.1.weight", 2);
-  m.depth = count("blocks.", ".adaLN_modulation.1.weight");
+  m.depth = detail::count_of(file, "blocks.", ".adaLN_modulation.1.weight");
   const Index tokens = shape("pos_embed", 3)[1];
   const auto grid = Index(std::lround(std::sqrt(double(tokens))));
   if (grid * grid != tokens) {
@@ -226,12 +258,12 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
   }
   if (file.contains("routers.0.experts.w")) {
     m.switch_experts = shape("routers.0.experts.w", 3)[0];
-    m.switch_top_k = std::min(options.top_k, m.switch_experts);
+    m.switch_top_k = options.top_k == 0 ? std::min<Index>(2, m.switch_experts) : options.top_k;
   }
   const std::string block = "blocks.0.moe.";
-  c.top_k = options.top_k;
   if (file.contains(block + "gate.weight")) {
     c.experts = shape(block + "gate.weight", 2)[0];
+    c.top_k = options.top_k == 0 ? std::min<Index>(2, c.experts) : options.top_k;
     c.hidden_dim = shape(block + "experts.0.gate_proj.weight", 2)[0];
     c.feed_forward = "top-k";
     if (file.contains(block + "shared_experts.gate_proj.weight")) {
@@ -255,7 +287,9 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
     return inferred_config(file, options);
   }
   try {
-    return nlohmann::json::parse(text->second).get<TrainingConfig>();
+    const auto config = nlohmann::json::parse(text->second).get<TrainingConfig>();
+    detail::check_sizes(file, config);
+    return config;
   } catch (const nlohmann::json::exception& error) {
     detail::fail(file, std::string("its configuration cannot be read: ") + error.what());
   }

@@ -198,6 +198,53 @@ TEST_CASE("checkpoint: a foreign state dict that does not fit is refused by the 
   CHECK(contains(complaint([&] { load(folder / "good", {}); }), "--heads"));
 }
 
+TEST_CASE("inferred_config: a mixture of one expert, the reference's dense model for upcycling, has one a token") {
+  const TemporaryFolder folder;
+  StateDict state = state_dict(golden("ditmoe_model_dev"));
+  std::erase_if(state, [](const auto& entry) {
+    return entry.first.find(".experts.") != std::string::npos && entry.first.find(".experts.0.") == std::string::npos;
+  });
+  for (auto& [name, tensor] : state) {
+    if (name.ends_with("moe.gate.weight")) {
+      tensor.shape[0] = 1;
+      tensor.values.resize(std::size_t(tensor.shape[1]));
+    }
+  }
+  const fs::path path = write(folder / "one", state);
+  load(path, {.heads = 4});
+  const dit::TrainingConfig config = dit::config_of(SafetensorsFile(path), {.heads = 4});
+  CHECK(config.experts == 1);
+  CHECK(config.top_k == 1);
+  CHECK_THROWS_AS(load(path, {.heads = 4, .top_k = 2}), moxie::ValueError);
+}
+
+TEST_CASE("config_of: a configuration that speaks of more than the file has is refused before a model is made") {
+  const TemporaryFolder folder;
+  const Ours ours;
+  const auto refused = [&](auto&& change) {
+    dit::TrainingConfig config = ours.config;
+    change(config);
+    moxie::SafetensorsWriter writer;
+    ours.save(folder / "file");
+    const SafetensorsFile file(folder / "file");
+    std::map<std::string, std::vector<float>> values;
+    for (const std::string& name : file.names()) {
+      values[name] = file.read<float>(name);
+      writer.add(name, file.info(name).shape, std::span<const float>(values[name]));
+    }
+    writer.metadata("config", nlohmann::json(config).dump());
+    writer.save(folder / "hostile");
+    CHECK_THROWS_AS(dit::config_of(SafetensorsFile(folder / "hostile")), SafetensorsError);
+  };
+  refused([](auto& c) { c.model.depth = 1'000'000'000; });
+  refused([](auto& c) { c.model.classes = 1'000'000'000'000; });
+  refused([](auto& c) { c.model.dim = 1 << 20; });
+  refused([](auto& c) { c.model.image_size = 1 << 20; });
+  refused([](auto& c) { c.model.switch_experts = 1'000'000'000; });
+  refused([](auto& c) { c.experts = 1'000'000'000; });
+  refused([](auto& c) { c.diffusion_steps = 1'000'000'000'000; });
+}
+
 TEST_CASE("checkpoint: ours survives, with averages where there are any") {
   const TemporaryFolder folder;
   const Ours ours;
