@@ -73,6 +73,11 @@ struct IdxFile {
 inline IdxFile read_idx_file(const std::filesystem::path& path, std::initializer_list<std::size_t> ranks) {
   const auto fail = [&](const std::string& what) -> void { throw std::runtime_error(path.string() + ": " + what); };
 
+  std::error_code ignored;
+  const std::filesystem::file_status status = std::filesystem::status(path, ignored);
+  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
+    fail("is not a regular file");  // nor opened, which would wait for ever at a pipe
+  }
   errno = 0;
   const std::unique_ptr<gzFile_s, int (*)(gzFile)> file(gzopen(path.c_str(), "rb"), gzclose);
   if (!file) {

@@ -137,6 +137,10 @@ struct DiffusionSchedule {
     std::vector<double> kept(std::size_t(steps), 0);
     double product = 1;
     for (Index t = 0; t < steps; ++t) {
+      if (!(beta(kind, t, steps) < 1 - 1e-9)) {
+        throw std::invalid_argument("a diffusion of " + std::to_string(steps) +
+                                    " steps has one that leaves nothing of the image: this schedule needs more steps");
+      }
       product *= 1 - beta(kind, t, steps);
       kept[std::size_t(t)] = product;
     }

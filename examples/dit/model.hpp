@@ -240,6 +240,7 @@ class Model {
     const Index rows = batch * length;
     const Index dim = config_.dim;
     moxie::detail::expect_shape("Model::forward", "x", x, -1, config_.image_dim(), "B");
+    moxie::detail::expect_at_least("Model::forward", "images", batch, 1);
     moxie::detail::expect_shape("Model::forward", "v", v, batch, config_.output_dim());
     moxie::detail::expect_value(Index(t.size()) == batch && Index(labels.size()) == batch, "Model::forward",
                                 "one time and one label an image expected");

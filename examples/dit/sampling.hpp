@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <charconv>
 #include <dit/model.hpp>
 #include <dit/process.hpp>
 #include <string>
@@ -55,7 +56,10 @@ class Sampler {
     moxie::detail::expect_value(config.guided_channels >= 0 && config.guided_channels <= model.config().channels, where,
                                 "there are not so many channels to guide");
     if (flow) {
-      steps_ = detail::step_count(config.steps, config.steps);
+      const auto [end, error] = std::from_chars(config.steps.data(), config.steps.data() + config.steps.size(), steps_);
+      if (error != std::errc{} || end != config.steps.data() + config.steps.size() || steps_ < 1) {
+        throw std::invalid_argument("steps '" + config.steps + "': expected how many, at least 1");
+      }
     } else {
       const auto& diffusion = std::get<GaussianDiffusion>(process);
       diffusion_.emplace(diffusion.schedule().respaced(config.steps), diffusion.variance());

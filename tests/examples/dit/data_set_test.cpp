@@ -203,7 +203,7 @@ TEST_CASE("read_idx: refuses a bad file and names it") {
   }
   SUBCASE("a directory") {
     fs::create_directory(bad);
-    check_images("cannot be read");
+    check_images("is not a regular file");
   }
   SUBCASE("an empty file") {
     write_plain(bad, "");

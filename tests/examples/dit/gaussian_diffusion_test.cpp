@@ -161,3 +161,11 @@ TEST_CASE("GaussianDiffusion: the loss's gradient is that of differences, at the
     }
   }
 }
+
+TEST_CASE("DiffusionSchedule: steps that would leave nothing of the image are refused") {
+  for (const dit::Index steps : {2, 10, 20}) {
+    CHECK_THROWS_AS(dit::DiffusionSchedule(dit::NoiseSchedule::linear, steps), std::invalid_argument);
+    CHECK(dit::DiffusionSchedule(dit::NoiseSchedule::cosine, steps).steps() == steps);
+  }
+  CHECK(dit::DiffusionSchedule(dit::NoiseSchedule::linear, 21).alphas_cumprod.back() > 0.0);
+}

@@ -258,6 +258,7 @@ TEST_CASE("Model: refuses other shapes, labels that are no class, and configurat
                        moxie::ShapeError);
   CHECK_THROWS_AS(forward(Matrix<double>::Zero(2, 72), s.t, s.labels), moxie::ShapeError);
   CHECK_THROWS_AS(forward(s.x, {0.1}, s.labels), moxie::ValueError);
+  CHECK_THROWS_AS(model.forward(p, Matrix<double>(0, 72), {}, {}, Matrix<double>(0, 72), tape, Exec{1}), moxie::ValueError);
   CHECK_THROWS_AS(forward(s.x, s.t, {0, 1, 4}), moxie::ValueError);
   CHECK_THROWS_AS(forward(s.x, s.t, {0, 1, -1}), moxie::ValueError);
   CHECK((s.v.array() == 7).all());
