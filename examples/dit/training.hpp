@@ -32,14 +32,17 @@ class SpikeGuard {
     if (last_.size() < window) {
       return false;
     }
-    const double mean = std::accumulate(last_.begin(), last_.end(), 0.0) / double(window);
-    lowest_ = std::min(lowest_, mean);
-    return factor_ > 0 && mean >= factor_ * lowest_;
+    mean_ = std::accumulate(last_.begin(), last_.end(), 0.0) / double(window);
+    lowest_ = std::min(lowest_, mean_);
+    return factor_ > 0 && mean_ >= factor_ * lowest_;
   }
+  /// Whether it may be on its way: the mean is √factor times the lowest. Nothing should be saved then.
+  bool rising() const { return factor_ > 0 && mean_ >= std::sqrt(factor_) * lowest_; }
 
  private:
   double factor_;
   std::deque<double> last_;
+  double mean_ = 0;
   double lowest_ = std::numeric_limits<double>::infinity();
 };
 
@@ -113,8 +116,10 @@ class Training {
     return history_.back();
   }
 
-  /// Writes everything, atomically. Throws SafetensorsError; the old file is then as it was.
+  /// Writes everything, atomically. Throws SafetensorsError, and ValueError if a weight is not finite; the old file is then as
+  /// it was.
   void save(const std::filesystem::path& path) {
+    moxie::detail::expect_value(weights_.flat().isFinite().all(), "Training::save", "a weight is not finite");
     static_assert(sizeof(StepReport) == 4 * sizeof(float));
     CheckpointWriter writer;
     writer.add(weights_);
@@ -149,8 +154,8 @@ class Training {
       const auto entry = file.metadata().find(key);
       const std::string found = entry == file.metadata().end() ? "" : entry->second;
       if (found != expected) {
-        detail::fail(file,
-                     "was trained on another data set: its " + key + " is '" + found + "', here it is '" + expected + "'");
+        detail::fail(file, "was trained on another data set: its " + moxie::detail::printable(key) + " is '" +
+                               moxie::detail::printable(found) + "', here it is '" + moxie::detail::printable(expected) + "'");
       }
     };
     expect_entry("images", std::to_string(images_));

@@ -17,23 +17,28 @@ class TrainingLog {
   /// and so is a line that was cut off. Throws std::runtime_error if the file cannot be written.
   TrainingLog(const std::filesystem::path& path, std::int64_t steps) : path_(path) {
     std::string kept;
+    std::int64_t last = 0;
     std::ifstream old(path);
     for (std::string line; steps > 0 && std::getline(old, line) && !old.eof();) {
       const nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
-      if (entry.is_object() && entry.contains("step") && entry["step"].is_number_integer() &&
-          entry["step"].get<std::int64_t>() <= steps) {
+      const auto step = entry.is_object() ? entry.value("step", nlohmann::json()) : nlohmann::json();
+      if (step.is_number_integer() && step > last && step <= steps) {
         kept += line + '\n';
+        last = step.get<std::int64_t>();
       }
     }
     const std::filesystem::path part = path.string() + ".part";
     std::ofstream out(part, std::ios::binary);
     out << kept;
     out.close();
-    if (!out) {
-      std::filesystem::remove(part);
+    std::error_code error;
+    if (out) {
+      std::filesystem::rename(part, path, error);
+    }
+    if (!out || error) {
+      std::filesystem::remove(part, error);
       fail();
     }
-    std::filesystem::rename(part, path);
     out_.open(path, std::ios::binary | std::ios::app);
   }
 

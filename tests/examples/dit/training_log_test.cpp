@@ -60,7 +60,8 @@ TEST_CASE("TrainingLog: going on keeps the steps of the checkpoint, and drops la
       log.add(step, report, step);
     }
   }
-  std::ofstream(file.path, std::ios::app) << "{\"step\":2,\"lo";
+  std::ofstream(file.path, std::ios::app)
+      << "{\"step\":2}\n{\"step\":-5}\n{\"step\":18446744073709551615}\n[3]\n{\"step\":2,\"lo";
   {
     dit::TrainingLog log(file.path, 3);
     log.add(4, report, 40);

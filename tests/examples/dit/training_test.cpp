@@ -227,6 +227,7 @@ TEST_CASE("SpikeGuard: ten steps far above the lowest ten, and not a single one"
   for (int i = 0; i < 100; ++i) {
     CHECK_FALSE(guard.add(1.0 / (1 + i)));
   }
+  CHECK_FALSE(guard.rising());
   CHECK_FALSE(guard.add(0.1));  // a single bad batch of ten times the loss
   for (int i = 0; i < 9; ++i) {
     CHECK_FALSE(guard.add(0.01));
@@ -236,8 +237,40 @@ TEST_CASE("SpikeGuard: ten steps far above the lowest ten, and not a single one"
     ++steps;
     REQUIRE(steps < 20);
   }
+  CHECK(guard.rising());
   CHECK(steps == 6);  // (4 · 0.01 + 6 · 0.05) / 10 is above 3 · 0.0105
   for (int i = 0; i < 50; ++i) {
     CHECK_FALSE(off.add(std::exp(i)));
   }
+}
+
+TEST_CASE("SpikeGuard: what was saved last is from before the rise") {
+  dit::SpikeGuard guard(4);
+  for (int i = 0; i < 20; ++i) {
+    guard.add(1);
+  }
+  double saved = 0;
+  for (double loss = 1; !guard.add(loss); loss *= 1.3) {
+    saved = guard.rising() ? saved : loss;
+    REQUIRE(loss < 1e3);
+  }
+  CHECK(saved < 6.0);
+}
+
+TEST_CASE("Training: weights that are not finite are not saved over a good checkpoint") {
+  const TemporaryFolder folder;
+  const Images data;
+  dit::TrainingConfig config = small_config();
+  config.warm_up = 0;
+  config.rate = 1e39;  // infinite as a float
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, names, 10);
+    training.save(folder / "checkpoint");
+    training.step(data.pixels, data.labels, Exec{1});
+    CHECK_THROWS_AS(training.save(folder / "checkpoint"), moxie::ValueError);
+    dit::Training again(config, model, names, 10);
+    again.load(moxie::SafetensorsFile(folder / "checkpoint"));
+    CHECK(again.steps() == 0);
+    return 0;
+  });
 }
