@@ -20,10 +20,26 @@ extern volatile std::sig_atomic_t interrupted;
 
 struct DrawingOptions {
   Index per_class = 100;
-  std::vector<Index> classes;  // none: all
-  SamplerConfig sampler{.steps = ""};
+  std::vector<Index> classes = {};  // none: all
+  SamplerConfig sampler = {.steps = ""};
   std::uint64_t seed = 1;
   Index bins = 10;  // of the way from noise to image, that the analysis tells apart
+
+  /// A label for each image, class after class in turn. Throws ValueError for classes that there are not.
+  std::vector<std::int64_t> labels(Index count) const {
+    std::vector<Index> drawn = classes;
+    for (Index i = 0; i < count && classes.empty(); ++i) {
+      drawn.push_back(i);
+    }
+    std::vector<std::int64_t> labels;
+    for (Index i = 0; i < per_class * Index(drawn.size()); ++i) {
+      const Index label = drawn[std::size_t(i) % drawn.size()];
+      moxie::detail::expect_value(label >= 0 && label < count, "--classes",
+                                  std::to_string(label) + " is not one of " + std::to_string(count) + " classes");
+      labels.push_back(label);
+    }
+    return labels;
+  }
 
   /// With the process's own number of steps, where nobody gave one.
   SamplerConfig sampler_for(const Process& process) const {

@@ -89,14 +89,15 @@ auto with_layer(const TrainingConfig& c, F&& f) {
              "moe.");
   };
   if (c.feed_forward == "shared") {
-    return f(moxie::SharedExpertMoE<float, SwiGlu>({.model_dim = dim,
-                                                    .experts = c.experts,
-                                                    .top_k = c.top_k,
-                                                    .expert = {.hidden_dim = c.hidden_dim},
-                                                    .shared = {.hidden_dim = c.shared_hidden_dim},
-                                                    .normalize = c.normalize,
-                                                    .balance = balance}),
-             "moe.");
+    using Layer = moxie::SharedExpertMoE<float, SwiGlu>;
+    const Layer layer({.model_dim = dim,
+                       .experts = c.experts,
+                       .top_k = c.top_k,
+                       .expert = {.hidden_dim = c.hidden_dim},
+                       .shared = {.hidden_dim = c.shared_hidden_dim},
+                       .normalize = c.normalize,
+                       .balance = balance});
+    return f(layer, "moe.");
   }
   if (c.feed_forward == "top-k" && c.expert == "swiglu") {
     return top_k(std::type_identity<SwiGlu>());

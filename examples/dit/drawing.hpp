@@ -8,18 +8,21 @@
 #include <dit/progress.hpp>
 #include <dit/report.hpp>
 #include <iostream>
+#include <map>
 
 /// What `train`, `sample` and `analyse` share: they draw images, and write them down.
 namespace dit::commands {
 
-/// A picture is worth having, but a run does not fail for want of gnuplot.
+/// A picture is worth having, but a run does not fail for want of gnuplot. Whether there is one.
 template <class Draw>
-void draw_or_say(const fs::path& path, Draw&& draw) {
+bool draw_or_say(const fs::path& path, Draw&& draw) {
   try {
     draw(path);
     std::cout << "  " << path.string() << "\n";
+    return true;
   } catch (const std::exception& error) {
     std::cout << "  no " << path.filename().string() << ": " << error.what() << "\n";
+    return false;
   }
 }
 
@@ -42,18 +45,9 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
   const ModelConfig& shape = model.config();
   const Process process = process_of(config);
   const Sampler<AnyModel, float> sampler(process, options.sampler_for(process), model);
-  std::vector<Index> classes = options.classes;
-  for (Index i = 0; classes.size() < std::size_t(shape.classes) && options.classes.empty(); ++i) {
-    classes.push_back(i);
-  }
   Drawing drawing;
-  const Index total = options.per_class * Index(classes.size());
-  for (Index i = 0; i < total; ++i) {
-    const Index label = classes[std::size_t(i) % classes.size()];
-    moxie::detail::expect_value(label >= 0 && label < shape.classes, "dit",
-                                "class " + std::to_string(label) + " is not one of " + std::to_string(shape.classes));
-    drawing.labels.push_back(label);
-  }
+  drawing.labels = options.labels(shape.classes);
+  const auto total = Index(drawing.labels.size());
   std::cout << "Drawing " << total << " images, " << sampler.steps() << " steps of " << sampler.config().method << ", guidance "
             << sampler.config().guidance << "\n";
   drawing.images.resize(total, shape.image_dim());
@@ -85,6 +79,9 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
     progress.update(first + n);
   }
   progress.finish();
+  if (!drawing.images.allFinite()) {
+    throw std::runtime_error("an image is not finite: the model has diverged");
+  }
   if (!config.latents) {
     drawing.images = drawing.images.array().max(-1.0F).min(1.0F);
   }
@@ -97,8 +94,18 @@ inline void draw_grid(const fs::path& path, const Drawing& drawing, const Traini
   if (config.latents) {
     throw std::runtime_error("latents are no pixels; their decoder draws them");
   }
+  // The classes that were drawn, each a row.
+  std::map<std::int64_t, std::int64_t> rows;
+  std::vector<std::string> names;
+  std::vector<std::int64_t> labels;
+  for (const std::int64_t label : drawing.labels) {
+    if (rows.try_emplace(label, std::int64_t(rows.size())).second) {
+      names.push_back(class_names[std::size_t(label)]);
+    }
+    labels.push_back(rows[label]);
+  }
   const ModelConfig& shape = config.model;
-  draw_samples(path, drawing.images, drawing.labels, class_names, shape.channels, shape.image_size, shape.image_size);
+  draw_samples(path, drawing.images, labels, names, shape.channels, shape.image_size, shape.image_size);
 }
 
 /// samples.safetensors, pictures and the report.
@@ -115,13 +122,14 @@ inline void write_drawing(const Drawing& drawing, const TrainingConfig& config, 
   }
   writer.save(files("samples.safetensors"));
   std::cout << "  " << files("samples.safetensors").string() << "\n";
-  draw_or_say(files("samples.png"), [&](const fs::path& path) { draw_grid(path, drawing, config, class_names); });
+  const bool grid =
+      draw_or_say(files("samples.png"), [&](const fs::path& path) { draw_grid(path, drawing, config, class_names); });
   if (drawing.counts) {
     draw_or_say(files("expert_load.png"), [&](const fs::path& path) { draw_expert_load(path, drawing.counts->load()); });
   }
   draw_or_say(files("report.html"), [&](const fs::path& path) {
     report.facts.emplace_back("Images drawn", std::to_string(total));
-    if (!config.latents && fs::exists(files("samples.png"))) {
+    if (grid) {
       report.pictures.push_back({"Samples", "Images drawn, a row for each class", files("samples.png")});
     }
     if (drawing.counts) {

@@ -12,6 +12,12 @@ namespace dit::commands {
 
 namespace {
 
+void expect_another_file(const fs::path& read, const fs::path& written) {
+  if (fs::exists(written) && fs::equivalent(read, written)) {
+    throw std::runtime_error(written.string() + " is what is read: choose another --out");
+  }
+}
+
 /// The files and the table of `dit analyse`.
 void write_analysis(const RoutingCounts& counts, const std::vector<std::string>& class_names, const Files& files) {
   save_counts(files("routing.safetensors"), counts);
@@ -113,6 +119,7 @@ int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const Draw
 }
 
 int upcycle(const fs::path& checkpoint, const ForeignOptions& foreign, const UpcyclingOptions& options, const fs::path& out) {
+  expect_another_file(checkpoint, out);
   const moxie::SafetensorsFile file(checkpoint);
   const Index parameters = upcycle_checkpoint(file, config_of(file, foreign), options, out);
   std::cout << "Written:\n  " << out.string() << ", " << options.experts << " experts, " << parameters << " parameters\n";
@@ -121,6 +128,8 @@ int upcycle(const fs::path& checkpoint, const ForeignOptions& foreign, const Upc
 
 int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bfloat16, const fs::path& input,
             const fs::path& out, const Exec& exec) {
+  expect_another_file(checkpoint, out);
+  expect_another_file(input, out);
   const moxie::SafetensorsFile file(checkpoint);
   const moxie::SafetensorsFile in(input);
   return with_checkpoint(

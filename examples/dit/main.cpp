@@ -25,7 +25,11 @@ using dit::Exec;
 using dit::Index;
 namespace fs = std::filesystem;
 
-void interrupt(int /*signal*/) { dit::commands::interrupted = 1; }
+/// The first signal ends a command where nothing is lost, a second one at once.
+void interrupt(int signal) {
+  dit::commands::interrupted = 1;
+  std::signal(signal, SIG_DFL);
+}
 
 }  // namespace
 
@@ -72,8 +76,12 @@ int main(int argc, char** argv) {
 
   for (CLI::App* command : {train_command, sample_command, analyse_command}) {
     command->add_option("--out", files.folder, "folder for everything that is written")->capture_default_str();
-    command->add_option("--samples-per-class", drawing.per_class)->capture_default_str()->check(CLI::PositiveNumber);
-    command->add_option("--classes", drawing.classes, "numbers of the classes to draw; by default all")->delimiter(',');
+    command->add_option("--samples-per-class", drawing.per_class)
+        ->capture_default_str()
+        ->check(CLI::Range(Index{1}, Index{1000000}));
+    command->add_option("--classes", drawing.classes, "numbers of the classes to draw; by default all")
+        ->delimiter(',')
+        ->check(CLI::NonNegativeNumber);
     command->add_option("--sampler", drawing.sampler.method, "euler or heun (flow), ddpm or ddim (ddpm)")
         ->check(CLI::IsMember({"euler", "heun", "ddpm", "ddim"}));
     command->add_option("--sampling-steps", drawing.sampler.steps,
@@ -104,7 +112,7 @@ int main(int argc, char** argv) {
         ->check(CLI::IsMember({"flow", "ddpm"}));
   }
   for (CLI::App* command : {sample_command, analyse_command, predict_command}) {
-    command->add_option("--top-k", foreign.top_k, "of a state dict")->capture_default_str()->check(CLI::PositiveNumber);
+    command->add_option("--top-k", foreign.top_k, "of a state dict, by default 2")->check(CLI::PositiveNumber);
   }
   for (CLI::App* command : {sample_command, analyse_command, predict_command, zoo_command}) {
     command->add_flag("--bf16", bfloat16, "experts in bfloat16: half their memory, and faster where the processor has it");
@@ -112,7 +120,7 @@ int main(int argc, char** argv) {
   zoo_command->add_option("--measure", measured, "times a forward of this model, with random weights")->check(model_name);
   analyse_command->add_option("--bins", drawing.bins, "stretches of the way from noise to image")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(Index{1}, Index{1000}));
   for (CLI::App* command : {upcycle_command, predict_command}) {
     command->add_option("--out", out_file, "the file that is written")->required();
   }
@@ -148,7 +156,12 @@ int main(int argc, char** argv) {
   train_command
       ->add_option("--spike", training.spike, "stop where ten steps have this many times the lowest loss; 0 never does")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber & finite);
+      ->check(finite & CLI::Validator(
+                           [](const std::string& text) {
+                             const double value = std::stod(text);
+                             return value == 0 || value > 1 ? std::string() : text + " is neither 0 nor more than 1";
+                           },
+                           "0 or >1"));
   train_command->add_option("--process", config.process, "rectified flow or DDPM")
       ->capture_default_str()
       ->check(CLI::IsMember({"flow", "ddpm"}));
@@ -210,8 +223,13 @@ int main(int argc, char** argv) {
 
   config.model.learn_sigma = learn_sigma.value_or(config.process == "ddpm");
   drawing.seed = config.seed;
-  std::signal(SIGINT, interrupt);
-  std::signal(SIGTERM, interrupt);
+  if (train_command->parsed() || sample_command->parsed() || analyse_command->parsed()) {
+    std::signal(SIGINT, interrupt);
+    std::signal(SIGTERM, interrupt);
+  }
+  // A limit of file sizes, and a reader that has gone away, are errors of a write.
+  std::signal(SIGXFSZ, SIG_IGN);
+  std::signal(SIGPIPE, SIG_IGN);
   try {
     if (zoo_command->parsed()) {
       if (!measured.empty()) {
@@ -224,7 +242,7 @@ int main(int argc, char** argv) {
       if (training.start_from) {
         foreign.heads = train_command->count("--heads") > 0 ? config.model.heads : 0;
         foreign.process = train_command->count("--process") > 0 ? config.process : foreign.process;
-        foreign.top_k = config.top_k;
+        foreign.top_k = train_command->count("--top-k") > 0 ? config.top_k : 0;
         config = dit::commands::started_from(*training.start_from, foreign, config);
       }
       return dit::commands::train(config, training, drawing, files, exec);
@@ -236,6 +254,9 @@ int main(int argc, char** argv) {
       return dit::commands::predict(checkpoint, foreign, bfloat16, input, out_file, exec);
     }
     return dit::commands::sample(checkpoint, foreign, drawing, bfloat16, analyse_command->parsed(), files, exec);
+  } catch (const std::bad_alloc&) {
+    std::cerr << "dit: there is not enough memory\n";
+    return 1;
   } catch (const std::exception& error) {
     std::cerr << "dit: " << error.what() << "\n";
     return 1;

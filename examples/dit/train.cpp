@@ -1,4 +1,9 @@
 // SPDX-License-Identifier: MIT
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <chrono>
 #include <dit/commands.hpp>
 #include <dit/data_set.hpp>
@@ -17,6 +22,27 @@ Series curve(const std::string& name, const std::vector<StepReport>& history, fl
   }
   return series;
 }
+
+/// The only run in a folder, as long as it lives. Throws std::runtime_error where there is another one.
+class FolderLock {
+ public:
+  explicit FolderLock(const fs::path& folder) : descriptor_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (descriptor_ >= 0 && ::flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      ::close(descriptor_);
+      throw std::runtime_error(folder.string() + ": another run is going on in this folder");
+    }
+  }
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+  ~FolderLock() {
+    if (descriptor_ >= 0) {
+      ::close(descriptor_);
+    }
+  }
+
+ private:
+  int descriptor_;
+};
 
 /// What a run that was killed while it saved has left.
 void remove_cut_off_saves(const fs::path& folder) {
@@ -51,6 +77,11 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
           const Exec& exec) {
   fs::create_directories(files.folder);
   const fs::path checkpoint = files("checkpoint.safetensors");
+  const FolderLock lock(files.folder);
+  if (options.data && fs::exists(*options.data) && fs::exists(files("samples.safetensors")) &&
+      fs::equivalent(*options.data, files("samples.safetensors"))) {
+    throw std::runtime_error(options.data->string() + " would be overwritten by the samples of this run: choose another --out");
+  }
   if (!options.resume && fs::exists(checkpoint)) {
     throw std::runtime_error(checkpoint.string() + " exists: go on with --resume, or choose another --out");
   }
@@ -72,10 +103,12 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
   return with_model(config, [&](const auto& model) {
     using AnyModel = std::decay_t<decltype(model)>;
     Training training(config, model, data.class_names, data.count());
-    // A sampler that cannot be is found out now.
+    // A sampler or a class that cannot be is found out now.
+    static_cast<void>(drawing.labels(config.model.classes));
     Sampler<AnyModel, float>(training.process(), drawing.sampler_for(training.process()), model);
-    if (options.resume && fs::exists(checkpoint)) {
-      remove_cut_off_saves(files.folder);
+    remove_cut_off_saves(files.folder);
+    const bool resumed = options.resume && fs::exists(checkpoint);
+    if (resumed) {
       const moxie::SafetensorsFile file(checkpoint);
       const nlohmann::json now = config;
       const nlohmann::json before = config_of(file);
@@ -85,13 +118,13 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
       }
       training.load(file);  // refuses another data set
       std::cout << "Going on from step " << training.steps() << "\n";
-    } else {
-      if (options.start_from) {
-        training.start_from(moxie::SafetensorsFile(*options.start_from));
-      }
-      training.save(checkpoint);  // a folder that cannot be written is found out now
+    } else if (options.start_from) {
+      training.start_from(moxie::SafetensorsFile(*options.start_from));
     }
     TrainingLog log(files("log.jsonl"), training.steps());
+    if (!resumed) {
+      training.save(checkpoint);  // a folder that cannot be written is found out now
+    }
     std::cout << "Model: " << config.feed_forward << ", " << model.layout().parameter_count() << " parameters, "
               << exec.thread_count() << " threads\n";
     const moxie::kernel::InstructionSet built = moxie::kernel::built_for();
@@ -122,7 +155,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
                                  std::to_string(options.spike) + " times what it was" + good() +
                                  " (--spike 0 goes on whatever happens)");
       }
-      if (training.steps() % options.checkpoint_every == 0) {
+      if (training.steps() % options.checkpoint_every == 0 && !guard.rising()) {
         training.save(checkpoint);
       }
       if (options.draw_every > 0 && training.steps() % options.draw_every == 0 && training.steps() < options.steps) {
