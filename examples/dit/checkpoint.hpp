@@ -39,7 +39,9 @@ inline std::uint32_t checksum(const void* data, std::size_t bytes) {
 inline std::uint32_t checksum(const std::map<std::string, std::string>& metadata) {
   std::string text;
   for (const auto& [key, value] : metadata) {
-    text += key == checksum_key ? "" : key + '\0' + value + '\0';
+    if (key != checksum_key) {
+      text.append(key).append(1, '\0').append(value).append(1, '\0');
+    }
   }
   return checksum(text.data(), text.size());
 }
@@ -287,7 +289,7 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
     return inferred_config(file, options);
   }
   try {
-    const auto config = nlohmann::json::parse(text->second).get<TrainingConfig>();
+    auto config = nlohmann::json::parse(text->second).get<TrainingConfig>();
     detail::check_sizes(file, config);
     return config;
   } catch (const nlohmann::json::exception& error) {

@@ -455,6 +455,7 @@ class Model {
       scores.middleCols(Index(i) * experts, experts) = tape.blocks[i].gated.router().scores().eigen();
     }
     std::vector<Index> timesteps;
+    timesteps.reserve(t.size());
     for (const S time : t) {
       timesteps.push_back(config_.timestep(double(time)));
     }

@@ -105,7 +105,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     Training training(config, model, data.class_names, data.count());
     // A sampler or a class that cannot be is found out now.
     static_cast<void>(drawing.labels(config.model.classes));
-    Sampler<AnyModel, float>(training.process(), drawing.sampler_for(training.process()), model);
+    [[maybe_unused]] const Sampler<AnyModel, float> checked(training.process(), drawing.sampler_for(training.process()), model);
     remove_cut_off_saves(files.folder);
     const bool resumed = options.resume && fs::exists(checkpoint);
     if (resumed) {

@@ -91,7 +91,8 @@ class Training {
     batch_.draw(process_, config_.stratified, images, labels, config_.batch, config_.model.classes, config_.label_dropout, rng,
                 exec);
     const Index part = micro_batch();
-    const auto parts = float(config_.batch / part);
+    const Index count = config_.batch / part;
+    const auto parts = float(count);
     v_.resize(part, model_.config().output_dim());
     dv_.resize(part, model_.config().output_dim());
     set_zero(grads_, exec);
