@@ -15,7 +15,7 @@ train() { "${command[@]}" "$@" >"$folder/output" 2>&1; }
 
 for round in 1 2 3 4 5 6 7 8 9 10; do
   "${command[@]}" --out "$folder/killed" --resume --steps 1000000000 >"$folder/output" 2>&1 &
-  sleep "0.$((RANDOM % 4))$((RANDOM % 10))$((RANDOM % 10))"
+  sleep "$((RANDOM % 2)).$((RANDOM % 10))$((RANDOM % 10))"
   kill -9 $!
   wait $! 2>/dev/null && { echo "round $round: ended before it was killed" >&2; exit 1; }
   # Killed before the first checkpoint, or in the middle of writing one: whatever is there has to be whole.
