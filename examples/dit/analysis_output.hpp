@@ -7,11 +7,10 @@
 #include <dit/analysis.hpp>
 #include <dit/pictures.hpp>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <moxie/io/safetensors.hpp>
 #include <ostream>
-#include <system_error>
+#include <sstream>
 
 /// What `dit analyse` writes of the counts of a routing: files for other programs, a table, and heat maps.
 namespace dit {
@@ -41,8 +40,7 @@ inline void save_counts(const std::filesystem::path& path, const RoutingCounts& 
 /// Complete or not at all. Throws std::runtime_error.
 inline void write_counts_csv(const std::filesystem::path& path, const RoutingCounts& counts) {
   const RoutingCounts::Shape& shape = counts.shape();
-  const std::filesystem::path part = path.string() + ".part";
-  std::ofstream out(part);
+  std::ostringstream out;
   out.imbue(std::locale::classic());
   out.precision(std::numeric_limits<double>::max_digits10);
   out << "key,layer,bin,index,expert,count\n";
@@ -58,16 +56,10 @@ inline void write_counts_csv(const std::filesystem::path& path, const RoutingCou
       }
     }
   }
-  out.close();
-  std::error_code error;
-  if (out) {
-    std::filesystem::rename(part, path, error);
-  }
-  if (!out || error) {
-    std::error_code ignored;
-    std::filesystem::remove(part, ignored);
-    throw std::runtime_error(path.string() + ": cannot be written" + (error ? ": " + error.message() : ""));
-  }
+  const std::string text = out.str();
+  moxie::detail::ReplacementFile file(path);
+  file.write(text.data(), text.size());
+  file.commit();
 }
 
 /// What a layer's routing says of its keys, in bits.

@@ -17,8 +17,6 @@ class FrozenFeedForward {
     typename Layer::Tape tape;
 
     const auto& plan() const { return tape.plan(); }
-    auto statistics() const { return tape.statistics(); }
-    double balance_loss() const { return tape.balance_loss(); }
   };
 
   explicit FrozenFeedForward(const Layer& layer) : layer_(layer) {}

@@ -27,18 +27,9 @@ class TrainingLog {
         last = step.get<std::int64_t>();
       }
     }
-    const std::filesystem::path part = path.string() + ".part";
-    std::ofstream out(part, std::ios::binary);
-    out << kept;
-    out.close();
-    std::error_code error;
-    if (out) {
-      std::filesystem::rename(part, path, error);
-    }
-    if (!out || error) {
-      std::filesystem::remove(part, error);
-      fail();
-    }
+    moxie::detail::ReplacementFile file(path);
+    file.write(kept.data(), kept.size());
+    file.commit();
     out_.open(path, std::ios::binary | std::ios::app);
   }
 
@@ -53,13 +44,11 @@ class TrainingLog {
     line["images_per_second"] = images_per_second;
     out_ << line.dump() << std::endl;
     if (!out_) {
-      fail();
+      throw std::runtime_error(path_.string() + ": cannot be written");
     }
   }
 
  private:
-  [[noreturn]] void fail() const { throw std::runtime_error(path_.string() + ": cannot be written"); }
-
   std::filesystem::path path_;
   std::ofstream out_;
 };

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <dit/analysis_output.hpp>
+#include <fstream>
 #include <random>
 #include <sstream>
 

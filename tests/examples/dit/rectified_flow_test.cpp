@@ -12,7 +12,7 @@ using moxie::Rng;
 
 TEST_CASE("normal_quantile: the distribution function undoes it, and known values") {
   for (const double u : {1e-9, 1e-4, 0.025, 0.3, 0.5, 0.8, 0.975, 1 - 1e-6}) {
-    CHECK(0.5 * std::erfc(-dit::normal_quantile(u) / std::sqrt(2.0)) == doctest::Approx(u).epsilon(1e-9));
+    CHECK(std::abs(0.5 * std::erfc(-dit::normal_quantile(u) / std::sqrt(2.0)) / u - 1) < 1e-12);
   }
   CHECK(std::abs(dit::normal_quantile(0.5)) < 1e-12);
   CHECK(dit::normal_quantile(0.975) == doctest::Approx(1.959963984540054));
@@ -32,7 +32,7 @@ TEST_CASE("RectifiedFlow: times are logit-normal or uniform, inside (0,1) whatev
     CHECK(uniform.time(u) == u);
   }
   CHECK(std::abs(mean) < 1e-9);
-  CHECK(square == doctest::Approx(1).epsilon(1e-2));
+  CHECK(std::abs(square - 1) < 1e-2);
   for (const RectifiedFlow& flow : {logit, uniform}) {
     CHECK(flow.time(0) > 0.0);
     CHECK(flow.time(1) < 1.0);
