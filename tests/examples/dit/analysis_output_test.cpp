@@ -4,8 +4,8 @@
 #include <array>
 #include <dit/analysis_output.hpp>
 #include <fstream>
-#include <random>
 #include <sstream>
+#include <temporary_folder.hpp>
 
 using dit::Index;
 using dit::Matrix;
@@ -14,17 +14,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-struct TemporaryFolder {
-  fs::path path;
-  TemporaryFolder() {
-    std::random_device random;
-    path = fs::temp_directory_path() / ("moxie-analysis-" + std::to_string(random()) + std::to_string(random()));
-    fs::create_directory(path);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  ~TemporaryFolder() { fs::remove_all(path); }
-};
+using moxie::test::TemporaryFolder;
 
 // One image of 4 tokens in each of 2 classes and 2 bins: in layer 0 the position chooses the expert, in layer 1 the class, in
 // layer 2 the bin.

@@ -6,7 +6,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
-#include <random>
+#include <temporary_folder.hpp>
 
 using dit::Exec;
 using dit::Index;
@@ -17,21 +17,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::random_device random;
-    path_ = fs::temp_directory_path() / ("moxie-checkpoint-" + std::to_string(random()) + std::to_string(random()));
-    fs::create_directory(path_);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  ~TemporaryFolder() { fs::remove_all(path_); }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  fs::path path_;
-};
+using moxie::test::TemporaryFolder;
 
 struct Tensor {
   std::vector<Index> shape;

@@ -2,7 +2,6 @@
 #include "dit/data_set.hpp"
 
 #include <doctest/doctest.h>
-#include <stdlib.h>
 #include <zlib.h>
 
 #include <cstdint>
@@ -15,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <temporary_folder.hpp>
 #include <utility>
 #include <vector>
 
@@ -23,21 +23,7 @@ namespace {
 namespace fs = std::filesystem;
 using Bytes = std::string;
 
-/// A fresh directory that goes away with its contents.
-struct TemporaryDirectory {
-  fs::path path;
-  TemporaryDirectory() {
-    std::string name = (fs::temp_directory_path() / "moxie-data-set-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-};
+using moxie::test::TemporaryFolder;
 
 Bytes idx(const std::vector<std::uint32_t>& dimensions, const Bytes& elements) {
   Bytes b{0, 0, 8, static_cast<char>(dimensions.size())};
@@ -113,7 +99,7 @@ using Labels = std::vector<std::int64_t>;
 }  // namespace
 
 TEST_CASE("read_idx: reads images and labels, plain and compressed alike") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path images = dir.path / "images";
   const fs::path labels = dir.path / "labels";
   const Bytes image_bytes = idx({2, 2, 3}, Bytes("\x00\x33\x66\x99\xCC\xFF\xFF\xCC\x99\x66\x33\x00", 12));
@@ -142,7 +128,7 @@ TEST_CASE("read_idx: reads images and labels, plain and compressed alike") {
 }
 
 TEST_CASE("read_idx: reads images of several channels, and 256 classes") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   write_plain(dir.path / "images", idx({2, 3, 1, 2}, Bytes("\x00\xFF\x00\xFF\x00\xFF\xFF\xFF\xFF\x00\x00\x00", 12)));
   write_plain(dir.path / "labels", idx({2}, Bytes("\xFF\x00", 2)));
   const dit::DataSet set = dit::read_idx(dir.path / "images", dir.path / "labels");
@@ -157,7 +143,7 @@ TEST_CASE("read_idx: reads images of several channels, and 256 classes") {
 }
 
 TEST_CASE("read_idx: reads files longer than one chunk") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   Bytes pixels(1500 * 28 * 28, '\0');
   for (std::size_t i = 0; i < pixels.size(); ++i) {
     pixels[i] = static_cast<char>(i * 2654435761U >> 13U);
@@ -175,7 +161,7 @@ TEST_CASE("read_idx: reads files longer than one chunk") {
 }
 
 TEST_CASE("read_idx: refuses a bad file and names it") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path images = dir.path / "good-images";
   const fs::path labels = dir.path / "good-labels";
   const fs::path bad = dir.path / "bad-file";
@@ -342,7 +328,7 @@ TEST_CASE("generated_shapes: the nearest known image has the same class") {
 }
 
 TEST_CASE("default_data_set: generated shapes where there is no Fashion-MNIST, and says so") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   for (const fs::path& empty : {dir.path, dir.path / "absent"}) {
     const dit::DataSet set = dit::default_data_set(empty, 30);
     CHECK(set.count() == 30);
@@ -352,7 +338,7 @@ TEST_CASE("default_data_set: generated shapes where there is no Fashion-MNIST, a
 }
 
 TEST_CASE("default_data_set: reads the files that are there, and never passes over damaged ones") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path images = dir.path / "train-images-idx3-ubyte.gz";
   const fs::path labels = dir.path / "train-labels-idx1-ubyte.gz";
   const auto complaint_here = [&] { return complaint_of([&] { dit::default_data_set(dir.path, 1); }); };
@@ -371,7 +357,7 @@ TEST_CASE("default_data_set: reads the files that are there, and never passes ov
 TEST_CASE("load_data_set: a folder of IDX files, plain or compressed, of three dimensions or four, is not taken for clothes") {
   for (const std::string images : {"train-images-idx3-ubyte", "train-images-idx4-ubyte.gz"}) {
     for (const std::string labels : {"train-labels-idx1-ubyte", "train-labels-idx1-ubyte.gz"}) {
-      const TemporaryDirectory dir;
+      const TemporaryFolder dir;
       const fs::path folder = dir.path / "fashion-mnist";
       fs::create_directory(folder);
       write_gz(folder / images, idx({2, 28, 28}, Bytes(1568, '\xFF')));
@@ -388,7 +374,7 @@ TEST_CASE("load_data_set: a file of IDX images, its labels beside it") {
   for (const auto& [images, labels] :
        {std::pair("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte"), std::pair("images.idx4", "labels.idx1.gz"),
         std::pair("images-of-images-idx3", "images-of-labels-idx1")}) {
-    const TemporaryDirectory dir;
+    const TemporaryFolder dir;
     write_plain(dir.path / images, idx({2, 1, 1}, "ab"));
     CHECK(contains(complaint(dir.path / images), ": cannot be opened: No such file"));
     write_plain(dir.path / labels, idx({2}, Bytes("\x01\x02", 2)));
@@ -397,7 +383,7 @@ TEST_CASE("load_data_set: a file of IDX images, its labels beside it") {
 }
 
 TEST_CASE("load_data_set: refuses a path that names no data set") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   for (const char* absent : {"absent", "train-images-idx3-ubyte"}) {
     CHECK(complaint(dir.path / absent) == (dir.path / absent).string() + ": does not exist, or cannot be reached");
   }
@@ -410,7 +396,7 @@ TEST_CASE("load_data_set: refuses a path that names no data set") {
 }
 
 TEST_CASE("read_safetensors: floats of any width as they are, bytes to [-1, 1]") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path path = dir.path / "latents.safetensors";
   const dit::Matrix<float> expected{{0.5F, -7}, {3, 0}, {1024, -0.25F}};
   const std::vector<float> floats(expected.data(), expected.data() + expected.size());
@@ -434,7 +420,7 @@ TEST_CASE("read_safetensors: floats of any width as they are, bytes to [-1, 1]")
 }
 
 TEST_CASE("read_safetensors: the shape of the images") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path path = dir.path / "latents.safetensors";
   std::vector<float> values(48);
   std::iota(values.begin(), values.end(), 0.0F);
@@ -451,7 +437,7 @@ TEST_CASE("read_safetensors: the shape of the images") {
 }
 
 TEST_CASE("read_safetensors: one class without labels, names from the metadata") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path path = dir.path / "latents.safetensors";
   const std::vector<float> images(6);
   write_safetensors(path, images, {});
@@ -465,7 +451,7 @@ TEST_CASE("read_safetensors: one class without labels, names from the metadata")
 }
 
 TEST_CASE("read_safetensors: refuses a bad file, names it and the tensor") {
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path path = dir.path / "bad.safetensors";
   const auto check = [&](const std::string& expected) {
     const std::string message = complaint(path);

@@ -3,7 +3,7 @@
 
 #include <dit/frozen_model.hpp>
 #include <filesystem>
-#include <random>
+#include <temporary_folder.hpp>
 
 using dit::Exec;
 using dit::Index;
@@ -15,14 +15,8 @@ namespace fs = std::filesystem;
 namespace {
 
 struct TemporaryFile {
-  fs::path path;
-  TemporaryFile() {
-    std::random_device random;
-    path = fs::temp_directory_path() / ("moxie-frozen-" + std::to_string(random()) + std::to_string(random()));
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  ~TemporaryFile() { fs::remove(path); }
+  moxie::test::TemporaryFolder folder;
+  fs::path path = folder / "checkpoint";
 };
 
 dit::TrainingConfig small(const std::string& feed_forward) {

@@ -2,7 +2,6 @@
 #include "dit/report.hpp"
 
 #include <doctest/doctest.h>
-#include <stdlib.h>
 #include <sys/resource.h>
 
 #include <array>
@@ -15,6 +14,7 @@
 #include <moxie/core/random.hpp>
 #include <stdexcept>
 #include <string>
+#include <temporary_folder.hpp>
 #include <utility>
 #include <vector>
 
@@ -27,21 +27,7 @@ using dit::Report;
 using dit::RoutingCounts;
 using nlohmann::json;
 
-struct TemporaryDirectory {
-  fs::path path;
-  TemporaryDirectory() {
-    std::string name = (fs::temp_directory_path() / "moxie-report-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-  std::ptrdiff_t entries() const { return std::distance(fs::directory_iterator(path), fs::directory_iterator()); }
-};
+using moxie::test::TemporaryFolder;
 
 bool vega_is_missing() {
   if (fs::exists(dit::vega_directory)) {
@@ -159,7 +145,7 @@ TEST_CASE("report: one page with everything, which fetches nothing") {
   if (vega_is_missing()) {
     return;
   }
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const RandomRouting routing(some_shape);
   const fs::path path = dir.path / "report.html";
   dit::write_report(path, full_report(dir.path, routing));
@@ -189,7 +175,7 @@ TEST_CASE("report: text is text, whatever is in it") {
   if (vega_is_missing()) {
     return;
   }
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const fs::path path = dir.path / "report.html";
   const std::string script = "<script>alert(1)</script>";
   const std::string quotes = "\"><img src=x onerror='alert(2)'> &amp; ${x} \\ \n";
@@ -236,7 +222,7 @@ TEST_CASE("report: the shares are those of the routing") {
   if (vega_is_missing()) {
     return;
   }
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const auto& [layers, experts, classes, positions, bins] = some_shape;
   const RandomRouting routing(some_shape);
   Report report = full_report(dir.path, routing);
@@ -371,7 +357,7 @@ TEST_CASE("report: what cannot be shown is an error before anything is written")
   if (vega_is_missing()) {
     return;
   }
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const RandomRouting routing(some_shape);
   const Report good = full_report(dir.path, routing);
   const fs::path path = dir.path / "report.html";
@@ -395,7 +381,7 @@ TEST_CASE("report: a file that cannot be written is an error, and leaves the old
   if (vega_is_missing()) {
     return;
   }
-  const TemporaryDirectory dir;
+  const TemporaryFolder dir;
   const RandomRouting routing(some_shape);
   const Report report = full_report(dir.path, routing);
   const fs::path path = dir.path / "report.html";

@@ -4,7 +4,7 @@
 #include <dit/training_log.hpp>
 #include <filesystem>
 #include <fstream>
-#include <random>
+#include <temporary_folder.hpp>
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -12,14 +12,8 @@ using nlohmann::json;
 namespace {
 
 struct TemporaryFile {
-  fs::path path;
-  TemporaryFile() {
-    std::random_device random;
-    path = fs::temp_directory_path() / ("moxie-log-" + std::to_string(random()) + std::to_string(random()));
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  ~TemporaryFile() { fs::remove(path); }
+  moxie::test::TemporaryFolder folder;
+  fs::path path = folder / "log.jsonl";
 
   std::vector<json> lines() const {
     std::vector<json> all;

@@ -5,6 +5,7 @@
 #include <dit/training.hpp>
 #include <filesystem>
 #include <fstream>
+#include <temporary_folder.hpp>
 
 using dit::Exec;
 using dit::Index;
@@ -41,21 +42,7 @@ struct Images {
   }
 };
 
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::random_device random;
-    path_ = std::filesystem::temp_directory_path() / ("moxie-training-" + std::to_string(random()) + std::to_string(random()));
-    std::filesystem::create_directory(path_);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
-  std::filesystem::path operator/(const char* name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
+using moxie::test::TemporaryFolder;
 
 const std::vector<std::string> names{"left", "right"};
 

@@ -3,7 +3,7 @@
 
 #include <dit/upcycling.hpp>
 #include <filesystem>
-#include <random>
+#include <temporary_folder.hpp>
 
 using dit::Exec;
 using dit::Index;
@@ -14,17 +14,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-struct TemporaryFolder {
-  fs::path path;
-  TemporaryFolder() {
-    std::random_device random;
-    path = fs::temp_directory_path() / ("moxie-upcycling-" + std::to_string(random()) + std::to_string(random()));
-    fs::create_directory(path);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  ~TemporaryFolder() { fs::remove_all(path); }
-};
+using moxie::test::TemporaryFolder;
 
 dit::TrainingConfig dense_config(const std::string& feed_forward) {
   dit::TrainingConfig c;
