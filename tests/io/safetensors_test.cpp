@@ -588,6 +588,59 @@ TEST_CASE("safetensors: a truncated file is refused and the target is left alone
   CHECK((target.flat() == 7).all());
 }
 
+TEST_CASE("safetensors: a file is what it was when it was opened, and one that has become shorter says so") {
+  const TemporaryDirectory directory;
+  const fs::path path = directory / "file";
+  const std::vector<double> many(100'000, 1.5);  // longer than what is converted at once
+  const auto save = [&](double last) {
+    std::vector<double> values = many;
+    values.back() = last;
+    SafetensorsWriter writer;
+    writer.add("a", {100'000}, values);
+    writer.save(path);
+  };
+  save(2);
+  const SafetensorsFile file(path);
+  save(3);
+  std::vector<float> expected(many.begin(), many.end());
+  expected.back() = 2;
+  CHECK(file.read<float>("a") == expected);
+  CHECK(SafetensorsFile(path).read<double>("a").back() == 3);
+
+  const SafetensorsFile cut(path);
+  fs::resize_file(path, fs::file_size(path) - 1);
+  CHECK(contains(message_of([&] { cut.read<double>("a"); }), "to its end"));
+  CHECK(contains(message_of([&] { cut.read<float>("a"); }), "to its end"));
+}
+
+TEST_CASE("safetensors: tensors are read from several threads at once") {
+  const TemporaryDirectory directory;
+  SafetensorsWriter writer;
+  std::vector<std::vector<float>> values;
+  for (int i = 0; i < 8; ++i) {
+    values.emplace_back(3000, float(i));
+  }
+  for (int i = 0; i < 8; ++i) {
+    writer.add(std::to_string(i), {3000}, values[std::size_t(i)]);
+  }
+  writer.save(directory / "file");
+  const SafetensorsFile file(directory / "file");
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      for (int n = 0; n < 100; ++n) {
+        const int i = (n + t) % 8;
+        wrong += file.read<float>(std::to_string(i)) == values[std::size_t(i)] ? 0 : 1;
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("safetensors: any damage either loads whole or is refused with the target left alone") {
   constexpr int mutations = 4000;
   const TemporaryDirectory directory;

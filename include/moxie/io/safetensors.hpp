@@ -15,7 +15,9 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <memory>
 #include <moxie/core/parameters.hpp>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <span>
@@ -530,8 +532,10 @@ class ReplacementFile {
 
 }  // namespace detail
 
-/// A safetensors file, read whole and validated: 8 bytes of header length, a JSON header, the tensors without gaps
-/// (https://github.com/huggingface/safetensors). Memory stays in proportion to the file's size, whatever the file claims.
+/// A safetensors file, validated: 8 bytes of header length, a JSON header, the tensors without gaps
+/// (https://github.com/huggingface/safetensors). The header is read at once, a tensor when it is asked for: memory is that of
+/// the header and of what is read, whatever the file claims. The file stays open, so that one that takes its name is not mixed
+/// up with it. Tensors can be read from several threads at once; they wait for each other.
 ///
 /// The format's rules are all enforced, and more strictly than by readers that skip what they do not know: a duplicate key, an
 /// unknown field or a type outside `DType` is an error.
@@ -548,7 +552,8 @@ class SafetensorsFile {
       fail("is not a regular file");  // nor opened, which would wait for ever at a pipe
     }
     errno = 0;
-    std::ifstream stream(path_, std::ios::binary);
+    std::ifstream& stream = source_->stream;
+    stream.open(path_, std::ios::binary);
     if (!stream) {
       fail("cannot be opened: " + detail::system_message(errno != 0 ? errno : EIO));
     }
@@ -563,7 +568,7 @@ class SafetensorsFile {
     if (size < prefix) {
       fail(size == 0 ? "is empty" : "is truncated: " + std::to_string(size) + " bytes are too few for a header's length");
     }
-    read_bytes(stream, &header_size, prefix);
+    read_bytes(0, &header_size, prefix);
     if (header_size > detail::SafetensorsHeader::largest) {
       fail("the header's length " + std::to_string(header_size) + " exceeds the format's limit of " +
            std::to_string(detail::SafetensorsHeader::largest));
@@ -574,15 +579,14 @@ class SafetensorsFile {
            std::to_string(size - prefix) + " bytes follow");
     }
     std::string text(header_size, ' ');
-    read_bytes(stream, text.data(), static_cast<Index>(header_size));
+    read_bytes(prefix, text.data(), static_cast<Index>(header_size));
     detail::SafetensorsHeader header;
     if (const std::string problem = header.parse(text, data_size); !problem.empty()) {
       fail(problem);
     }
     tensors_ = std::move(header.tensors);
     metadata_ = std::move(header.metadata);
-    data_.resize(data_size);
-    read_bytes(stream, data_.data(), data_size);
+    data_begin_ = size - data_size;
   }
 
   const std::filesystem::path& path() const { return path_; }
@@ -611,7 +615,7 @@ class SafetensorsFile {
   /// The elements, row-major, as float, double, int32, int64 or uint8.
   ///
   /// F32, F64 and BF16 read as floats, rounded to nearest where T is the narrower; I32, I64 and U8 as integers of the same or a
-  /// larger size. Anything else, and a name that is not there, throws SafetensorsError.
+  /// larger size. Anything else, a name that is not there, and a file that has become shorter, throws SafetensorsError.
   template <detail::StoredScalar T>
   std::vector<T> read(std::string_view name) const {
     const StoredTensor& tensor = info(name);
@@ -622,7 +626,8 @@ class SafetensorsFile {
   }
 
   /// The same, into a row-major matrix or a view that has the tensor's shape as a layout reads it: shape[0] rows, a vector one
-  /// row, a scalar (1,1). Throws SafetensorsError if it has another; `to` is then left alone.
+  /// row, a scalar (1,1). Throws SafetensorsError if it has another; `to` is then left alone. A file that has become shorter
+  /// since it was opened throws, too, and may leave `to` half read.
   template <class M>
   void read_into(std::string_view name, M&& to) const {
     using T = typename std::remove_cvref_t<M>::Scalar;
@@ -633,6 +638,9 @@ class SafetensorsFile {
     if (view.rows() != rows || view.size() != tensor.count) {
       fail(detail::tensor_named(name) + " has the shape " + detail::shape_text(tensor.shape) + ", and cannot be read into " +
            detail::dimensions(view.rows(), view.cols()));
+    }
+    if (view.stride() == view.cols()) {
+      return copy(tensor, 0, view.size(), view.data());
     }
     for (Index i = 0; i < rows; ++i) {
       copy(tensor, i * view.cols(), view.cols(), view.row(i));
@@ -653,8 +661,11 @@ class SafetensorsFile {
  private:
   [[noreturn]] void fail(const std::string& problem) const { throw SafetensorsError(path_.string() + ": " + problem); }
 
-  void read_bytes(std::ifstream& stream, void* to, Index count) const {
-    if (count > 0 && !stream.read(static_cast<char*>(to), count)) {
+  void read_bytes(Index at, void* to, Index count) const {
+    const std::lock_guard lock(source_->mutex);
+    std::ifstream& stream = source_->stream;
+    if (count > 0 && (!stream.seekg(at) || !stream.read(static_cast<char*>(to), count))) {
+      stream.clear();
       fail("cannot be read to its end");
     }
   }
@@ -669,7 +680,7 @@ class SafetensorsFile {
 
   template <class T>
   void copy(const StoredTensor& tensor, Index first, Index count, T* to) const {
-    const std::byte* from = data_.data() + tensor.offset + first * dtype_size(tensor.dtype);
+    const Index from = data_begin_ + tensor.offset + first * dtype_size(tensor.dtype);
     switch (tensor.dtype) {
       case DType::F32:
         return convert<float>(from, count, to);
@@ -685,26 +696,31 @@ class SafetensorsFile {
         return convert<std::uint8_t>(from, count, to);
     }
   }
-  // Tensors may begin at any byte.
   template <class Stored, class T>
-  static void convert(const std::byte* from, Index count, T* to) {
+  void convert(Index from, Index count, T* to) const {
     if constexpr (std::is_same_v<Stored, T>) {
-      if (count > 0) {
-        std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(T));
-      }
+      read_bytes(from, to, count * Index{sizeof(T)});
     } else {
-      for (Index i = 0; i < count; ++i) {
-        Stored value;
-        std::memcpy(&value, from + i * Index{sizeof value}, sizeof value);
-        to[i] = static_cast<T>(value);
+      constexpr Index piece = 1 << 14;
+      std::vector<Stored> values(static_cast<std::size_t>(std::min(count, piece)));
+      for (Index done = 0; done < count; done += piece) {
+        const Index n = std::min(piece, count - done);
+        read_bytes(from + done * Index{sizeof(Stored)}, values.data(), n * Index{sizeof(Stored)});
+        std::transform(values.begin(), values.begin() + n, to + done, [](Stored value) { return static_cast<T>(value); });
       }
     }
   }
 
+  struct Source {
+    std::ifstream stream;
+    std::mutex mutex;
+  };
+
   std::filesystem::path path_;
+  std::unique_ptr<Source> source_ = std::make_unique<Source>();
   std::map<std::string, StoredTensor, std::less<>> tensors_;
   std::map<std::string, std::string> metadata_;
-  Buffer<std::byte> data_;
+  Index data_begin_ = 0;
 };
 
 /// Collects named tensors, and writes them to a file.
