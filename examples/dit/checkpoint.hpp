@@ -212,11 +212,11 @@ inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
 
 }  // namespace detail
 
-/// What cannot be seen in a state dict of the references.
+/// What cannot be seen in a state dict of the references. A checkpoint of ours says it itself.
 struct ForeignOptions {
-  Index heads = 0;  ///< 0: those of the named model of this depth and width
-  Index top_k = 0;  ///< 0: 2, or all experts where there are fewer
-  std::string process = "ddpm";
+  Index heads = 0;           ///< 0: those of the named model of this depth and width
+  Index top_k = 0;           ///< 0: 2, or all experts where there are fewer
+  std::string process = "";  ///< flow or ddpm; none: ddpm
 };
 
 /// The configuration that the tensors of a reference's state dict follow from: DiT, DiT-MoE and Switch-DiT. Throws
@@ -276,21 +276,36 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
     c.feed_forward = "dense";
     c.hidden_dim = shape("blocks.0.mlp.fc1.weight", 2)[0];
   }
-  c.process = options.process;
+  c.process = options.process.empty() ? "ddpm" : options.process;
   m.validate();
   return c;
 }
 
 /// The configuration of a checkpoint: the one that it was trained with, or the one that its tensors show. Throws
-/// SafetensorsError.
+/// SafetensorsError; also where the one that it was trained with is not what `options` say, or has what is not understood.
 inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOptions& options = {}) {
   const auto text = file.metadata().find("config");
   if (text == file.metadata().end()) {
     return inferred_config(file, options);
   }
   try {
-    auto config = nlohmann::json::parse(text->second).get<TrainingConfig>();
+    const auto stored = nlohmann::json::parse(text->second);
+    auto config = stored.get<TrainingConfig>();
+    for (const nlohmann::json& change : nlohmann::json::diff(stored, config)) {
+      if (change["op"] != "add") {  // what an older file does not say has its default
+        detail::fail(file, "its configuration has a " + moxie::detail::printable(change["path"].get<std::string>()) +
+                               " that is not understood");
+      }
+    }
     detail::check_sizes(file, config);
+    const auto expect = [&](bool same, const std::string& what) {
+      if (!same) {
+        detail::fail(file, "was trained with " + what + ": leave the option out");
+      }
+    };
+    expect(options.heads == 0 || options.heads == config.model.heads, std::to_string(config.model.heads) + " heads");
+    expect(options.top_k == 0 || options.top_k == config.top_k, "--top-k " + std::to_string(config.top_k));
+    expect(options.process.empty() || options.process == config.process, "--process " + config.process);
     return config;
   } catch (const nlohmann::json::exception& error) {
     detail::fail(file, std::string("its configuration cannot be read: ") + error.what());

@@ -62,19 +62,13 @@ struct TrainingOptions {
   std::optional<fs::path> data;
 };
 
-/// Files of a run, all in its folder.
-struct Files {
-  fs::path folder;
-  fs::path operator()(const std::string& name) const { return folder / name; }
-};
-
-int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const Files& files,
+int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const fs::path& folder,
           const Exec& exec);
 /// The model and the process of a checkpoint, with a run's own options of training.
 TrainingConfig started_from(const fs::path& path, const ForeignOptions& foreign, const TrainingConfig& run);
 /// With `analyse`, who was routed where, too.
 int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const DrawingOptions& drawing, bool bfloat16,
-           bool analyse, const Files& files, const Exec& exec);
+           bool analyse, const fs::path& folder, const Exec& exec);
 int upcycle(const fs::path& checkpoint, const ForeignOptions& foreign, const UpcyclingOptions& options, const fs::path& out);
 /// Of tensors x (B,C,H,W), t (B) and y (B), the network's output (B,Cout,H,W).
 int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bfloat16, const fs::path& input,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <dit/model.hpp>
+#include <dit/optimizer.hpp>
 #include <dit/process.hpp>
 #include <moxie/moxie.hpp>
 #include <nlohmann/json.hpp>
@@ -13,49 +14,54 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(ModelConfig, image_size, channel
                                                 learn_sigma, qk_norm, switch_experts, switch_top_k, prior, timesteps,
                                                 timestep_unit)
 
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(AdamWConfig, rate, beta1, beta2, epsilon, weight_decay, clip, warm_up,
+                                                ema_decay)
+
+/// How a model is trained, whatever it is.
+struct Recipe {
+  double balance = 0.01;               ///< weight of the balance loss
+  std::string times = "logit-normal";  ///< of rectified flow: or uniform
+  bool stratified = false;             ///< a batch's times are spread evenly
+  Index batch = 48;
+  Index micro_batch = 0;  ///< images of a batch that are computed at once; 0: all
+  double label_dropout = 0.1;
+  AdamWConfig optimizer = {};
+  std::uint64_t seed = 1;
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Recipe, balance, times, stratified, batch, micro_batch, label_dropout,
+                                                optimizer, seed)
+
 /// Everything that decides what a run computes. It is stored in the checkpoint, and a run that goes on must agree with it.
 struct TrainingConfig {
   ModelConfig model;
   std::string feed_forward = "shared";  ///< shared, top-k, expert-choice, soft or dense
   Index experts = 8;
   Index top_k = 2;
-  Index hidden_dim = 128;         ///< of an expert
-  Index shared_hidden_dim = 256;  ///< of the shared experts
-  std::string expert = "swiglu";  ///< of top-k: or gelu, the perceptron of a dense DiT
-  bool normalize = false;         ///< the weights of a token's experts sum to 1 (shared, top-k)
-  Index slots_per_expert = 1;     ///< soft
-  double capacity_factor = 2;     ///< expert-choice: experts that a token has on average
-  double balance = 0.01;
-  std::string process = "flow";        ///< or ddpm
-  std::string times = "logit-normal";  ///< of rectified flow: or uniform
-  bool stratified = false;             ///< a batch's times are spread evenly
-  std::string schedule = "linear";     ///< of DDPM: or cosine
+  Index hidden_dim = 128;           ///< of an expert
+  Index shared_hidden_dim = 256;    ///< of the shared experts
+  std::string expert = "swiglu";    ///< of top-k: or gelu, the perceptron of a dense DiT
+  bool normalize = false;           ///< the weights of a token's experts sum to 1 (shared, top-k)
+  Index slots_per_expert = 1;       ///< soft
+  double capacity_factor = 2;       ///< expert-choice: experts that a token has on average
+  std::string process = "flow";     ///< or ddpm
+  std::string schedule = "linear";  ///< of DDPM: or cosine
   Index diffusion_steps = 1000;
-  Index batch = 48;
-  Index micro_batch = 0;  ///< images of a batch that are computed at once; 0: all
-  double label_dropout = 0.1;
-  double rate = 2e-3;
-  std::int64_t warm_up = 200;
-  double weight_decay = 0;
-  double clip = 1;
-  double ema_decay = 0.997;
-  std::uint64_t seed = 1;
+  Recipe recipe = {};
   bool latents = false;  ///< images are not pixels in [-1,1]: they are neither clamped nor drawn
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(TrainingConfig, model, feed_forward, experts, top_k, hidden_dim,
                                                 shared_hidden_dim, expert, normalize, slots_per_expert, capacity_factor,
-                                                balance, process, times, stratified, schedule, diffusion_steps, batch,
-                                                micro_batch, label_dropout, rate, warm_up, weight_decay, clip, ema_decay, seed,
-                                                latents)
+                                                process, schedule, diffusion_steps, recipe, latents)
 
 /// What a configuration's images become noise by. Throws ValueError for names that there are not.
 inline Process process_of(const TrainingConfig& c) {
   constexpr std::string_view where = "TrainingConfig";
   moxie::detail::expect_value(c.process == "flow" || c.process == "ddpm", where, "process is flow or ddpm");
-  moxie::detail::expect_value(c.times == "logit-normal" || c.times == "uniform", where, "times is logit-normal or uniform");
+  moxie::detail::expect_value(c.recipe.times == "logit-normal" || c.recipe.times == "uniform", where,
+                              "times is logit-normal or uniform");
   moxie::detail::expect_value(c.schedule == "linear" || c.schedule == "cosine", where, "schedule is linear or cosine");
   if (c.process == "flow") {
-    return RectifiedFlow{c.times == "logit-normal"};
+    return RectifiedFlow{c.recipe.times == "logit-normal"};
   }
   return GaussianDiffusion(
       DiffusionSchedule(c.schedule == "linear" ? NoiseSchedule::linear : NoiseSchedule::cosine, c.diffusion_steps),
@@ -76,7 +82,7 @@ template <class Element = float, class F>
 auto with_layer(const TrainingConfig& c, F&& f) {
   using SwiGlu = moxie::SwiGluExperts<float, Element>;
   const Index dim = c.model.dim;
-  const auto balance = moxie::Balance{.expert_level = c.balance};
+  const auto balance = moxie::Balance{.expert_level = c.recipe.balance};
   moxie::detail::expect_value(c.expert == "swiglu" || (c.expert == "gelu" && c.feed_forward == "top-k"), "TrainingConfig",
                               "expert is swiglu, or gelu for top-k");
   const auto top_k = [&]<class Experts>(std::type_identity<Experts>) {

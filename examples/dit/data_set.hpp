@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <moxie/core/exec.hpp>
 #include <moxie/core/matrix.hpp>
@@ -39,6 +40,21 @@ struct DataSet {
 
   Index count() const { return images.rows(); }
 };
+
+/// What tells a data set from others: the number of its images, a CRC-32 of images and labels, and the names of its classes
+/// under "class.0", "class.1", ...
+inline std::map<std::string, std::string> identity_of(const DataSet& set) {
+  const auto* images = reinterpret_cast<const unsigned char*>(set.images.data());
+  const auto* labels = reinterpret_cast<const unsigned char*>(set.labels.data());
+  auto checksum = crc32_z(0, images, static_cast<std::size_t>(set.images.size()) * sizeof(float));
+  checksum = crc32_z(checksum, labels, set.labels.size() * sizeof(set.labels[0]));
+  std::map<std::string, std::string> identity{{"images", std::to_string(set.count())},
+                                              {"images_crc32", std::to_string(checksum)}};
+  for (std::size_t i = 0; i < set.class_names.size(); ++i) {
+    identity["class." + std::to_string(i)] = set.class_names[i];
+  }
+  return identity;
+}
 
 namespace detail {
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <dit/analysis.hpp>
 #include <dit/commands.hpp>
+#include <dit/output_folder.hpp>
 #include <dit/pictures.hpp>
 #include <dit/progress.hpp>
 #include <dit/report.hpp>
@@ -110,7 +111,7 @@ inline void draw_grid(const fs::path& path, const Drawing& drawing, const Traini
 
 /// samples.safetensors, pictures and the report.
 inline void write_drawing(const Drawing& drawing, const TrainingConfig& config, const std::vector<std::string>& class_names,
-                          const Files& files, Report report) {
+                          const OutputFolder& files, Report report) {
   const ModelConfig& shape = config.model;
   const Index total = drawing.images.rows();
   moxie::SafetensorsWriter writer;

@@ -12,14 +12,8 @@ namespace dit::commands {
 
 namespace {
 
-void expect_another_file(const fs::path& read, const fs::path& written) {
-  if (fs::exists(written) && fs::equivalent(read, written)) {
-    throw std::runtime_error(written.string() + " is what is read: choose another --out");
-  }
-}
-
 /// The files and the table of `dit analyse`.
-void write_analysis(const RoutingCounts& counts, const std::vector<std::string>& class_names, const Files& files) {
+void write_analysis(const RoutingCounts& counts, const std::vector<std::string>& class_names, const OutputFolder& files) {
   save_counts(files("routing.safetensors"), counts);
   write_counts_csv(files("routing.csv"), counts);
   std::cout << "  " << files("routing.safetensors").string() << "\n  " << files("routing.csv").string() << "\n";
@@ -94,13 +88,16 @@ int measure_in(const NamedModel& named, const Exec& exec) {
 }  // namespace
 
 int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const DrawingOptions& drawing, bool bfloat16,
-           bool analyse, const Files& files, const Exec& exec) {
+           bool analyse, const fs::path& folder, const Exec& exec) {
   const moxie::SafetensorsFile file(checkpoint);
   const TrainingConfig config = config_of(file, foreign);
   if (analyse && config.feed_forward == "dense") {
     throw std::runtime_error(checkpoint.string() + ": is a dense model, which routes nothing");
   }
-  fs::create_directories(files.folder);
+  const OutputFolder files(folder);
+  expect_another_file(checkpoint, files("samples.safetensors"));
+  const auto count = std::uintmax_t(drawing.labels(config.model.classes).size());
+  files.expect_room_for("samples.safetensors", count * std::uintmax_t(config.model.image_dim()) * sizeof(float));
   return with_checkpoint(file, config, bfloat16, exec,
                          [&](const auto& model, ParameterView<const float> weights, Index parameters) {
                            const std::vector<std::string> class_names = names_of(file, config.model.classes);

@@ -42,7 +42,7 @@ int main(int argc, char** argv) {
   dit::ForeignOptions foreign;
   dit::UpcyclingOptions upcycling;
   std::optional<bool> learn_sigma;
-  dit::commands::Files files{"out"};
+  fs::path folder = "out";
   fs::path checkpoint;
   fs::path input;
   fs::path out_file;
@@ -75,7 +75,7 @@ int main(int argc, char** argv) {
   CLI::App* zoo_command = app.add_subcommand("zoo", "the named models of the papers: parameters, multiply-adds, memory");
 
   for (CLI::App* command : {train_command, sample_command, analyse_command}) {
-    command->add_option("--out", files.folder, "folder for everything that is written")->capture_default_str();
+    command->add_option("--out", folder, "folder for everything that is written")->capture_default_str();
     command->add_option("--samples-per-class", drawing.per_class)
         ->capture_default_str()
         ->check(CLI::Range(Index{1}, Index{1000000}));
@@ -97,7 +97,7 @@ int main(int argc, char** argv) {
         ->capture_default_str()
         ->check(CLI::Range(0.0, 1.0) & finite);
     command->add_flag("--clip", drawing.sampler.clip, "the images that ddpm and ddim predict, to [-1,1]");
-    command->add_option("--seed", config.seed)->capture_default_str();
+    command->add_option("--seed", config.recipe.seed)->capture_default_str();
   }
   for (CLI::App* command : {train_command, sample_command, analyse_command, predict_command, zoo_command}) {
     command->add_option("--threads", exec.threads, "0: all cores")->capture_default_str()->check(CLI::NonNegativeNumber);
@@ -107,8 +107,7 @@ int main(int argc, char** argv) {
         ->required()
         ->check(CLI::ExistingFile);
     command->add_option("--heads", foreign.heads, "of a state dict whose size has no name")->check(CLI::PositiveNumber);
-    command->add_option("--process", foreign.process, "of a state dict")
-        ->capture_default_str()
+    command->add_option("--process", foreign.process, "of a state dict, by default ddpm")
         ->check(CLI::IsMember({"flow", "ddpm"}));
   }
   for (CLI::App* command : {sample_command, analyse_command, predict_command}) {
@@ -165,10 +164,10 @@ int main(int argc, char** argv) {
   train_command->add_option("--process", config.process, "rectified flow or DDPM")
       ->capture_default_str()
       ->check(CLI::IsMember({"flow", "ddpm"}));
-  train_command->add_option("--times", config.times, "of rectified flow")
+  train_command->add_option("--times", config.recipe.times, "of rectified flow")
       ->capture_default_str()
       ->check(CLI::IsMember({"logit-normal", "uniform"}));
-  train_command->add_flag("--stratified", config.stratified, "a batch's times are spread evenly");
+  train_command->add_flag("--stratified", config.recipe.stratified, "a batch's times are spread evenly");
   train_command->add_option("--schedule", config.schedule, "of DDPM")
       ->capture_default_str()
       ->check(CLI::IsMember({"linear", "cosine"}));
@@ -203,26 +202,33 @@ int main(int argc, char** argv) {
   train_command->add_option("--prior", config.model.prior, "weight of Switch-DiT's diffusion prior loss")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber & finite);
-  train_command->add_option("--balance", config.balance, "weight of the balance loss")->capture_default_str()->check(finite);
-  train_command->add_option("--batch", config.batch)->capture_default_str()->check(CLI::PositiveNumber);
-  train_command->add_option("--micro-batch", config.micro_batch, "images of a batch that are computed at once; 0: all")
+  train_command->add_option("--balance", config.recipe.balance, "weight of the balance loss")
+      ->capture_default_str()
+      ->check(finite);
+  train_command->add_option("--batch", config.recipe.batch)->capture_default_str()->check(CLI::PositiveNumber);
+  train_command->add_option("--micro-batch", config.recipe.micro_batch, "images of a batch that are computed at once; 0: all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  train_command->add_option("--rate", config.rate, "learning rate")->capture_default_str()->check(CLI::PositiveNumber & finite);
-  train_command->add_option("--weight-decay", config.weight_decay)
+  train_command->add_option("--rate", config.recipe.optimizer.rate, "learning rate")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber & finite);
+  train_command->add_option("--weight-decay", config.recipe.optimizer.weight_decay)
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber & finite);
-  train_command->add_option("--label-dropout", config.label_dropout, "share of labels that become \"no class\"")
+  train_command->add_option("--label-dropout", config.recipe.label_dropout, "share of labels that become \"no class\"")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0) & finite);
-  train_command->add_option("--ema-decay", config.ema_decay, "of the averaged weights, which samples are drawn with")
+  train_command
+      ->add_option("--ema-decay", config.recipe.optimizer.ema_decay, "of the averaged weights, which samples are drawn with")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0) & finite);
-  train_command->add_option("--warm-up", config.warm_up, "steps")->capture_default_str()->check(CLI::NonNegativeNumber);
+  train_command->add_option("--warm-up", config.recipe.optimizer.warm_up, "steps")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   CLI11_PARSE(app, argc, argv);
 
   config.model.learn_sigma = learn_sigma.value_or(config.process == "ddpm");
-  drawing.seed = config.seed;
+  drawing.seed = config.recipe.seed;
   if (train_command->parsed() || sample_command->parsed() || analyse_command->parsed()) {
     std::signal(SIGINT, interrupt);
     std::signal(SIGTERM, interrupt);
@@ -245,7 +251,7 @@ int main(int argc, char** argv) {
         foreign.top_k = train_command->count("--top-k") > 0 ? config.top_k : 0;
         config = dit::commands::started_from(*training.start_from, foreign, config);
       }
-      return dit::commands::train(config, training, drawing, files, exec);
+      return dit::commands::train(config, training, drawing, folder, exec);
     }
     if (upcycle_command->parsed()) {
       return dit::commands::upcycle(checkpoint, foreign, upcycling, out_file);
@@ -253,7 +259,7 @@ int main(int argc, char** argv) {
     if (predict_command->parsed()) {
       return dit::commands::predict(checkpoint, foreign, bfloat16, input, out_file, exec);
     }
-    return dit::commands::sample(checkpoint, foreign, drawing, bfloat16, analyse_command->parsed(), files, exec);
+    return dit::commands::sample(checkpoint, foreign, drawing, bfloat16, analyse_command->parsed(), folder, exec);
   } catch (const std::bad_alloc&) {
     std::cerr << "dit: there is not enough memory\n";
     return 1;

@@ -52,14 +52,14 @@ void scale(Parameters<S>& p, S factor, const Exec& exec) {
 }
 
 struct AdamWConfig {
-  double rate = 1e-3;
+  double rate = 2e-3;
   double beta1 = 0.9;
   double beta2 = 0.999;
   double epsilon = 1e-8;
   double weight_decay = 0;
   double clip = 1;             ///< gradients are scaled down to this norm; 0 leaves them
   std::int64_t warm_up = 200;  ///< steps over which the rate rises linearly
-  double ema_decay = 0.995;
+  double ema_decay = 0.997;
 };
 
 /// AdamW (Loshchilov and Hutter 2019) with clipping and warm-up, and an exponential moving average of the weights:

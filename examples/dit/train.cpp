@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: MIT
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
-
-#include <cerrno>
 #include <chrono>
 #include <dit/commands.hpp>
 #include <dit/data_set.hpp>
 #include <dit/drawing.hpp>
+#include <dit/output_folder.hpp>
 #include <dit/training_log.hpp>
 
 namespace dit::commands {
@@ -23,64 +19,20 @@ Series curve(const std::string& name, const std::vector<StepReport>& history, fl
   return series;
 }
 
-/// The only run in a folder, as long as it lives. Throws std::runtime_error where there is another one.
-class FolderLock {
- public:
-  explicit FolderLock(const fs::path& folder) : descriptor_(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
-    if (descriptor_ >= 0 && ::flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-      ::close(descriptor_);
-      throw std::runtime_error(folder.string() + ": another run is going on in this folder");
-    }
-  }
-  FolderLock(const FolderLock&) = delete;
-  FolderLock& operator=(const FolderLock&) = delete;
-  ~FolderLock() {
-    if (descriptor_ >= 0) {
-      ::close(descriptor_);
-    }
-  }
-
- private:
-  int descriptor_;
-};
-
-/// What a run that was killed while it saved has left.
-void remove_cut_off_saves(const fs::path& folder) {
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
-    if (name.starts_with(".moxie-") && name.ends_with(".tmp")) {
-      fs::remove(entry.path());
-    }
-  }
-}
-
 }  // namespace
 
 TrainingConfig started_from(const fs::path& path, const ForeignOptions& foreign, const TrainingConfig& run) {
   TrainingConfig config = config_of(moxie::SafetensorsFile(path), foreign);
-  config.balance = run.balance;
-  config.times = run.times;
-  config.stratified = run.stratified;
-  config.batch = run.batch;
-  config.micro_batch = run.micro_batch;
-  config.label_dropout = run.label_dropout;
-  config.rate = run.rate;
-  config.warm_up = run.warm_up;
-  config.weight_decay = run.weight_decay;
-  config.clip = run.clip;
-  config.ema_decay = run.ema_decay;
-  config.seed = run.seed;
+  config.recipe = run.recipe;
   return config;
 }
 
-int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const Files& files,
+int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const fs::path& folder,
           const Exec& exec) {
-  fs::create_directories(files.folder);
+  const OutputFolder files(folder);
   const fs::path checkpoint = files("checkpoint.safetensors");
-  const FolderLock lock(files.folder);
-  if (options.data && fs::exists(*options.data) && fs::exists(files("samples.safetensors")) &&
-      fs::equivalent(*options.data, files("samples.safetensors"))) {
-    throw std::runtime_error(options.data->string() + " would be overwritten by the samples of this run: choose another --out");
+  if (options.data && fs::exists(*options.data)) {
+    expect_another_file(*options.data, files("samples.safetensors"));
   }
   if (!options.resume && fs::exists(checkpoint)) {
     throw std::runtime_error(checkpoint.string() + " exists: go on with --resume, or choose another --out");
@@ -102,11 +54,10 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
   }
   return with_model(config, [&](const auto& model) {
     using AnyModel = std::decay_t<decltype(model)>;
-    Training training(config, model, data.class_names, data.count());
+    Training training(config, model, data);
     // A sampler or a class that cannot be is found out now.
     static_cast<void>(drawing.labels(config.model.classes));
     [[maybe_unused]] const Sampler<AnyModel, float> checked(training.process(), drawing.sampler_for(training.process()), model);
-    remove_cut_off_saves(files.folder);
     const bool resumed = options.resume && fs::exists(checkpoint);
     if (resumed) {
       const moxie::SafetensorsFile file(checkpoint);
@@ -137,18 +88,18 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     for (const StepReport& report : training.history()) {
       guard.add(double(report.loss));
     }
-    Progress progress({.steps = options.steps, .first_step = training.steps(), .images_per_step = config.batch});
+    Progress progress({.steps = options.steps, .first_step = training.steps(), .images_per_step = config.recipe.batch});
     const auto good = [&] { return "; " + checkpoint.string() + " is the last good checkpoint"; };
     while (training.steps() < options.steps && interrupted == 0) {
       const auto start = std::chrono::steady_clock::now();
       StepReport report{};
       try {
-        report = training.step(data.images, data.labels, exec);
+        report = training.step(exec);
       } catch (const moxie::ValueError& error) {
         throw std::runtime_error("step " + std::to_string(training.steps() + 1) + ": " + error.what() + good());
       }
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      log.add(training.steps(), report, double(config.batch) / seconds.count());
+      log.add(training.steps(), report, double(config.recipe.batch) / seconds.count());
       progress.update(training.steps(), double(report.loss), double(report.balance_loss), double(report.max_load));
       if (guard.add(double(report.loss))) {
         throw std::runtime_error("step " + std::to_string(training.steps()) + ": the loss has risen to " +
@@ -183,7 +134,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
                     {"Process", config.process},
                     {"Feed-forward", config.feed_forward},
                     {"Parameters", std::to_string(model.layout().parameter_count())},
-                    {"Steps", std::to_string(training.steps()) + " of " + std::to_string(config.batch) + " images"}};
+                    {"Steps", std::to_string(training.steps()) + " of " + std::to_string(config.recipe.batch) + " images"}};
     report.curves.push_back({"Training loss", "step", "loss", {loss}});
     report.curves.push_back(
         {"Balance loss", "step", "balance loss", {curve("balance loss", training.history(), &StepReport::balance_loss)}});

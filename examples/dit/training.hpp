@@ -3,6 +3,7 @@
 
 #include <deque>
 #include <dit/checkpoint.hpp>
+#include <dit/data_set.hpp>
 #include <dit/optimizer.hpp>
 #include <dit/process.hpp>
 
@@ -47,28 +48,25 @@ class SpikeGuard {
 };
 
 /// Training state: weights, moments, averages and the history of steps, in one checkpoint file. Step n draws from `seed` and n
-/// alone, so a run that goes on from a checkpoint computes what an undisturbed one would. The model has to live as long.
+/// alone, so a run that goes on from a checkpoint computes what an undisturbed one would. Model and data have to live as long.
 template <class AnyModel>
 class Training {
  public:
-  /// `images` is how many the data set has: a run that goes on needs the same set. Throws ValueError if micro-batches do not
-  /// make up the batch.
-  Training(const TrainingConfig& config, const AnyModel& model, std::vector<std::string> class_names, Index images)
+  /// Throws ValueError if the data set is not of the model's images and classes, or if micro-batches do not make up the batch.
+  Training(const TrainingConfig& config, const AnyModel& model, const DataSet& data)
       : config_(config),
         process_(process_of(config)),
-        class_names_(std::move(class_names)),
-        images_(images),
+        data_(data),
         model_(model),
-        weights_(initial(model, config.seed)),
+        weights_(initial(model, config.recipe.seed)),
         grads_(weights_.zeros_like()),
-        optimizer_({.rate = config.rate,
-                    .weight_decay = config.weight_decay,
-                    .clip = config.clip,
-                    .warm_up = config.warm_up,
-                    .ema_decay = config.ema_decay},
-                   weights_),
+        optimizer_(config.recipe.optimizer, weights_),
         tape_(model.make_tape()) {
-    moxie::detail::expect_value(config.batch >= 1 && config.micro_batch >= 0 && config.batch % micro_batch() == 0, "Training",
+    const Recipe& recipe = config.recipe;
+    moxie::detail::expect_value(
+        data.images.cols() == model.config().image_dim() && Index(data.class_names.size()) == model.config().classes,
+        "Training", "the model is for other images or classes than the data set has");
+    moxie::detail::expect_value(recipe.batch >= 1 && recipe.micro_batch >= 0 && recipe.batch % micro_batch() == 0, "Training",
                                 "the batch must be a multiple of the micro-batch");
     moxie::detail::expect_value(
         config.process != "ddpm" || model.config().switch_experts == 0 || model.config().timesteps == config.diffusion_steps,
@@ -86,19 +84,20 @@ class Training {
   /// One step on a batch of its own choice. Micro-batches are computed one after the other, and the step is that of the mean of
   /// their losses: that of the whole batch, but for the balance losses, which are each of its own images. Throws ValueError if
   /// loss or gradient is not finite; the weights are then unchanged.
-  const StepReport& step(RowView<const float> images, const std::vector<std::int64_t>& labels, const Exec& exec) {
-    const Rng rng = Rng(config_.seed).split(1).split(std::uint64_t(steps()));
-    batch_.draw(process_, config_.stratified, images, labels, config_.batch, config_.model.classes, config_.label_dropout, rng,
-                exec);
+  const StepReport& step(const Exec& exec) {
+    const Recipe& recipe = config_.recipe;
+    const Rng rng = Rng(recipe.seed).split(1).split(std::uint64_t(steps()));
+    batch_.draw(process_, recipe.stratified, data_.images, data_.labels, recipe.batch, config_.model.classes,
+                recipe.label_dropout, rng, exec);
     const Index part = micro_batch();
-    const Index count = config_.batch / part;
+    const Index count = recipe.batch / part;
     const auto parts = float(count);
     v_.resize(part, model_.config().output_dim());
     dv_.resize(part, model_.config().output_dim());
     set_zero(grads_, exec);
     model_.match_prior(weights_, tape_, exec);
     StepReport report{};
-    for (Index first = 0; first < config_.batch; first += part) {
+    for (Index first = 0; first < recipe.batch; first += part) {
       const auto range = [&](const auto& all) { return std::decay_t<decltype(all)>(&all[0] + first, &all[0] + first + part); };
       model_.forward(weights_, RowView<const float>(batch_.images).middle_rows(first, part), range(batch_.times),
                      range(batch_.labels), v_, tape_, exec);
@@ -130,12 +129,11 @@ class Training {
     writer.add(optimizer_.v(), "v.");
     const auto* values = reinterpret_cast<const float*>(history_.data());
     writer.add("history", {Index(history_.size()), 4}, std::span<const float>(values, 4 * history_.size()));
-    writer.metadata("format", "moxie dit 2");
+    writer.metadata("format", "moxie dit 3");
     writer.metadata("config", nlohmann::json(config_).dump());
-    for (std::size_t i = 0; i < class_names_.size(); ++i) {
-      writer.metadata("class." + std::to_string(i), class_names_[i]);
+    for (const auto& [key, value] : identity_of(data_)) {
+      writer.metadata(key, value);
     }
-    writer.metadata("images", std::to_string(images_));
     writer.metadata("steps", std::to_string(steps()));
     writer.save(path);
   }
@@ -151,17 +149,13 @@ class Training {
     if (said == file.metadata().end() || said->second != std::to_string(steps)) {
       detail::fail(file, "its history is not as long as its number of steps");
     }
-    const auto expect_entry = [&](const std::string& key, const std::string& expected) {
+    for (const auto& [key, expected] : identity_of(data_)) {
       const auto entry = file.metadata().find(key);
       const std::string found = entry == file.metadata().end() ? "" : entry->second;
       if (found != expected) {
         detail::fail(file, "was trained on another data set: its " + moxie::detail::printable(key) + " is '" +
                                moxie::detail::printable(found) + "', here it is '" + moxie::detail::printable(expected) + "'");
       }
-    };
-    expect_entry("images", std::to_string(images_));
-    for (std::size_t i = 0; i < class_names_.size(); ++i) {
-      expect_entry("class." + std::to_string(i), class_names_[i]);
     }
     const auto blocks = std::array{std::pair{"", &weights_}, std::pair{"ema.", &optimizer_.ema()},
                                    std::pair{"m.", &optimizer_.m()}, std::pair{"v.", &optimizer_.v()}};
@@ -192,7 +186,10 @@ class Training {
     model.initialize(p, Rng(seed).split(0));
     return p;
   }
-  Index micro_batch() const { return config_.micro_batch == 0 ? config_.batch : config_.micro_batch; }
+  Index micro_batch() const {
+    const Recipe& recipe = config_.recipe;
+    return recipe.micro_batch == 0 ? recipe.batch : recipe.micro_batch;
+  }
 
   float max_load() const {
     if constexpr (requires { tape_.blocks[0].feed_forward.statistics(); }) {
@@ -207,8 +204,7 @@ class Training {
 
   TrainingConfig config_;
   Process process_;
-  std::vector<std::string> class_names_;
-  Index images_;
+  const DataSet& data_;
   const AnyModel& model_;
   moxie::Parameters<float> weights_;
   moxie::Parameters<float> grads_;

@@ -206,23 +206,26 @@ TEST_CASE("inferred_config: a mixture of one expert, the reference's dense model
   CHECK_THROWS_AS(load(path, {.heads = 4, .top_k = 2}), moxie::ValueError);
 }
 
-TEST_CASE("config_of: a configuration that speaks of more than the file has is refused before a model is made") {
+TEST_CASE("config_of: a configuration that is not the file's is refused before a model is made") {
   const TemporaryFolder folder;
   const Ours ours;
-  const auto refused = [&](auto&& change) {
-    dit::TrainingConfig config = ours.config;
-    change(config);
+  ours.save(folder / "file");
+  const SafetensorsFile file(folder / "file");
+  const auto with_config = [&](const nlohmann::json& config) {
     moxie::SafetensorsWriter writer;
-    ours.save(folder / "file");
-    const SafetensorsFile file(folder / "file");
     std::map<std::string, std::vector<float>> values;
     for (const std::string& name : file.names()) {
       values[name] = file.read<float>(name);
       writer.add(name, file.info(name).shape, std::span<const float>(values[name]));
     }
-    writer.metadata("config", nlohmann::json(config).dump());
-    writer.save(folder / "hostile");
-    CHECK_THROWS_AS(dit::config_of(SafetensorsFile(folder / "hostile")), SafetensorsError);
+    writer.metadata("config", config.dump());
+    writer.save(folder / "changed");
+    return SafetensorsFile(folder / "changed");
+  };
+  const auto refused = [&](auto&& change) {
+    dit::TrainingConfig config = ours.config;
+    change(config);
+    CHECK_THROWS_AS(dit::config_of(with_config(config)), SafetensorsError);
   };
   refused([](auto& c) { c.model.depth = 1'000'000'000; });
   refused([](auto& c) { c.model.classes = 1'000'000'000'000; });
@@ -231,6 +234,25 @@ TEST_CASE("config_of: a configuration that speaks of more than the file has is r
   refused([](auto& c) { c.model.switch_experts = 1'000'000'000; });
   refused([](auto& c) { c.experts = 1'000'000'000; });
   refused([](auto& c) { c.diffusion_steps = 1'000'000'000'000; });
+
+  nlohmann::json config = ours.config;
+  config["model"].erase("qk_norm");  // of an older program
+  CHECK_NOTHROW(dit::config_of(with_config(config)));
+  config["model"]["heads"] = 2.9;
+  CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/model/heads"));
+  config = ours.config;
+  config["recipe"]["loud"] = true;
+  CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/recipe/loud"));
+}
+
+TEST_CASE("config_of: what a checkpoint of ours says of itself, options cannot change") {
+  const TemporaryFolder folder;
+  Ours().save(folder / "file");
+  const SafetensorsFile file(folder / "file");
+  CHECK_NOTHROW(dit::config_of(file, {.heads = 2, .top_k = 2, .process = "flow"}));
+  CHECK(contains(complaint([&] { dit::config_of(file, {.heads = 4}); }), "2 heads"));
+  CHECK(contains(complaint([&] { dit::config_of(file, {.top_k = 1}); }), "--top-k 2"));
+  CHECK(contains(complaint([&] { dit::config_of(file, {.process = "ddpm"}); }), "--process flow"));
 }
 
 TEST_CASE("checkpoint: ours survives, with averages where there are any") {

@@ -2,20 +2,21 @@
 #include <doctest/doctest.h>
 
 #include <dit/configuration.hpp>
+#include <utility>
 
 using nlohmann::json;
 
 TEST_CASE("TrainingConfig: survives JSON") {
   dit::TrainingConfig config;
-  config.seed = 18446744073709551615U;
+  config.recipe.seed = 18446744073709551615U;
   config.model.qk_norm = true;
   config.model.switch_experts = 5;
   config.process = "ddpm";
-  config.rate = 1.0 / 3;
+  config.recipe.optimizer.rate = 1.0 / 3;
   const auto back = json::parse(json(config).dump()).get<dit::TrainingConfig>();
   CHECK(json(back) == json(config));
-  CHECK(back.seed == config.seed);
-  CHECK(back.rate == config.rate);
+  CHECK(back.recipe.seed == config.recipe.seed);
+  CHECK(back.recipe.optimizer.rate == config.recipe.optimizer.rate);
   CHECK(back.model.switch_experts == 5);
 }
 
@@ -47,7 +48,7 @@ TEST_CASE("with_model: the prior's timesteps are those of the process") {
 TEST_CASE("process_of: the two processes, and no others") {
   dit::TrainingConfig config;
   CHECK(std::get<dit::RectifiedFlow>(dit::process_of(config)).logit_normal_times);
-  config.times = "uniform";
+  config.recipe.times = "uniform";
   CHECK_FALSE(std::get<dit::RectifiedFlow>(dit::process_of(config)).logit_normal_times);
   config.process = "ddpm";
   config.diffusion_steps = 30;
@@ -58,10 +59,9 @@ TEST_CASE("process_of: the two processes, and no others") {
   CHECK(fixed.output_columns(7) == 7);
   config.model.learn_sigma = true;
   CHECK(std::get<dit::GaussianDiffusion>(dit::process_of(config)).output_columns(7) == 14);
-  for (auto dit::TrainingConfig::*name :
-       {&dit::TrainingConfig::process, &dit::TrainingConfig::times, &dit::TrainingConfig::schedule}) {
-    dit::TrainingConfig bad = config;
-    bad.*name = "other";
-    CHECK_THROWS_AS(dit::process_of(bad), moxie::ValueError);
+  for (std::string* name : {&config.process, &config.recipe.times, &config.schedule}) {
+    const std::string good = std::exchange(*name, "other");
+    CHECK_THROWS_AS(dit::process_of(config), moxie::ValueError);
+    *name = good;
   }
 }

@@ -5,6 +5,7 @@
 #include <dit/training.hpp>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <temporary_folder.hpp>
 
 using dit::Exec;
@@ -23,34 +24,32 @@ dit::TrainingConfig small_config(const std::string& feed_forward = "shared") {
   c.experts = 4;
   c.hidden_dim = 6;
   c.shared_hidden_dim = 6;
-  c.batch = 8;
-  c.warm_up = 3;
+  c.recipe.batch = 8;
+  c.recipe.optimizer.warm_up = 3;
   return c;
 }
 
 // Two classes: bright left half, bright right half.
-struct Images {
-  Matrix<float> pixels = Matrix<float>::Constant(10, 16, -1);
-  std::vector<std::int64_t> labels;
-  Images() {
-    for (Index i = 0; i < 10; ++i) {
-      labels.push_back(i % 2);
-      for (Index j = 0; j < 16; ++j) {
-        pixels(i, j) = (j % 4 < 2) == (i % 2 == 0) ? 1.0F : -1.0F;
-      }
+dit::DataSet two_halves() {
+  dit::DataSet set;
+  set.class_names = {"left", "right"};
+  set.images.resize(10, 16);
+  for (Index i = 0; i < 10; ++i) {
+    set.labels.push_back(i % 2);
+    for (Index j = 0; j < 16; ++j) {
+      set.images(i, j) = (j % 4 < 2) == (i % 2 == 0) ? 1.0F : -1.0F;
     }
   }
-};
+  return set;
+}
 
 using moxie::test::TemporaryFolder;
-
-const std::vector<std::string> names{"left", "right"};
 
 }  // namespace
 
 TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for bit, with another number of threads") {
   const TemporaryFolder folder;
-  const Images data;
+  const dit::DataSet data = two_halves();
   for (const char* feed_forward : {"shared", "top-k", "expert-choice", "soft", "dense"}) {
     CAPTURE(feed_forward);
     dit::TrainingConfig config = small_config(feed_forward);
@@ -58,24 +57,24 @@ TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for 
       config.process = "ddpm";
       config.model.learn_sigma = true;
       config.model.switch_experts = 3;
-      config.micro_batch = 4;
-      config.stratified = true;
+      config.recipe.micro_batch = 4;
+      config.recipe.stratified = true;
     }
     dit::with_model(config, [&](const auto& model) {
-      dit::Training whole(config, model, names, 10);
+      dit::Training whole(config, model, data);
       for (int i = 0; i < 7; ++i) {
-        whole.step(data.pixels, data.labels, Exec{1});
+        whole.step(Exec{1});
       }
-      dit::Training first(config, model, names, 10);
+      dit::Training first(config, model, data);
       for (int i = 0; i < 4; ++i) {
-        first.step(data.pixels, data.labels, Exec{2});
+        first.step(Exec{2});
       }
       first.save(folder / "checkpoint");
-      dit::Training second(config, model, names, 10);
+      dit::Training second(config, model, data);
       second.load(moxie::SafetensorsFile(folder / "checkpoint"));
       CHECK(second.steps() == 4);
       for (int i = 0; i < 3; ++i) {
-        second.step(data.pixels, data.labels, Exec{3});
+        second.step(Exec{3});
       }
       CHECK((second.averages().flat() == whole.averages().flat()).all());
       REQUIRE(second.history().size() == 7);
@@ -89,15 +88,15 @@ TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for 
 }
 
 TEST_CASE("Training: learns two classes, and guided samples show the class that was asked for") {
-  const Images data;
+  const dit::DataSet data = two_halves();
   dit::TrainingConfig config = small_config();
-  config.rate = 5e-3;
-  config.batch = 32;
-  config.ema_decay = 0.98;
+  config.recipe.optimizer.rate = 5e-3;
+  config.recipe.batch = 32;
+  config.recipe.optimizer.ema_decay = 0.98;
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names, 10);
+    dit::Training training(config, model, data);
     for (int i = 0; i < 1000; ++i) {
-      training.step(data.pixels, data.labels, Exec{1});
+      training.step(Exec{1});
     }
     CHECK(training.history().back().loss < 0.5F * training.history().front().loss);
     auto tape = model.make_tape();
@@ -107,8 +106,8 @@ TEST_CASE("Training: learns two classes, and guided samples show the class that 
         sampler(training.averages().view(), {0, 1, 0, 1}, Rng(5), 0, tape, Exec{1}, [&](auto...) { ++calls; });
     CHECK(calls == 20);
     for (Index i = 0; i < 4; ++i) {
-      const auto own = (data.pixels.row(i) - images.row(i)).norm();
-      const auto other = (data.pixels.row(i + 1) - images.row(i)).norm();
+      const auto own = (data.images.row(i) - images.row(i)).norm();
+      const auto other = (data.images.row(i + 1) - images.row(i)).norm();
       CHECK(own < 0.5F * other);
     }
     return 0;
@@ -117,11 +116,11 @@ TEST_CASE("Training: learns two classes, and guided samples show the class that 
 
 TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing changes") {
   const TemporaryFolder folder;
-  const Images data;
+  const dit::DataSet data = two_halves();
   const dit::TrainingConfig config = small_config();
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names, 10);
-    training.step(data.pixels, data.labels, Exec{1});
+    dit::Training training(config, model, data);
+    training.step(Exec{1});
     training.save(folder / "good");
     CHECK(json(dit::config_of(moxie::SafetensorsFile(folder / "good"))) == json(config));
     const Parameters<float> before = training.averages();
@@ -129,14 +128,22 @@ TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing chan
     dit::TrainingConfig wider = config;
     wider.hidden_dim = 7;
     dit::with_model(wider, [&](const auto& other) {
-      dit::Training(wider, other, names, 10).save(folder / "wider");
+      dit::Training(wider, other, data).save(folder / "wider");
       return 0;
     });
     CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "wider")), moxie::SafetensorsError);
-    dit::Training(config, model, {"left", "top"}, 10).save(folder / "other classes");
-    CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "other classes")), moxie::SafetensorsError);
-    dit::Training(config, model, names, 11).save(folder / "other images");
-    CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "other images")), moxie::SafetensorsError);
+    for (const auto& change : std::vector<std::function<void(dit::DataSet&)>>{
+             [](dit::DataSet& set) { set.class_names[1] = "top"; }, [](dit::DataSet& set) { set.labels[3] = 0; },
+             [](dit::DataSet& set) { set.images(7, 5) *= -1; },
+             [](dit::DataSet& set) {
+               set.images.conservativeResize(9, Eigen::NoChange);
+               set.labels.pop_back();
+             }}) {
+      dit::DataSet another = data;
+      change(another);
+      dit::Training(config, model, another).save(folder / "another");
+      CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "another")), moxie::SafetensorsError);
+    }
     moxie::save_parameters(folder / "foreign", training.averages());
     CHECK_THROWS_AS(training.load(moxie::SafetensorsFile(folder / "foreign")), moxie::SafetensorsError);
     CHECK_THROWS_AS(dit::config_of(moxie::SafetensorsFile(folder / "foreign")), moxie::SafetensorsError);
@@ -151,15 +158,28 @@ TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing chan
   });
 }
 
-TEST_CASE("Training: a loss that is not finite stops the run and leaves the weights") {
-  Images data;
+TEST_CASE("Training: a data set that the model is not made for") {
   const dit::TrainingConfig config = small_config();
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names, 10);
-    training.step(data.pixels, data.labels, Exec{1});
+    dit::DataSet data = two_halves();
+    data.class_names.emplace_back("neither");
+    CHECK_THROWS_AS(dit::Training(config, model, data), moxie::ValueError);
+    data = two_halves();
+    data.images.conservativeResize(Eigen::NoChange, 12);
+    CHECK_THROWS_AS(dit::Training(config, model, data), moxie::ValueError);
+    return 0;
+  });
+}
+
+TEST_CASE("Training: a loss that is not finite stops the run and leaves the weights") {
+  dit::DataSet data = two_halves();
+  const dit::TrainingConfig config = small_config();
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training training(config, model, data);
+    training.step(Exec{1});
     const Parameters<float> before = training.averages();
-    data.pixels.setConstant(std::numeric_limits<float>::quiet_NaN());
-    CHECK_THROWS_AS(training.step(data.pixels, data.labels, Exec{1}), moxie::ValueError);
+    data.images.setConstant(std::numeric_limits<float>::quiet_NaN());
+    CHECK_THROWS_AS(training.step(Exec{1}), moxie::ValueError);
     CHECK(training.steps() == 1);
     CHECK((training.averages().flat() == before.flat()).all());
     return 0;
@@ -167,32 +187,32 @@ TEST_CASE("Training: a loss that is not finite stops the run and leaves the weig
 }
 
 TEST_CASE("Training: micro-batches make the step of the whole batch") {
-  const Images data;
+  const dit::DataSet data = two_halves();
   dit::TrainingConfig config = small_config("dense");
   dit::with_model(config, [&](const auto& model) {
-    dit::Training whole(config, model, names, 10);
+    dit::Training whole(config, model, data);
     dit::TrainingConfig parts = config;
-    parts.micro_batch = 2;
-    dit::Training accumulated(parts, model, names, 10);
+    parts.recipe.micro_batch = 2;
+    dit::Training accumulated(parts, model, data);
     for (int i = 0; i < 5; ++i) {
-      const dit::StepReport a = whole.step(data.pixels, data.labels, Exec{1});
-      const dit::StepReport b = accumulated.step(data.pixels, data.labels, Exec{1});
+      const dit::StepReport a = whole.step(Exec{1});
+      const dit::StepReport b = accumulated.step(Exec{1});
       CHECK(a.loss == doctest::Approx(b.loss).epsilon(1e-5));
       CHECK(a.gradient_norm == doctest::Approx(b.gradient_norm).epsilon(1e-4));
     }
-    parts.micro_batch = 3;
-    CHECK_THROWS_AS(dit::Training(parts, model, names, 10), moxie::ValueError);
+    parts.recipe.micro_batch = 3;
+    CHECK_THROWS_AS(dit::Training(parts, model, data), moxie::ValueError);
     return 0;
   });
 }
 
 TEST_CASE("Training: the busiest expert's load is reported, and Switch-DiT's prior is part of its balance loss") {
-  const Images data;
+  const dit::DataSet data = two_halves();
   dit::TrainingConfig config = small_config();
-  config.balance = 0;
+  config.recipe.balance = 0;
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names, 10);
-    const dit::StepReport report = training.step(data.pixels, data.labels, Exec{1});
+    dit::Training training(config, model, data);
+    const dit::StepReport report = training.step(Exec{1});
     CHECK(report.max_load >= 1.0F);
     CHECK(report.max_load <= 2.0F);  // 4 experts, 2 for each token
     CHECK(report.balance_loss == 0.0F);
@@ -202,8 +222,8 @@ TEST_CASE("Training: the busiest expert's load is reported, and Switch-DiT's pri
   config.model.switch_experts = 2;
   config.model.switch_top_k = 1;
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names, 10);
-    CHECK(training.step(data.pixels, data.labels, Exec{1}).balance_loss > 0.0F);
+    dit::Training training(config, model, data);
+    CHECK(training.step(Exec{1}).balance_loss > 0.0F);
     return 0;
   });
 }
@@ -246,16 +266,16 @@ TEST_CASE("SpikeGuard: what was saved last is from before the rise") {
 
 TEST_CASE("Training: weights that are not finite are not saved over a good checkpoint") {
   const TemporaryFolder folder;
-  const Images data;
+  const dit::DataSet data = two_halves();
   dit::TrainingConfig config = small_config();
-  config.warm_up = 0;
-  config.rate = 1e39;  // infinite as a float
+  config.recipe.optimizer.warm_up = 0;
+  config.recipe.optimizer.rate = 1e39;  // infinite as a float
   dit::with_model(config, [&](const auto& model) {
-    dit::Training training(config, model, names, 10);
+    dit::Training training(config, model, data);
     training.save(folder / "checkpoint");
-    training.step(data.pixels, data.labels, Exec{1});
+    training.step(Exec{1});
     CHECK_THROWS_AS(training.save(folder / "checkpoint"), moxie::ValueError);
-    dit::Training again(config, model, names, 10);
+    dit::Training again(config, model, data);
     again.load(moxie::SafetensorsFile(folder / "checkpoint"));
     CHECK(again.steps() == 0);
     return 0;
