@@ -23,6 +23,9 @@ namespace dit {
 using moxie::SafetensorsError;
 using moxie::SafetensorsFile;
 
+/// Of the configuration in a checkpoint's metadata.
+inline constexpr const char* format_name = "moxie dit 3";
+
 namespace detail {
 
 inline constexpr const char* checksum_key = "crc32";
@@ -76,6 +79,10 @@ class CheckpointWriter {
     add("pos_embed", {1, table.rows(), table.cols()}, stacked_.back());
   }
   void metadata(const std::string& key, const std::string& value) { metadata_[key] = value; }
+  void config(const TrainingConfig& config) {
+    metadata("format", format_name);
+    metadata("config", nlohmann::json(config).dump());
+  }
 
   /// Atomic. Throws SafetensorsError; an old file is then as it was.
   void save(const std::filesystem::path& path) {
@@ -137,13 +144,22 @@ inline void check_weights(const SafetensorsFile& file, const moxie::Layout& layo
   }
 }
 
-/// Reads a block, all or nothing. Throws SafetensorsError.
-inline void load_weights(const SafetensorsFile& file, moxie::Parameters<float>& block, const std::string& prefix = "") {
-  check_weights(file, block.layout(), prefix);
+namespace detail {
+
+/// Of a file that `check_weights` has nothing against.
+inline void copy_weights(const SafetensorsFile& file, moxie::Parameters<float>& block, const std::string& prefix) {
   for (const FileTensor& tensor : file_tensors(block.layout())) {
     const std::vector<float> values = file.read<float>(prefix + tensor.name);
     for_each_element(tensor, block.view(), [&](Index i, float& to) { to = values[std::size_t(i)]; });
   }
+}
+
+}  // namespace detail
+
+/// Reads a block, all or nothing. Throws SafetensorsError.
+inline void load_weights(const SafetensorsFile& file, moxie::Parameters<float>& block, const std::string& prefix = "") {
+  check_weights(file, block.layout(), prefix);
+  detail::copy_weights(file, block, prefix);
 }
 
 /// Throws SafetensorsError, naming the tensor, where a checkpoint has a tensor that the model does not have, or another
@@ -235,6 +251,7 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
   const std::vector<Index> patches = shape("x_embedder.proj.weight", 4);
   m.dim = patches[0];
   m.channels = patches[1];
+  c.latents = m.channels != 1 && m.channels != 3;
   m.patch = patches[2];
   m.classes = shape("y_embedder.embedding_table.weight", 2)[0] - 1;
   shape("blocks.0.adaLN_modulation.1.weight", 2);
@@ -288,6 +305,9 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
   if (text == file.metadata().end()) {
     return inferred_config(file, options);
   }
+  if (const auto format = file.metadata().find("format"); format == file.metadata().end() || format->second != format_name) {
+    detail::fail(file, "is of another version of this program: its format is not '" + std::string(format_name) + "'");
+  }
   try {
     const auto stored = nlohmann::json::parse(text->second);
     auto config = stored.get<TrainingConfig>();
@@ -304,7 +324,8 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
       }
     };
     expect(options.heads == 0 || options.heads == config.model.heads, std::to_string(config.model.heads) + " heads");
-    expect(options.top_k == 0 || options.top_k == config.top_k, "--top-k " + std::to_string(config.top_k));
+    const Index top_k = config.model.switch_experts > 0 ? config.model.switch_top_k : config.top_k;
+    expect(options.top_k == 0 || options.top_k == top_k, "--top-k " + std::to_string(top_k));
     expect(options.process.empty() || options.process == config.process, "--process " + config.process);
     return config;
   } catch (const nlohmann::json::exception& error) {

@@ -22,6 +22,7 @@ struct DrawingOptions {
   Index per_class = 100;
   std::vector<Index> classes = {};  // none: all
   SamplerConfig sampler = {.steps = ""};
+  std::optional<double> guidance = {};  // none: 3, or 1 where the model has not learned to do without classes
   std::uint64_t seed = 1;
   Index bins = 10;  // of the way from noise to image, that the analysis tells apart
 
@@ -41,13 +42,16 @@ struct DrawingOptions {
     return labels;
   }
 
-  /// With the process's own number of steps, where nobody gave one.
-  SamplerConfig sampler_for(const Process& process) const {
+  /// With the process's own number of steps, where nobody gave one. Throws ValueError for guidance that cannot be.
+  SamplerConfig sampler_for(const TrainingConfig& trained) const {
     SamplerConfig config = sampler;
     if (config.steps.empty()) {
-      const auto* diffusion = std::get_if<GaussianDiffusion>(&process);
-      config.steps = std::to_string(diffusion == nullptr ? 25 : std::min<Index>(250, diffusion->schedule().steps()));
+      config.steps = std::to_string(trained.process == "flow" ? 25 : std::min<Index>(250, trained.diffusion_steps));
     }
+    const bool both = trained.recipe.label_dropout > 0 && trained.recipe.label_dropout < 1;
+    config.guidance = guidance.value_or(both ? 3 : 1);
+    moxie::detail::expect_value(both || config.guidance == 1, "--guidance",
+                                "the model was not trained both with and without classes (--label-dropout): it can be 1 alone");
     return config;
   }
 };
@@ -64,8 +68,6 @@ struct TrainingOptions {
 
 int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const fs::path& folder,
           const Exec& exec);
-/// The model and the process of a checkpoint, with a run's own options of training.
-TrainingConfig started_from(const fs::path& path, const ForeignOptions& foreign, const TrainingConfig& run);
 /// With `analyse`, who was routed where, too.
 int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const DrawingOptions& drawing, bool bfloat16,
            bool analyse, const fs::path& folder, const Exec& exec);

@@ -11,8 +11,7 @@
 namespace dit {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(ModelConfig, image_size, channels, patch, dim, depth, heads, classes,
-                                                learn_sigma, qk_norm, switch_experts, switch_top_k, prior, timesteps,
-                                                timestep_unit)
+                                                learn_sigma, qk_norm, switch_experts, switch_top_k)
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(AdamWConfig, rate, beta1, beta2, epsilon, weight_decay, clip, warm_up,
                                                 ema_decay)
@@ -20,6 +19,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(AdamWConfig, rate, beta1, beta2,
 /// How a model is trained, whatever it is.
 struct Recipe {
   double balance = 0.01;               ///< weight of the balance loss
+  double prior = 1;                    ///< weight of Switch-DiT's prior loss
   std::string times = "logit-normal";  ///< of rectified flow: or uniform
   bool stratified = false;             ///< a batch's times are spread evenly
   Index batch = 48;
@@ -28,7 +28,7 @@ struct Recipe {
   AdamWConfig optimizer = {};
   std::uint64_t seed = 1;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Recipe, balance, times, stratified, batch, micro_batch, label_dropout,
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Recipe, balance, prior, times, stratified, batch, micro_batch, label_dropout,
                                                 optimizer, seed)
 
 /// Everything that decides what a run computes. It is stored in the checkpoint, and a run that goes on must agree with it.
@@ -68,9 +68,10 @@ inline Process process_of(const TrainingConfig& c) {
       c.model.learn_sigma ? StepVariance::learned_range : StepVariance::fixed_large);
 }
 
-/// The shape of a configuration's model, with the timesteps of its process.
+/// The shape of a configuration's model, with the timesteps of its process and the prior's weight.
 inline ModelConfig shape_of(const TrainingConfig& c) {
   ModelConfig shape = c.model;
+  shape.prior = c.recipe.prior;
   shape.timesteps = c.process == "ddpm" ? c.diffusion_steps : 1000;
   shape.timestep_unit = c.process == "ddpm" ? 1 : 1e-3;
   return shape;

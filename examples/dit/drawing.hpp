@@ -45,7 +45,7 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
              const DrawingOptions& options, const Exec& exec) {
   const ModelConfig& shape = model.config();
   const Process process = process_of(config);
-  const Sampler<AnyModel, float> sampler(process, options.sampler_for(process), model);
+  const Sampler<AnyModel, float> sampler(process, options.sampler_for(config), model);
   Drawing drawing;
   drawing.labels = options.labels(shape.classes);
   const auto total = Index(drawing.labels.size());

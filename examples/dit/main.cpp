@@ -31,6 +31,26 @@ void interrupt(int signal) {
   std::signal(signal, SIG_DFL);
 }
 
+/// Throws ValueError for options that what is trained has no use for.
+void expect_no_idle_options(const CLI::App& train, const dit::TrainingConfig& config) {
+  const auto expect = [&](bool useful, std::initializer_list<const char*> names) {
+    for (const char* name : names) {
+      moxie::detail::expect_value(useful || train.count(name) == 0, name, "this run has no use for it");
+    }
+  };
+  const auto is = [&](const char* feed_forward) { return config.feed_forward == feed_forward; };
+  expect(config.process == "ddpm", {"--schedule", "--diffusion-steps"});
+  expect(config.process == "flow", {"--times"});
+  expect(!is("dense"), {"--experts"});
+  expect(is("shared") || is("top-k"), {"--normalize", "--balance"});
+  expect(is("shared") || is("top-k") || config.model.switch_experts > 0, {"--top-k"});
+  expect(is("shared"), {"--shared-hidden-dim"});
+  expect(is("top-k"), {"--expert"});
+  expect(is("soft"), {"--slots-per-expert"});
+  expect(is("expert-choice"), {"--capacity-factor"});
+  expect(config.model.switch_experts > 0, {"--switch-top-k", "--prior"});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -86,8 +106,9 @@ int main(int argc, char** argv) {
         ->check(CLI::IsMember({"euler", "heun", "ddpm", "ddim"}));
     command->add_option("--sampling-steps", drawing.sampler.steps,
                         "by default 25 (flow) or 250 (ddpm); of ddpm also \"10,15,20\" or \"ddim50\"");
-    command->add_option("--guidance", drawing.sampler.guidance, "classifier-free guidance; 1 is none")
-        ->capture_default_str()
+    command
+        ->add_option("--guidance", drawing.guidance,
+                     "classifier-free guidance; 1 is none. By default 3, if the model can do with and without classes")
         ->check(finite);
     command
         ->add_option("--guide-channels", drawing.sampler.guided_channels,
@@ -142,8 +163,7 @@ int main(int argc, char** argv) {
                                 std::string(dit::fashion_mnist_directory));
   train_command->add_flag("--resume", training.resume, "go on from the checkpoint in the folder");
   train_command
-      ->add_option("--start-from", training.start_from,
-                   "begin with the weights of this checkpoint; its model and process replace the options of these")
+      ->add_option("--start-from", training.start_from, "begin with the weights of this checkpoint; its model and process stay")
       ->check(CLI::ExistingFile);
   train_command->add_option("--steps", training.steps)->capture_default_str()->check(CLI::NonNegativeNumber);
   train_command->add_option("--checkpoint-every", training.checkpoint_every, "steps between checkpoints")
@@ -199,7 +219,7 @@ int main(int argc, char** argv) {
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   train_command->add_option("--switch-top-k", config.model.switch_top_k)->capture_default_str();
-  train_command->add_option("--prior", config.model.prior, "weight of Switch-DiT's diffusion prior loss")
+  train_command->add_option("--prior", config.recipe.prior, "weight of Switch-DiT's diffusion prior loss")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber & finite);
   train_command->add_option("--balance", config.recipe.balance, "weight of the balance loss")
@@ -225,9 +245,16 @@ int main(int argc, char** argv) {
   train_command->add_option("--warm-up", config.recipe.optimizer.warm_up, "steps")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
+  for (const char* shape :
+       {"--model", "--feed-forward", "--dim", "--depth", "--patch", "--qk-norm", "--experts", "--hidden-dim",
+        "--shared-hidden-dim", "--expert", "--normalize", "--slots-per-expert", "--capacity-factor", "--switch-experts",
+        "--switch-top-k", "--learn-sigma", "--schedule", "--diffusion-steps"}) {
+    train_command->get_option("--start-from")->excludes(train_command->get_option(shape));
+  }
+  zoo_command->get_option("--bf16")->needs(zoo_command->get_option("--measure"));
   CLI11_PARSE(app, argc, argv);
 
-  config.model.learn_sigma = learn_sigma.value_or(config.process == "ddpm");
+  config.model.learn_sigma = learn_sigma.value_or(config.process == "ddpm" || train_command->count("--model") > 0);
   drawing.seed = config.recipe.seed;
   if (train_command->parsed() || sample_command->parsed() || analyse_command->parsed()) {
     std::signal(SIGINT, interrupt);
@@ -249,8 +276,11 @@ int main(int argc, char** argv) {
         foreign.heads = train_command->count("--heads") > 0 ? config.model.heads : 0;
         foreign.process = train_command->count("--process") > 0 ? config.process : foreign.process;
         foreign.top_k = train_command->count("--top-k") > 0 ? config.top_k : 0;
-        config = dit::commands::started_from(*training.start_from, foreign, config);
+        const dit::Recipe recipe = config.recipe;
+        config = dit::config_of(moxie::SafetensorsFile(*training.start_from), foreign);
+        config.recipe = recipe;
       }
+      expect_no_idle_options(*train_command, config);
       return dit::commands::train(config, training, drawing, folder, exec);
     }
     if (upcycle_command->parsed()) {

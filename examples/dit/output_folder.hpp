@@ -41,8 +41,7 @@ class OutputFolder {
     for (const std::filesystem::directory_entry& entry : std::filesystem::directory_iterator(folder_)) {
       const std::string name = entry.path().filename().string();
       if (name.starts_with(".moxie-") && name.ends_with(".tmp")) {
-        std::error_code ignored;
-        std::filesystem::remove(entry.path(), ignored);
+        remove_if_left(entry.path());
       }
     }
   }
@@ -69,6 +68,17 @@ class OutputFolder {
   }
 
  private:
+  // Who writes a file holds its lock.
+  static void remove_if_left(const std::filesystem::path& path) {
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (descriptor >= 0) {
+      if (::flock(descriptor, LOCK_EX | LOCK_NB) == 0) {
+        ::unlink(path.c_str());
+      }
+      ::close(descriptor);
+    }
+  }
+
   std::filesystem::path folder_;
   bool made_;
   int descriptor_;

@@ -53,6 +53,8 @@ class Sampler {
         flow ? "rectified flow is sampled by euler or heun" : "a diffusion (DDPM) is sampled by ddpm or ddim");
     moxie::detail::expect_value(std::isfinite(config.guidance) && config.eta >= 0 && config.eta <= 1, where,
                                 "guidance must be finite, and eta between 0 and 1");
+    moxie::detail::expect_value(config.eta == 0 || method == "ddim", where, "only ddim has an eta");
+    moxie::detail::expect_value(!config.clip || !flow, where, "rectified flow predicts no images to clip");
     moxie::detail::expect_value(config.guided_channels >= 0 && config.guided_channels <= model.config().channels, where,
                                 "there are not so many channels to guide");
     if (flow) {

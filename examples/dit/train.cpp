@@ -21,24 +21,23 @@ Series curve(const std::string& name, const std::vector<StepReport>& history, fl
 
 }  // namespace
 
-TrainingConfig started_from(const fs::path& path, const ForeignOptions& foreign, const TrainingConfig& run) {
-  TrainingConfig config = config_of(moxie::SafetensorsFile(path), foreign);
-  config.recipe = run.recipe;
-  return config;
-}
-
 int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const fs::path& folder,
           const Exec& exec) {
   const OutputFolder files(folder);
   const fs::path checkpoint = files("checkpoint.safetensors");
-  if (options.data && fs::exists(*options.data)) {
-    expect_another_file(*options.data, files("samples.safetensors"));
+  for (const std::optional<fs::path>& read : {options.data, options.start_from}) {
+    if (read && fs::exists(*read)) {
+      expect_another_file(*read, files("samples.safetensors"));
+    }
   }
   if (!options.resume && fs::exists(checkpoint)) {
     throw std::runtime_error(checkpoint.string() + " exists: go on with --resume, or choose another --out");
   }
-  const DataSet data = load_data_set(options.data);
+  DataSet data = load_data_set(options.data);
   std::cout << "Data: " << data.origin << "\n";
+  while (options.start_from && Index(data.class_names.size()) < config.model.classes) {
+    data.class_names.push_back("class " + std::to_string(data.class_names.size()));  // which the model knows
+  }
   ModelConfig images = config.model;
   images.image_size = data.height;
   images.channels = data.channels;
@@ -52,12 +51,15 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
   if (data.height != data.width) {
     throw std::runtime_error("images must be square: " + data.origin);
   }
+  if (config.latents && options.draw_every > 0) {
+    throw std::runtime_error("--draw-every: latents are no pixels, which could be drawn");
+  }
   return with_model(config, [&](const auto& model) {
     using AnyModel = std::decay_t<decltype(model)>;
     Training training(config, model, data);
     // A sampler or a class that cannot be is found out now.
-    static_cast<void>(drawing.labels(config.model.classes));
-    [[maybe_unused]] const Sampler<AnyModel, float> checked(training.process(), drawing.sampler_for(training.process()), model);
+    const auto drawn = std::uintmax_t(drawing.labels(config.model.classes).size());
+    [[maybe_unused]] const Sampler<AnyModel, float> checked(training.process(), drawing.sampler_for(config), model);
     const bool resumed = options.resume && fs::exists(checkpoint);
     if (resumed) {
       const moxie::SafetensorsFile file(checkpoint);
@@ -72,9 +74,15 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     } else if (options.start_from) {
       training.start_from(moxie::SafetensorsFile(*options.start_from));
     }
+    // And so is want of memory, or of room for a second checkpoint, which is complete before the first goes, and samples.
+    training.rehearse(exec);
+    const auto bytes = 4 * sizeof(float) * std::uintmax_t(model.layout().parameter_count());
+    const auto samples = drawn * sizeof(float) * std::uintmax_t(config.model.image_dim());
+    files.expect_room_for("checkpoint.safetensors", (resumed ? 1 : 2) * bytes + samples);
+    files.expect_room_for("samples.safetensors", 0);
     TrainingLog log(files("log.jsonl"), training.steps());
     if (!resumed) {
-      training.save(checkpoint);  // a folder that cannot be written is found out now
+      training.save(checkpoint);
     }
     std::cout << "Model: " << config.feed_forward << ", " << model.layout().parameter_count() << " parameters, "
               << exec.thread_count() << " threads\n";
@@ -84,11 +92,20 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
       std::cout << "Built for " << built.name << ", but this machine has " << machine.name
                 << ": the preset `release` makes a faster program\n";
     }
-    SpikeGuard guard(options.spike);
+    SpikeGuard guard(options.spike, config.recipe.batch);
     for (const StepReport& report : training.history()) {
       guard.add(double(report.loss));
     }
     Progress progress({.steps = options.steps, .first_step = training.steps(), .images_per_step = config.recipe.batch});
+    // While the loss rises, beside the last good checkpoint.
+    const auto save = [&] {
+      if (guard.rising()) {
+        progress.finish();
+        std::cout << "The loss is rising: step " << training.steps() << " goes to " << files("rising.safetensors").string()
+                  << ", " << checkpoint.string() << " stays\n";
+      }
+      training.save(guard.rising() ? files("rising.safetensors") : checkpoint);
+    };
     const auto good = [&] { return "; " + checkpoint.string() + " is the last good checkpoint"; };
     while (training.steps() < options.steps && interrupted == 0) {
       const auto start = std::chrono::steady_clock::now();
@@ -99,15 +116,20 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
         throw std::runtime_error("step " + std::to_string(training.steps() + 1) + ": " + error.what() + good());
       }
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      log.add(training.steps(), report, double(config.recipe.batch) / seconds.count());
+      try {
+        log.add(training.steps(), report, double(config.recipe.batch) / seconds.count());
+      } catch (const std::runtime_error&) {
+        save();
+        throw;
+      }
       progress.update(training.steps(), double(report.loss), double(report.balance_loss), double(report.max_load));
       if (guard.add(double(report.loss))) {
         throw std::runtime_error("step " + std::to_string(training.steps()) + ": the loss has risen to " +
                                  std::to_string(options.spike) + " times what it was" + good() +
                                  " (--spike 0 goes on whatever happens)");
       }
-      if (training.steps() % options.checkpoint_every == 0 && !guard.rising()) {
-        training.save(checkpoint);
+      if (training.steps() % options.checkpoint_every == 0) {
+        save();
       }
       if (options.draw_every > 0 && training.steps() % options.draw_every == 0 && training.steps() < options.steps) {
         progress.finish();
@@ -120,7 +142,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
       }
     }
     progress.finish();
-    training.save(checkpoint);
+    save();
     if (interrupted != 0) {
       std::cout << "Interrupted at step " << training.steps() << "; --resume goes on from there\n";
       return 130;

@@ -17,23 +17,22 @@ struct StepReport {
   float max_load;  ///< of the busiest expert, in multiples of an even share; the mean over the layers, 1 without experts
 };
 
-/// Tells when a loss has left where it was: the mean of the last 10 steps is at least `factor` times the lowest such mean
-/// before. A factor of 0 never tells.
+/// Tells when a loss has left where it was: the mean of the last steps, as many as have 480 images and at least 10, is `factor`
+/// times the lowest such mean before. A factor of 0 never tells.
 class SpikeGuard {
  public:
-  explicit SpikeGuard(double factor) : factor_(factor) {}
+  SpikeGuard(double factor, Index batch) : factor_(factor), window_(std::size_t(std::max<Index>(10, 480 / batch))) {}
 
   /// Whether it has with this loss.
   bool add(double loss) {
-    constexpr std::size_t window = 10;
     last_.push_back(loss);
-    if (last_.size() > window) {
+    if (last_.size() > window_) {
       last_.pop_front();
     }
-    if (last_.size() < window) {
+    if (last_.size() < window_) {
       return false;
     }
-    mean_ = std::accumulate(last_.begin(), last_.end(), 0.0) / double(window);
+    mean_ = std::accumulate(last_.begin(), last_.end(), 0.0) / double(window_);
     lowest_ = std::min(lowest_, mean_);
     return factor_ > 0 && mean_ >= factor_ * lowest_;
   }
@@ -42,6 +41,7 @@ class SpikeGuard {
 
  private:
   double factor_;
+  std::size_t window_;
   std::deque<double> last_;
   double mean_ = 0;
   double lowest_ = std::numeric_limits<double>::infinity();
@@ -57,6 +57,7 @@ class Training {
       : config_(config),
         process_(process_of(config)),
         data_(data),
+        identity_(identity_of(data)),
         model_(model),
         weights_(initial(model, config.recipe.seed)),
         grads_(weights_.zeros_like()),
@@ -85,6 +86,17 @@ class Training {
   /// their losses: that of the whole batch, but for the balance losses, which are each of its own images. Throws ValueError if
   /// loss or gradient is not finite; the weights are then unchanged.
   const StepReport& step(const Exec& exec) {
+    StepReport report = compute(exec);
+    report.gradient_norm = float(optimizer_.step(weights_, grads_, exec));
+    history_.push_back(report);
+    return history_.back();
+  }
+  /// Computes the next step without taking it: whether there is the memory for it is known then. Throws as `step` does.
+  void rehearse(const Exec& exec) { compute(exec); }
+
+ private:
+  // The gradients of the next step.
+  StepReport compute(const Exec& exec) {
     const Recipe& recipe = config_.recipe;
     const Rng rng = Rng(recipe.seed).split(1).split(std::uint64_t(steps()));
     batch_.draw(process_, recipe.stratified, data_.images, data_.labels, recipe.batch, config_.model.classes,
@@ -111,11 +123,10 @@ class Training {
     if (parts > 1) {
       scale(grads_, 1 / parts, exec);
     }
-    report.gradient_norm = float(optimizer_.step(weights_, grads_, exec));
-    history_.push_back(report);
-    return history_.back();
+    return report;
   }
 
+ public:
   /// Writes everything, atomically. Throws SafetensorsError, and ValueError if a weight is not finite; the old file is then as
   /// it was.
   void save(const std::filesystem::path& path) {
@@ -129,9 +140,8 @@ class Training {
     writer.add(optimizer_.v(), "v.");
     const auto* values = reinterpret_cast<const float*>(history_.data());
     writer.add("history", {Index(history_.size()), 4}, std::span<const float>(values, 4 * history_.size()));
-    writer.metadata("format", "moxie dit 3");
-    writer.metadata("config", nlohmann::json(config_).dump());
-    for (const auto& [key, value] : identity_of(data_)) {
+    writer.config(config_);
+    for (const auto& [key, value] : identity_) {
       writer.metadata(key, value);
     }
     writer.metadata("steps", std::to_string(steps()));
@@ -139,7 +149,7 @@ class Training {
   }
 
   /// Goes on from a file. Throws SafetensorsError if it is not a checkpoint of this configuration and data set; nothing has
-  /// changed then.
+  /// changed then, unless somebody changes the file at the same time.
   void load(const SafetensorsFile& file) {
     check_checksums(file);
     check_foreign(file, model_.config(), model_.layout());
@@ -149,7 +159,7 @@ class Training {
     if (said == file.metadata().end() || said->second != std::to_string(steps)) {
       detail::fail(file, "its history is not as long as its number of steps");
     }
-    for (const auto& [key, expected] : identity_of(data_)) {
+    for (const auto& [key, expected] : identity_) {
       const auto entry = file.metadata().find(key);
       const std::string found = entry == file.metadata().end() ? "" : entry->second;
       if (found != expected) {
@@ -164,7 +174,7 @@ class Training {
     }
     const std::vector<float> history = file.read<float>("history");
     for (const auto& [prefix, block] : blocks) {
-      load_weights(file, *block, prefix);
+      detail::copy_weights(file, *block, prefix);
     }
     history_.resize(std::size_t(steps));
     for (std::size_t i = 0; i < history_.size(); ++i) {
@@ -205,6 +215,7 @@ class Training {
   TrainingConfig config_;
   Process process_;
   const DataSet& data_;
+  std::map<std::string, std::string> identity_;
   const AnyModel& model_;
   moxie::Parameters<float> weights_;
   moxie::Parameters<float> grads_;

@@ -69,7 +69,7 @@ inline Index upcycle_checkpoint(const SafetensorsFile& file, const TrainingConfi
         CheckpointWriter writer;
         writer.add(p);
         writer.add_position_embedding(sparse.config());
-        writer.metadata("config", nlohmann::json(sparse_config).dump());
+        writer.config(sparse_config);
         for (const auto& [key, value] : file.metadata()) {
           if (key.starts_with("class.")) {
             writer.metadata(key, value);

@@ -30,6 +30,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
@@ -408,6 +409,7 @@ inline std::FILE* create_file(const std::filesystem::path& path, const std::file
   if (descriptor < 0) {
     return nullptr;
   }
+  static_cast<void>(::flock(descriptor, LOCK_EX | LOCK_NB));  // tells it from what a killed program has left
   if (replaces) {
     // What the umask took away. A file system that knows no permissions may refuse, and none are lost.
     static_cast<void>(::fchmod(descriptor, mode));

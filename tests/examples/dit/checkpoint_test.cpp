@@ -95,7 +95,7 @@ struct Ours {
       writer.add(p);
       writer.add_position_embedding(model.config());
       writer.add(half, "ema.");
-      writer.metadata("config", nlohmann::json(config).dump());
+      writer.config(config);
       writer.save(path);
       return 0;
     });
@@ -122,6 +122,7 @@ TEST_CASE("checkpoint: a reference's state dict loads, and gives the reference's
     CHECK(config.model.image_size == std::stol(recorded.metadata().at("input_size")));
     CHECK(config.model.classes == std::stol(recorded.metadata().at("num_classes")));
     CHECK(config.model.learn_sigma);
+    CHECK(config.latents == (config.model.channels == 4));
     dit::with_model(config, [&](const auto& model) {
       const moxie::Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
       const Index batch = recorded.info("input/x").shape[0];
@@ -211,13 +212,14 @@ TEST_CASE("config_of: a configuration that is not the file's is refused before a
   const Ours ours;
   ours.save(folder / "file");
   const SafetensorsFile file(folder / "file");
-  const auto with_config = [&](const nlohmann::json& config) {
+  const auto with_config = [&](const nlohmann::json& config, const std::string& format = dit::format_name) {
     moxie::SafetensorsWriter writer;
     std::map<std::string, std::vector<float>> values;
     for (const std::string& name : file.names()) {
       values[name] = file.read<float>(name);
       writer.add(name, file.info(name).shape, std::span<const float>(values[name]));
     }
+    writer.metadata("format", format);
     writer.metadata("config", config.dump());
     writer.save(folder / "changed");
     return SafetensorsFile(folder / "changed");
@@ -238,6 +240,7 @@ TEST_CASE("config_of: a configuration that is not the file's is refused before a
   nlohmann::json config = ours.config;
   config["model"].erase("qk_norm");  // of an older program
   CHECK_NOTHROW(dit::config_of(with_config(config)));
+  CHECK(contains(complaint([&] { dit::config_of(with_config(config, "moxie dit 2")); }), "another version"));
   config["model"]["heads"] = 2.9;
   CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/model/heads"));
   config = ours.config;
@@ -253,6 +256,12 @@ TEST_CASE("config_of: what a checkpoint of ours says of itself, options cannot c
   CHECK(contains(complaint([&] { dit::config_of(file, {.heads = 4}); }), "2 heads"));
   CHECK(contains(complaint([&] { dit::config_of(file, {.top_k = 1}); }), "--top-k 2"));
   CHECK(contains(complaint([&] { dit::config_of(file, {.process = "ddpm"}); }), "--process flow"));
+
+  Ours one;  // the timestep chooses one expert, a token two
+  one.config.model.switch_top_k = 1;
+  one.save(folder / "one");
+  CHECK_NOTHROW(dit::config_of(SafetensorsFile(folder / "one"), {.top_k = 1}));
+  CHECK(contains(complaint([&] { dit::config_of(SafetensorsFile(folder / "one"), {.top_k = 2}); }), "--top-k 1"));
 }
 
 TEST_CASE("checkpoint: ours survives, with averages where there are any") {

@@ -16,11 +16,23 @@ TEST_CASE("DrawingOptions: the classes in turn, all or those that were asked for
 
 TEST_CASE("DrawingOptions: the process's own number of steps, unless there is another") {
   const DrawingOptions options;
-  CHECK(options.sampler_for(dit::RectifiedFlow{}).steps == "25");
-  const auto diffusion = [](dit::Index steps) {
-    return dit::GaussianDiffusion(dit::DiffusionSchedule(dit::NoiseSchedule::cosine, steps));
-  };
-  CHECK(options.sampler_for(diffusion(1000)).steps == "250");
-  CHECK(options.sampler_for(diffusion(100)).steps == "100");
-  CHECK(DrawingOptions{.sampler = {.steps = "ddim7"}}.sampler_for(diffusion(1000)).steps == "ddim7");
+  dit::TrainingConfig config;
+  CHECK(options.sampler_for(config).steps == "25");
+  config.process = "ddpm";
+  CHECK(options.sampler_for(config).steps == "250");
+  config.diffusion_steps = 100;
+  CHECK(options.sampler_for(config).steps == "100");
+  CHECK(DrawingOptions{.sampler = {.steps = "ddim7"}}.sampler_for(config).steps == "ddim7");
+}
+
+TEST_CASE("DrawingOptions: guidance of a model that knows both, with and without classes") {
+  dit::TrainingConfig config;
+  CHECK(DrawingOptions{}.sampler_for(config).guidance == 3);
+  CHECK(DrawingOptions{.guidance = 2}.sampler_for(config).guidance == 2);
+  for (const double dropout : {0.0, 1.0}) {
+    config.recipe.label_dropout = dropout;
+    CHECK(DrawingOptions{}.sampler_for(config).guidance == 1);
+    CHECK(DrawingOptions{.guidance = 1}.sampler_for(config).guidance == 1);
+    CHECK_THROWS_AS(DrawingOptions{.guidance = 2}.sampler_for(config), moxie::ValueError);
+  }
 }

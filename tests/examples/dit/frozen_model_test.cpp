@@ -40,7 +40,7 @@ Parameters<float> save(const dit::TrainingConfig& config, const fs::path& path) 
     dit::CheckpointWriter writer;
     writer.add(not_averaged);
     writer.add(p, "ema.");
-    writer.metadata("config", nlohmann::json(config).dump());
+    writer.config(config);
     writer.save(path);
     return p;
   });

@@ -165,9 +165,10 @@ TEST_CASE("Sampler: what does not go together is refused") {
   using Config = dit::SamplerConfig;
   for (const Config& bad :
        {Config{.method = "ddpm"}, Config{.method = "ddim"}, Config{.method = "rk4"}, Config{.guided_channels = 2},
-        Config{.guidance = std::nan("")}, Config{.eta = -1}, Config{.eta = 2}}) {
+        Config{.guidance = std::nan("")}, Config{.eta = -1}, Config{.eta = 2}, Config{.eta = 0.5}, Config{.clip = true}}) {
     CHECK_THROWS_AS(draw(flow, bad, model), moxie::ValueError);
   }
+  CHECK_THROWS_AS(draw(ddpm, {.steps = "10", .eta = 0.5}, model), moxie::ValueError);
   CHECK_THROWS_AS(draw(ddpm, {.method = "euler"}, model), moxie::ValueError);
   for (const char* steps : {"0", "-3", "ten", "5,5", "", "2.5"}) {
     CHECK_THROWS_AS(draw(flow, {.steps = steps}, model), std::invalid_argument);

@@ -158,6 +158,23 @@ TEST_CASE("Training: a checkpoint that does not fit is refused, and nothing chan
   });
 }
 
+TEST_CASE("Training: a rehearsal changes nothing") {
+  const dit::DataSet data = two_halves();
+  const dit::TrainingConfig config = small_config();
+  dit::with_model(config, [&](const auto& model) {
+    dit::Training rehearsed(config, model, data);
+    dit::Training other(config, model, data);
+    rehearsed.rehearse(Exec{1});
+    CHECK(rehearsed.steps() == 0);
+    CHECK(rehearsed.history().empty());
+    for (int i = 0; i < 2; ++i) {
+      CHECK(rehearsed.step(Exec{1}).gradient_norm == other.step(Exec{1}).gradient_norm);
+    }
+    CHECK((rehearsed.averages().flat() == other.averages().flat()).all());
+    return 0;
+  });
+}
+
 TEST_CASE("Training: a data set that the model is not made for") {
   const dit::TrainingConfig config = small_config();
   dit::with_model(config, [&](const auto& model) {
@@ -229,8 +246,8 @@ TEST_CASE("Training: the busiest expert's load is reported, and Switch-DiT's pri
 }
 
 TEST_CASE("SpikeGuard: ten steps far above the lowest ten, and not a single one") {
-  dit::SpikeGuard guard(3);
-  dit::SpikeGuard off(0);
+  dit::SpikeGuard guard(3, 48);
+  dit::SpikeGuard off(0, 48);
   for (int i = 0; i < 100; ++i) {
     CHECK_FALSE(guard.add(1.0 / (1 + i)));
   }
@@ -251,8 +268,17 @@ TEST_CASE("SpikeGuard: ten steps far above the lowest ten, and not a single one"
   }
 }
 
+TEST_CASE("SpikeGuard: small batches are judged by more steps") {
+  const Rng rng(3);
+  dit::SpikeGuard guard(4, 1);
+  for (std::uint64_t i = 0; i < 20000; ++i) {
+    CHECK_FALSE(guard.add(std::exp(1.5 * rng.normal(i))));  // a loss that means nothing by itself
+    CHECK_FALSE(guard.rising());
+  }
+}
+
 TEST_CASE("SpikeGuard: what was saved last is from before the rise") {
-  dit::SpikeGuard guard(4);
+  dit::SpikeGuard guard(4, 1000);
   for (int i = 0; i < 20; ++i) {
     guard.add(1);
   }

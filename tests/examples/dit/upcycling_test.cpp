@@ -37,7 +37,7 @@ void save_dense(const dit::TrainingConfig& config, const fs::path& path) {
     dit::CheckpointWriter writer;
     writer.add(p);
     writer.add_position_embedding(model.config());
-    writer.metadata("config", nlohmann::json(config).dump());
+    writer.config(config);
     writer.metadata("class.0", "left");
     writer.save(path);
     return 0;
