@@ -345,7 +345,7 @@ class GaussianDiffusion {
       const double z = (x - mean + shift) * std::exp(-0.5 * l);
       const double c = std::sqrt(2 / std::numbers::pi);
       const double th = std::tanh(c * (z + 0.044715 * z * z * z));
-      return std::pair(0.5 * (1 + th), 0.5 * (1 - th * th) * c * (1 + 3 * 0.044715 * z * z) * -0.5 * z);
+      return std::pair(0.5 * (1 + th), 0.5 * ((1 - th) * (1 + th)) * c * (1 + 3 * 0.044715 * z * z) * -0.5 * z);
     };
     const auto [above, dabove] = distribution(1.0 / 255);
     const auto [below, dbelow] = distribution(-1.0 / 255);
