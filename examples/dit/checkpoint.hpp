@@ -194,7 +194,7 @@ namespace detail {
 /// How many tensors there are whose names differ in a number from 0 on.
 inline Index count_of(const SafetensorsFile& file, const std::string& before, const std::string& after) {
   Index n = 0;
-  while (file.contains(before + std::to_string(n) + after)) {
+  while (file.contains(std::string(before).append(std::to_string(n)).append(after))) {
     ++n;
   }
   return n;

@@ -159,17 +159,21 @@ GroupedRows<Element> as_elements(const GroupedRows<Scalar>& rows, Workspace& wor
   return {rows.starts, as_elements<Element>(rows.rows, workspace, exec), rows.index};
 }
 
+/// How many Elements lie in a Scalar.
+template <class Element, class Scalar>
+constexpr Index elements_in = Index{sizeof(Scalar) / sizeof(Element)};  // NOLINT(bugprone-sizeof-expression): of no pointers
+
 /// What a bank keeps, (R, width) Elements in a matrix of Scalars, and how many columns that one has.
 template <class Element, class T>
 auto kept_elements(RowView<T> kept, Index width) {
   using E = std::conditional_t<std::is_const_v<T>, const Element, Element>;
-  constexpr Index fit = Index{sizeof(T) / sizeof(E)};
-  return kept.rows() == 0 ? RowView<E>()
-                          : RowView<E>(reinterpret_cast<E*>(kept.data()), kept.rows(), width, kept.stride() * fit);
+  return kept.rows() == 0
+             ? RowView<E>()
+             : RowView<E>(reinterpret_cast<E*>(kept.data()), kept.rows(), width, kept.stride() * elements_in<Element, T>);
 }
 template <class Element, class Scalar>
 constexpr Index kept_columns(Index width) {
-  constexpr Index fit = Index{sizeof(Scalar) / sizeof(Element)};
+  constexpr Index fit = elements_in<Element, Scalar>;
   return (width + fit - 1) / fit;
 }
 

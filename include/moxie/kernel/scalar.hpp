@@ -15,7 +15,7 @@ struct ScalarArch {
 /// A vector of one number, with what kernels and activations need of `xsimd::batch`.
 template <class T>
 struct One {
-  using value_type = T;
+  using value_type = T;  // NOLINT(readability-identifier-naming): xsimd's
   static constexpr std::size_t size = 1;
 
   One() = default;
