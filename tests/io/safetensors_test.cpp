@@ -267,6 +267,31 @@ TEST_CASE("safetensors: BF16 rounds to nearest, ties to even, and a NaN stays on
   CHECK(file.read<float>("many") == std::vector<float>(10'000, 1 + 4 * epsilon));
 }
 
+TEST_CASE("safetensors: F16 is read, every number of it") {
+  std::string header = R"({"x":{"dtype":"F16","shape":[65536],"data_offsets":[0,131072]}})";
+  std::string bytes(8, '\0');
+  const std::uint64_t size = header.size();
+  std::memcpy(bytes.data(), &size, 8);
+  bytes += header;
+  for (std::uint32_t i = 0; i < 65536; ++i) {
+    bytes += char(i & 0xFFU);
+    bytes += char(i >> 8U);
+  }
+  const TemporaryDirectory directory;
+  write_bytes(directory / "file", bytes);
+  const std::vector<float> x = SafetensorsFile(directory / "file").read<float>("x");
+  for (std::uint32_t i = 0; i < 65536; ++i) {
+    const int exponent = int((i >> 10U) & 31U);
+    const auto fraction = double(i & 1023U);
+    const double magnitude = exponent == 0    ? std::ldexp(fraction, -24)
+                             : exponent == 31 ? fraction == 0 ? double(infinity) : std::nan("")
+                                              : std::ldexp(1024 + fraction, exponent - 25);
+    REQUIRE(std::isnan(x[i]) == std::isnan(magnitude));
+    REQUIRE(std::signbit(x[i]) == (i >= 32768));
+    REQUIRE((std::isnan(magnitude) || double(std::abs(x[i])) == magnitude));
+  }
+}
+
 TEST_CASE("safetensors: floats read as floats and integers as integers at least as wide, nothing else") {
   const TemporaryDirectory directory;
   write_bytes(directory / "py", python_file());
@@ -473,7 +498,7 @@ TEST_CASE("safetensors: a header that breaks the format is refused, and the mess
       {tensor(R"("dtype":"F32","shape":[])"), 4, "tensor 'w' has no data_offsets"},
       {tensor(w4 + "," + dtype), 4, "tensor 'w': dtype is there twice"},
       {tensor(w4 + ",\"strides\":[]"), 4, "tensor 'w': strides is not a field"},
-      {tensor(R"("dtype":"F128")"), 0, "tensor 'w': dtype 'F128' is not one of F32, F64, BF16, I32, I64, U8"},
+      {tensor(R"("dtype":"F128")"), 0, "tensor 'w': dtype 'F128' is not one of F32, F64, F16, BF16, I32, I64, U8"},
       {tensor(R"("dtype":["F32"])"), 0, "tensor 'w': dtype has an array, expected a string"},
       {tensor(R"("dtype":7)"), 0, "tensor 'w': dtype has 7, expected a string"},
       {tensor(R"("shape":3)"), 0, "tensor 'w': shape has 3, expected an array"},

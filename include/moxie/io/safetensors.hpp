@@ -46,8 +46,8 @@ struct SafetensorsError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// The element types that are read and written, of those that the format knows.
-enum class DType { F32, F64, BF16, I32, I64, U8 };
+/// The element types that are read, of those that the format knows; all but F16 are written, too.
+enum class DType { F32, F64, F16, BF16, I32, I64, U8 };
 
 /// Bytes of one element.
 constexpr Index dtype_size(DType dtype) {
@@ -58,6 +58,7 @@ constexpr Index dtype_size(DType dtype) {
     case DType::F32:
     case DType::I32:
       return 4;
+    case DType::F16:
     case DType::BF16:
       return 2;
     case DType::U8:
@@ -73,6 +74,8 @@ constexpr std::string_view dtype_name(DType dtype) {
       return "F32";
     case DType::F64:
       return "F64";
+    case DType::F16:
+      return "F16";
     case DType::BF16:
       return "BF16";
     case DType::I32:
@@ -109,7 +112,7 @@ inline constexpr DType dtype_of = std::same_as<T, float>          ? DType::F32
 /// Floats read as floats, integers as integers at least as wide.
 template <StoredScalar T>
 constexpr bool reads_as(DType dtype) {
-  const bool floating = dtype == DType::F32 || dtype == DType::F64 || dtype == DType::BF16;
+  const bool floating = dtype == DType::F32 || dtype == DType::F64 || dtype == DType::F16 || dtype == DType::BF16;
   return floating == std::is_floating_point_v<T> && (floating || dtype_size(dtype) <= Index{sizeof(T)});
 }
 
@@ -126,6 +129,22 @@ struct Bfloat16 {
     bits = static_cast<std::uint16_t>(nan ? upper | 0x40U : (word + 0x7FFFU + (upper & 1U)) >> 16U);
   }
   operator float() const { return std::bit_cast<float>(std::uint32_t{bits} << 16U); }
+};
+
+/// IEEE 754's binary16: a sign, 5 bits of exponent, 10 of fraction.
+struct Float16 {
+  std::uint16_t bits;
+
+  operator float() const {
+    const std::uint32_t sign = (bits & 0x8000U) << 16U;
+    const std::uint32_t exponent = (bits >> 10U) & 0x1FU;
+    const std::uint32_t fraction = bits & 0x3FFU;
+    if (exponent == 0) {  // fraction · 2⁻²⁴
+      return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(static_cast<float>(fraction) * 0x1p-24F));
+    }
+    const std::uint32_t wide = exponent == 0x1FU ? 0xFFU : exponent + 127U - 15U;
+    return std::bit_cast<float>(sign | wide << 23U | fraction << 13U);
+  }
 };
 
 // Names and numbers come from files that anyone may have written: printed short, and without control characters.
@@ -218,13 +237,13 @@ class SafetensorsHeader {
     if (place_ != Place::Tensor || key_ != "dtype") {
       return unexpected("a string");
     }
-    for (const DType dtype : {DType::F32, DType::F64, DType::BF16, DType::I32, DType::I64, DType::U8}) {
+    for (const DType dtype : {DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::I64, DType::U8}) {
       if (dtype_name(dtype) == value) {
         tensor_->dtype = dtype;
         return true;
       }
     }
-    return fail(where() + " '" + printable(value) + "' is not one of F32, F64, BF16, I32, I64, U8");
+    return fail(where() + " '" + printable(value) + "' is not one of F32, F64, F16, BF16, I32, I64, U8");
   }
 
   bool start_object(std::size_t /*size*/) {
@@ -573,7 +592,7 @@ class SafetensorsFile {
     read_bytes(0, &header_size, prefix);
     if (header_size > detail::SafetensorsHeader::largest) {
       fail("the header's length " + std::to_string(header_size) + " exceeds the format's limit of " +
-           std::to_string(detail::SafetensorsHeader::largest));
+           std::to_string(detail::SafetensorsHeader::largest) + ": is it a safetensors file?");
     }
     const Index data_size = size - prefix - static_cast<Index>(header_size);
     if (data_size < 0) {
@@ -616,8 +635,8 @@ class SafetensorsFile {
 
   /// The elements, row-major, as float, double, int32, int64 or uint8.
   ///
-  /// F32, F64 and BF16 read as floats, rounded to nearest where T is the narrower; I32, I64 and U8 as integers of the same or a
-  /// larger size. Anything else, a name that is not there, and a file that has become shorter, throws SafetensorsError.
+  /// F32, F64, F16 and BF16 read as floats, rounded to nearest where T is the narrower; I32, I64 and U8 as integers of the same
+  /// or a larger size. Anything else, a name that is not there, and a file that has become shorter, throws SafetensorsError.
   template <detail::StoredScalar T>
   std::vector<T> read(std::string_view name) const {
     const StoredTensor& tensor = info(name);
@@ -688,6 +707,8 @@ class SafetensorsFile {
         return convert<float>(from, count, to);
       case DType::F64:
         return convert<double>(from, count, to);
+      case DType::F16:
+        return convert<detail::Float16>(from, count, to);
       case DType::BF16:
         return convert<detail::Bfloat16>(from, count, to);
       case DType::I32:
