@@ -39,6 +39,18 @@ int main() {
   const double rows = (tape.plan().combine().eigen().rowwise().sum().array() - 1).abs().maxCoeff();
   std::printf("sums of a slot's shares and of a token's shares are 1 up to %.0e and %.0e\n", columns, rows);
 
+  // Backward: every tensor has a gradient, every expert learns from every token.
+  const Matrix<double> dy = y;  // of the loss ½ Σ y²
+  Matrix<double> dx(B * L, D);
+  auto grads = layer.parameters().zeros_like();
+  layer.backward({x, L}, dy, dx, grads, tape);
+  bool all_learn = true;
+  for (Index i = 0; i < Index(grads.layout().tensors().size()); ++i) {
+    const double length = grads.view()[i].eigen().norm();
+    std::printf("gradient of %-24s %.3f\n", grads.layout().tensors()[std::size_t(i)].name.c_str(), length);
+    all_learn = all_learn && length > 0;
+  }
+
   // A token of the second sequence changes: the first sequence does not notice.
   const Matrix<double> before = y;
   x.row(L).array() += 1;
@@ -47,5 +59,5 @@ int main() {
   const bool second_changed = ((before - y).bottomRows(L).rowwise().norm().array() > 0).all();
   std::printf("the other sequence %s, all tokens of its own %s\n", first_same ? "is unchanged" : "changed",
               second_changed ? "changed" : "did not change");
-  return columns < 1e-12 && rows < 1e-12 && first_same && second_changed ? 0 : 1;
+  return columns < 1e-12 && rows < 1e-12 && all_learn && first_same && second_changed ? 0 : 1;
 }

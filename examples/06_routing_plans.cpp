@@ -15,6 +15,7 @@
 //
 // A digit is a weight in tenths, # is 1, x a dropped pair. With a folder as argument, gnuplot draws each plan into it.
 #include <cstdio>
+#include <filesystem>
 #include <moxie/moxie.hpp>
 
 #include "dit/pictures.hpp"
@@ -81,6 +82,9 @@ static Matrix<double> run(const char* name, const char* title, const Layer& laye
 
 int main(int, char** argv) try {
   folder = argv[1];
+  if (folder != nullptr) {
+    std::filesystem::create_directories(folder);
+  }
   const Matrix<double> x = moxie::random_normal<double>(T, D, moxie::Rng{2});
   moxie::Tokens<double> in(x, starts);
   const auto load = [](const Matrix<double>& w) -> Matrix<double> { return (w.array() > 0).cast<double>().rowwise().sum(); };
