@@ -333,6 +333,22 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
   }
 }
 
+/// In words of the command line, in what a configuration differs from that of a checkpoint; empty if in nothing.
+inline std::string differences(const TrainingConfig& stored, const TrainingConfig& now) {
+  const nlohmann::json before = stored;
+  const nlohmann::json after = now;
+  std::string text;
+  for (const nlohmann::json& change : nlohmann::json::diff(before, after)) {
+    const nlohmann::json::json_pointer at(change["path"].get<std::string>());
+    std::string name = at.back();
+    std::replace(name.begin(), name.end(), '_', '-');
+    const bool option = !std::set<std::string>{"image-size", "channels", "classes", "latents"}.contains(name);
+    text += std::string(text.empty() ? "" : ", ") + (option ? "--" : "") + name + " is " + before.at(at).dump() + " there, " +
+            after.at(at).dump() + " here";
+  }
+  return text;
+}
+
 /// Of the weights to draw with: averages where a file has them.
 inline std::string weights_prefix(const SafetensorsFile& file) {
   return file.contains("ema.x_embedder.proj.weight") ? "ema." : "";

@@ -294,7 +294,7 @@ inline DataSet read_safetensors(const std::filesystem::path& path) {
       name = found->second;
     }
   }
-  set.origin = detail::origin_of(set, path);
+  set.origin = detail::origin_of(set, path) + (file.contains("labels") ? "" : "; no labels: all of one class");
   return set;
 }
 

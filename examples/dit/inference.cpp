@@ -145,7 +145,21 @@ int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bflo
             t.push_back(float(step));
           }
         }
+        const TrainingConfig trained = config_of(file, foreign);
+        const double latest = trained.process == "flow" ? 1 : double(trained.diffusion_steps - 1);
+        for (const float time : t) {
+          if (!(time >= 0 && double(time) <= latest)) {
+            throw std::runtime_error(input.string() + ": tensor 't' has " + std::to_string(time) + ", expected 0 to " +
+                                     std::to_string(latest) + " (" + trained.process + ")");
+          }
+        }
         const std::vector<std::int64_t> labels = in.read<std::int64_t>("y");
+        for (const std::int64_t label : labels) {
+          if (label < 0 || label > shape.classes) {
+            throw std::runtime_error(input.string() + ": tensor 'y' has " + std::to_string(label) + ", expected 0 to " +
+                                     std::to_string(shape.classes) + " (no class)");
+          }
+        }
         const std::vector<float> values = in.read<float>("x");
         Matrix<float> output(batch, shape.output_dim());
         auto tape = model.make_tape();

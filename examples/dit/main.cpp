@@ -255,6 +255,19 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
 
   config.model.learn_sigma = learn_sigma.value_or(config.process == "ddpm" || train_command->count("--model") > 0);
+  const fs::path last = folder / "checkpoint.safetensors";
+  if (training.resume && fs::exists(last)) {
+    try {
+      config = dit::config_of(moxie::SafetensorsFile(last));
+    } catch (const std::exception& error) {
+      std::cerr << "dit: " << error.what() << "\n";
+      return 1;
+    }
+    learn_sigma = config.model.learn_sigma;
+    CLI11_PARSE(app, argc, argv);  // what is said now must be what was said then
+    config.model.learn_sigma = *learn_sigma;
+    training.start_from.reset();
+  }
   drawing.seed = config.recipe.seed;
   if (train_command->parsed() || sample_command->parsed() || analyse_command->parsed()) {
     std::signal(SIGINT, interrupt);

@@ -79,9 +79,14 @@ struct ModelConfig {
 
   /// Throws ValueError for a shape that no transformer has.
   void validate() const {
-    const auto expect = [](bool holds, const char* message) { moxie::detail::expect_value(holds, "ModelConfig", message); };
-    expect(patch >= 1 && image_size >= patch && image_size % patch == 0, "image_size must be a multiple of patch");
-    expect(heads >= 1 && dim >= 4 && dim % 4 == 0 && dim % heads == 0, "dim must be a multiple of 4 and of heads");
+    const auto expect = [](bool holds, const std::string& message) {
+      moxie::detail::expect_value(holds, "ModelConfig", message);
+    };
+    const auto number = [](Index n) { return std::to_string(n); };
+    expect(patch >= 1 && image_size >= patch && image_size % patch == 0,
+           "images of " + number(image_size) + " x " + number(image_size) + " are not made of patches of " + number(patch));
+    expect(heads >= 1 && dim >= 4 && dim % 4 == 0 && dim % heads == 0,
+           "dim " + number(dim) + " must be a multiple of 4 and of heads, " + number(heads));
     expect(channels >= 1 && depth >= 1 && classes >= 1, "channels, depth and classes must be at least 1");
     expect(switch_experts == 0 || (switch_experts >= 1 && switch_top_k >= 1 && switch_top_k <= switch_experts),
            "switch_top_k must be at least 1 and at most switch_experts");

@@ -60,7 +60,7 @@ class Sampler {
     if (flow) {
       const auto [end, error] = std::from_chars(config.steps.data(), config.steps.data() + config.steps.size(), steps_);
       if (error != std::errc{} || end != config.steps.data() + config.steps.size() || steps_ < 1) {
-        throw std::invalid_argument("steps '" + config.steps + "': expected how many, at least 1");
+        throw std::invalid_argument("steps '" + config.steps + "': expected a number, at least 1 (euler, heun)");
       }
     } else {
       const auto& diffusion = std::get<GaussianDiffusion>(process);

@@ -19,6 +19,48 @@ Series curve(const std::string& name, const std::vector<StepReport>& history, fl
   return series;
 }
 
+/// What does not look as data should.
+void print_data(const DataSet& data, bool latents) {
+  const float low = data.images.minCoeff();
+  std::cout << "Data: " << data.origin << ", values from " << low << " to " << data.images.maxCoeff() << "\n";
+  if (latents) {
+    std::cout << "They are taken for latents: pixels have 1 or 3 channels and values in [-1,1]\n";
+  } else if (low >= 0) {
+    std::cout << "Note: no value is below 0, and pixels are expected in [-1,1]\n";
+  }
+  std::vector<bool> seen(data.class_names.size());
+  for (const std::int64_t label : data.labels) {
+    seen[std::size_t(label)] = true;
+  }
+  if (const auto none = std::find(seen.begin(), seen.end(), false); none != seen.end()) {
+    std::cout << "Note: " << std::count(none, seen.end(), false) << " of " << seen.size() << " classes have no image, '"
+              << data.class_names[std::size_t(none - seen.begin())] << "' the first of them\n";
+  }
+}
+
+/// Gives the model the shape of the images. A model that has weights already must have it, and may know more classes.
+void fit(TrainingConfig& config, DataSet& data, const TrainingOptions& options) {
+  while (options.start_from && Index(data.class_names.size()) < config.model.classes) {
+    data.class_names.push_back("class " + std::to_string(data.class_names.size()));
+  }
+  const TrainingConfig before = config;
+  config.model.image_size = data.height;
+  config.model.channels = data.channels;
+  config.model.classes = Index(data.class_names.size());
+  const std::string text = differences(before, config);
+  if (options.start_from && !text.empty()) {
+    throw std::runtime_error(options.start_from->string() + ": its model is for other images: " + text);
+  }
+  config.latents = (data.channels != 1 && data.channels != 3) || data.images.cwiseAbs().maxCoeff() > 1.0F;
+  print_data(data, config.latents);
+  if (data.height != data.width) {
+    throw std::runtime_error("images must be square, and in the order (N,C,H,W): " + data.origin);
+  }
+  if (config.latents && options.draw_every > 0) {
+    throw std::runtime_error("--draw-every: latents are no pixels, which could be drawn");
+  }
+}
+
 }  // namespace
 
 int train(TrainingConfig config, const TrainingOptions& options, const DrawingOptions& drawing, const fs::path& folder,
@@ -34,26 +76,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     throw std::runtime_error(checkpoint.string() + " exists: go on with --resume, or choose another --out");
   }
   DataSet data = load_data_set(options.data);
-  std::cout << "Data: " << data.origin << "\n";
-  while (options.start_from && Index(data.class_names.size()) < config.model.classes) {
-    data.class_names.push_back("class " + std::to_string(data.class_names.size()));  // which the model knows
-  }
-  ModelConfig images = config.model;
-  images.image_size = data.height;
-  images.channels = data.channels;
-  images.classes = Index(data.class_names.size());
-  if (options.start_from && nlohmann::json(images) != nlohmann::json(config.model)) {
-    throw std::runtime_error(options.start_from->string() +
-                             ": its model is for other images: " + nlohmann::json::diff(config.model, images).dump());
-  }
-  config.model = images;
-  config.latents = (data.channels != 1 && data.channels != 3) || data.images.cwiseAbs().maxCoeff() > 1.0F;
-  if (data.height != data.width) {
-    throw std::runtime_error("images must be square: " + data.origin);
-  }
-  if (config.latents && options.draw_every > 0) {
-    throw std::runtime_error("--draw-every: latents are no pixels, which could be drawn");
-  }
+  fit(config, data, options);
   return with_model(config, [&](const auto& model) {
     using AnyModel = std::decay_t<decltype(model)>;
     Training training(config, model, data);
@@ -63,11 +86,8 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     const bool resumed = options.resume && fs::exists(checkpoint);
     if (resumed) {
       const moxie::SafetensorsFile file(checkpoint);
-      const nlohmann::json now = config;
-      const nlohmann::json before = config_of(file);
-      if (before != now) {
-        throw std::runtime_error(checkpoint.string() +
-                                 " was trained with other options: " + nlohmann::json::diff(now, before).dump());
+      if (const std::string text = differences(config_of(file), config); !text.empty()) {
+        throw std::runtime_error(checkpoint.string() + " was trained with other options: " + text);
       }
       training.load(file);  // refuses another data set
       std::cout << "Going on from step " << training.steps() << "\n";
@@ -96,15 +116,22 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     for (const StepReport& report : training.history()) {
       guard.add(double(report.loss));
     }
-    Progress progress({.steps = options.steps, .first_step = training.steps(), .images_per_step = config.recipe.batch});
-    // While the loss rises, beside the last good checkpoint.
+    Progress progress({.steps = std::max(options.steps, training.steps()),
+                       .first_step = training.steps(),
+                       .images_per_step = config.recipe.batch});
+    std::int64_t saved = training.steps();
+    // While the loss rises, beside the last good checkpoint. Returns where.
     const auto save = [&] {
+      const fs::path path = guard.rising() ? files("rising.safetensors") : checkpoint;
+      training.save(path);
       if (guard.rising()) {
         progress.finish();
-        std::cout << "The loss is rising: step " << training.steps() << " goes to " << files("rising.safetensors").string()
-                  << ", " << checkpoint.string() << " stays\n";
+        std::cout << "The loss is rising: step " << training.steps() << " is in " << path.string() << ", "
+                  << checkpoint.string() << " stays that of step " << saved << "\n";
+      } else {
+        saved = training.steps();
       }
-      training.save(guard.rising() ? files("rising.safetensors") : checkpoint);
+      return path;
     };
     const auto good = [&] { return "; " + checkpoint.string() + " is the last good checkpoint"; };
     while (training.steps() < options.steps && interrupted == 0) {
@@ -128,7 +155,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
                                  std::to_string(options.spike) + " times what it was" + good() +
                                  " (--spike 0 goes on whatever happens)");
       }
-      if (training.steps() % options.checkpoint_every == 0) {
+      if (training.steps() % options.checkpoint_every == 0 && training.steps() < options.steps) {
         save();
       }
       if (options.draw_every > 0 && training.steps() % options.draw_every == 0 && training.steps() < options.steps) {
@@ -142,14 +169,16 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
       }
     }
     progress.finish();
-    save();
+    const fs::path last = save();
     if (interrupted != 0) {
-      std::cout << "Interrupted at step " << training.steps() << "; --resume goes on from there\n";
+      std::cout << "Interrupted at step " << training.steps() << "; --resume goes on from step " << saved << "\n";
       return 130;
     }
-    std::cout << "Written:\n  " << checkpoint.string() << "\n  " << files("log.jsonl").string() << "\n";
+    std::cout << "Written:\n  " << last.string() << "\n  " << files("log.jsonl").string() << "\n";
     const Series loss = curve("loss", training.history(), &StepReport::loss);
-    draw_or_say(files("loss.png"), [&](const fs::path& path) { draw_curve(path, "Training loss", "step", {loss}); });
+    if (!loss.x.empty()) {
+      draw_or_say(files("loss.png"), [&](const fs::path& path) { draw_curve(path, "Training loss", "step", {loss}); });
+    }
     Report report;
     report.title = "Training of a diffusion transformer";
     report.facts = {{"Data", data.origin},

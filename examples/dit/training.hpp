@@ -68,7 +68,8 @@ class Training {
         data.images.cols() == model.config().image_dim() && Index(data.class_names.size()) == model.config().classes,
         "Training", "the model is for other images or classes than the data set has");
     moxie::detail::expect_value(recipe.batch >= 1 && recipe.micro_batch >= 0 && recipe.batch % micro_batch() == 0, "Training",
-                                "the batch must be a multiple of the micro-batch");
+                                "the batch, " + std::to_string(recipe.batch) + ", must be a multiple of the micro-batch, " +
+                                    std::to_string(recipe.micro_batch));
     moxie::detail::expect_value(
         config.process != "ddpm" || model.config().switch_experts == 0 || model.config().timesteps == config.diffusion_steps,
         "Training", "the prior tells other timesteps apart than the diffusion has");

@@ -248,6 +248,16 @@ TEST_CASE("config_of: a configuration that is not the file's is refused before a
   CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/recipe/loud"));
 }
 
+TEST_CASE("differences: in words of the command line") {
+  const dit::TrainingConfig before;
+  CHECK(dit::differences(before, before).empty());
+  dit::TrainingConfig now = before;
+  now.recipe.optimizer.warm_up = 5;
+  CHECK(dit::differences(before, now) == "--warm-up is 200 there, 5 here");
+  now.model.image_size = 32;
+  CHECK(dit::differences(before, now) == "image-size is 28 there, 32 here, --warm-up is 200 there, 5 here");
+}
+
 TEST_CASE("config_of: what a checkpoint of ours says of itself, options cannot change") {
   const TemporaryFolder folder;
   Ours().save(folder / "file");

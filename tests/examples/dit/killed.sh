@@ -27,7 +27,14 @@ steps=$(sed -n 's/^Going on from step //p' "$folder/output")
 echo "killed ten times, $steps steps done"
 [ "$steps" -gt 10 ]
 
-train --out "$folder/killed" --resume --steps $((steps + 5))
+# The checkpoint knows the options that decide what is computed.
+if "$dit" train --data "$folder/data/samples.safetensors" --out "$folder/killed" --resume --dim 32 2>"$folder/output"; then
+  echo "another width was not refused" >&2
+  exit 1
+fi
+grep -q -- "--dim is 16 there, 32 here" "$folder/output"
+"$dit" train --data "$folder/data/samples.safetensors" --out "$folder/killed" --resume --steps $((steps + 5)) --threads 1 \
+  --samples-per-class 2 --sampling-steps 1 >"$folder/output"
 train --out "$folder/undisturbed" --steps $((steps + 5))
 cmp "$folder/killed/checkpoint.safetensors" "$folder/undisturbed/checkpoint.safetensors"
 [ "$(wc -l <"$folder/killed/log.jsonl")" -eq $((steps + 5)) ]
