@@ -39,8 +39,8 @@ void print_data(const DataSet& data, bool latents) {
 }
 
 /// Gives the model the shape of the images. A model that has weights already must have it, and may know more classes.
-void fit(TrainingConfig& config, DataSet& data, const TrainingOptions& options) {
-  while (options.start_from && Index(data.class_names.size()) < config.model.classes) {
+void fit(TrainingConfig& config, DataSet& data, const TrainingOptions& options, bool resumed) {
+  while ((options.start_from || resumed) && Index(data.class_names.size()) < config.model.classes) {
     data.class_names.push_back("class " + std::to_string(data.class_names.size()));
   }
   const TrainingConfig before = config;
@@ -76,14 +76,14 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     throw std::runtime_error(checkpoint.string() + " exists: go on with --resume, or choose another --out");
   }
   DataSet data = load_data_set(options.data);
-  fit(config, data, options);
+  const bool resumed = options.resume && fs::exists(checkpoint);
+  fit(config, data, options, resumed);
   return with_model(config, [&](const auto& model) {
     using AnyModel = std::decay_t<decltype(model)>;
     Training training(config, model, data);
     // A sampler or a class that cannot be is found out now.
     const auto drawn = std::uintmax_t(drawing.labels(config.model.classes).size());
     [[maybe_unused]] const Sampler<AnyModel, float> checked(training.process(), drawing.sampler_for(config), model);
-    const bool resumed = options.resume && fs::exists(checkpoint);
     if (resumed) {
       const moxie::SafetensorsFile file(checkpoint);
       if (const std::string text = differences(config_of(file), config); !text.empty()) {

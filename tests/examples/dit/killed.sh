@@ -43,3 +43,11 @@ if compgen -G "$folder/killed/.moxie-*" || compgen -G "$folder/killed/*.part"; t
   exit 1
 fi
 echo "the same checkpoint, byte for byte"
+
+# A model of ten classes goes on with data of two.
+"$dit" sample --checkpoint "$folder/killed/checkpoint.safetensors" --classes 0,1 --out "$folder/two" --sampling-steps 1 \
+  --samples-per-class 2 >/dev/null
+few=("$dit" train --data "$folder/two/samples.safetensors" --out "$folder/few" --samples-per-class 1 --sampling-steps 1)
+"${few[@]}" --start-from "$folder/killed/checkpoint.safetensors" --batch 4 --steps 1 >/dev/null
+"${few[@]}" --resume --steps 2 >"$folder/output"
+grep -q "Going on from step 1" "$folder/output"
