@@ -59,7 +59,7 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
                                                 .positions = shape.tokens(),
                                                 .bins = options.bins});
   }
-  auto tape = model.make_tape();
+  auto tape = model.make_tape(moxie::Keep::nothing);
   Progress progress({.steps = total, .images_per_step = 1});
   constexpr Index batch = 50;
   for (Index first = 0; first < total; first += batch) {

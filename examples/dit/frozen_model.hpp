@@ -24,6 +24,7 @@ class FrozenFeedForward {
   const Layout& layout() const { return layout_; }
   const auto& router() const { return layer_.router(); }
   const Layer& layer() const { return layer_; }
+  Tape make_tape(Index /*max_tokens*/, moxie::Keep /*keep*/) const { return {{}, layer_.make_tape(0, moxie::Keep::nothing)}; }
   void forward(ParameterView<const Scalar> /*p*/, const moxie::Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
                Workspace& /*workspace*/, const Exec& exec) const {
     layer_.forward(*tape.weights, in, y, tape.tape, exec);
@@ -62,10 +63,10 @@ class FrozenModel {
   }
   /// All weights but those of the feed-forwards, which `forward` takes.
   const moxie::Parameters<float>& weights() const { return rest_; }
-  Tape make_tape() const {
+  Tape make_tape(moxie::Keep /*keep*/ = moxie::Keep::nothing) const {
     Tape tape = model_.make_tape();
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      tape.blocks[i].feed_forward = {blocks_[i], feed_forward().layer().make_tape(0, moxie::Keep::nothing)};
+      tape.blocks[i].feed_forward.weights = blocks_[i];
     }
     return tape;
   }

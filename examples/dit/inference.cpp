@@ -64,7 +64,7 @@ int measure_in(const NamedModel& named, const Exec& exec) {
       const FrozenModel<Layer> model(config.model, layer, name, read, exec);
       const Matrix<float> x = moxie::random_normal<float>(1, config.model.image_dim(), Rng(2));
       Matrix<float> v(1, config.model.output_dim());
-      auto tape = model.make_tape();
+      auto tape = model.make_tape(moxie::Keep::nothing);
       std::cout << named.name << ": " << model.parameter_count() << " trained parameters\n";
       for (const char* which : {"first", "second"}) {
         const auto start = std::chrono::steady_clock::now();
@@ -162,7 +162,7 @@ int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bflo
         }
         const std::vector<float> values = in.read<float>("x");
         Matrix<float> output(batch, shape.output_dim());
-        auto tape = model.make_tape();
+        auto tape = model.make_tape(moxie::Keep::nothing);
         model.forward(weights, RowView<const float>(values.data(), batch, shape.image_dim()), t, {labels.begin(), labels.end()},
                       output, tape, exec);
         moxie::SafetensorsWriter writer;

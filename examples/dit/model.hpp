@@ -24,6 +24,7 @@ class DenseFeedForward {
 
    private:
     friend class DenseFeedForward;
+    moxie::Keep keep_ = moxie::Keep::activations;
     std::array<Index, 2> starts_{};
     Buffer<S> kept_;
   };
@@ -33,15 +34,24 @@ class DenseFeedForward {
 
   const Layout& layout() const { return bank_.layout(); }
   const moxie::GeluTanhExperts<S>& experts() const { return bank_; }
-  Tape make_tape(Index /*max_tokens*/ = 0) const { return {}; }
+  /// `Keep::nothing`, or everything.
+  Tape make_tape(Index /*max_tokens*/ = 0, moxie::Keep keep = moxie::Keep::activations) const {
+    Tape tape;
+    tape.keep_ = keep;
+    return tape;
+  }
   void initialize(ParameterView<S> p, const Rng& rng) const { bank_.initialize(p, rng); }
   void forward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<S> y, Tape& tape, Workspace& workspace,
                const Exec& exec) const {
     tape.starts_ = {0, in.count()};
-    bank_.forward(p, {tape.starts_, in.x}, y, tape.kept_.spread(in.count(), bank_.kept_width()), workspace, exec);
+    const bool keeps = tape.keep_ != moxie::Keep::nothing;
+    bank_.forward(p, {tape.starts_, in.x}, y, keeps ? tape.kept_.spread(in.count(), bank_.kept_width()) : RowView<S>(),
+                  workspace, exec);
   }
   void backward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,
                 const Tape& tape, Workspace& workspace, const Exec& exec) const {
+    moxie::detail::expect_value(tape.keep_ != moxie::Keep::nothing, "DenseFeedForward",
+                                "the tape was made to keep nothing for a backward");
     bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.kept_.spread_view(in.count(), bank_.kept_width()), workspace,
                    exec);
   }
@@ -231,9 +241,13 @@ class Model {
     tape.prior_of_unit = moxie::match_units(chosen, prior_).column;
   }
 
-  Tape make_tape() const {
+  /// With `Keep::nothing` the feed-forwards keep nothing for a backward, which then throws ValueError.
+  Tape make_tape(moxie::Keep keep = moxie::Keep::activations) const {
     Tape tape;
     tape.blocks.resize(blocks_.size());
+    for (BlockTape& block : tape.blocks) {
+      block.feed_forward = feed_forward_.make_tape(0, keep);
+    }
     return tape;
   }
 

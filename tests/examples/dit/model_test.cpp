@@ -208,6 +208,26 @@ TEST_CASE("Model: the same bits with 1, 2 and 7 threads, forward and backward") 
   }
 }
 
+TEST_CASE("Model: a tape that keeps nothing gives the same bits, and has no backward") {
+  const auto check = [](const auto& model) {
+    const Parameters<float> p = awake<float>(model.layout());
+    Step<float> kept;
+    Step<float> nothing;
+    auto whole = model.make_tape();
+    auto tape = model.make_tape(moxie::Keep::nothing);
+    for (int i = 0; i < 2; ++i) {
+      model.forward(p, kept.x, kept.t, kept.labels, kept.v, whole, Exec{1});
+      model.forward(p, nothing.x, nothing.t, nothing.labels, nothing.v, tape, Exec{1});
+      CHECK(kept.v == nothing.v);
+    }
+    Parameters<float> grads = p.zeros_like();
+    CHECK_THROWS_AS(model.backward(p, nothing.dv, grads, tape, Exec{1}, nothing.dx), moxie::ValueError);
+  };
+  check(shared_model<moxie::SharedExpertMoE<float>>());
+  using Dense = dit::DenseFeedForward<float>;
+  check(dit::Model<Dense>(small, Dense({.model_dim = 8, .hidden_dim = 7}), ""));
+}
+
 TEST_CASE("Model: adds to gradients, and images need none") {
   const auto model = shared_model<moxie::SharedExpertMoE<double>>();
   const Parameters<double> p = awake<double>(model.layout());
