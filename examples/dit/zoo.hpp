@@ -226,8 +226,12 @@ inline void print_zoo(std::ostream& out) {
     std::snprintf(text.data(), text.size(), "%.*f", digits, value);
     return std::string(text.data());
   };
-  const auto count = [&](std::int64_t n) {
-    return n < 1'000'000'000 ? decimals(double(n) * 1e-6, 1) + "M" : decimals(double(n) * 1e-9, 2) + "B";
+  const auto count = [](std::int64_t n) {  // 199,307,552
+    std::string text = std::to_string(n);
+    for (std::size_t i = text.size(); i > 3; i -= 3) {
+      text.insert(i - 3, ",");
+    }
+    return text;
   };
   const auto gib = [&](std::int64_t bytes) { return decimals(double(bytes) / double(1 << 30), 2); };
 

@@ -258,6 +258,7 @@ TEST_CASE("print_zoo: an aligned table") {
     ++rows;
   }
   CHECK(rows == dit::zoo.size() + 2);
-  CHECK(out.str().find("| S/2-8E2A  |     12 |   384 |     6 |     199.3M |  199M |     71.9M |   71M |  15.43 |   15.4 |") !=
+  CHECK(out.str().find(
+            "| S/2-8E2A  |     12 |   384 |     6 |    199,307,552 |  199M |    71,905,568 |   71M |  15.43 |   15.4 |") !=
         std::string::npos);
 }
