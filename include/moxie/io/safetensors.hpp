@@ -443,6 +443,7 @@ inline std::FILE* create_file(const std::filesystem::path& path, const std::file
   return file;
 }
 
+inline constexpr bool renames_open_files = true;
 inline bool sync_file(std::FILE* file) { return ::fsync(::fileno(file)) == 0; }
 
 // Makes a rename last. There is nothing to undo if it cannot be had, and some file systems refuse: no error.
@@ -459,6 +460,7 @@ inline void sync_directory(const std::filesystem::path& path) {
 inline std::FILE* create_file(const std::filesystem::path& path, const std::filesystem::path& /*like*/) {
   return std::fopen(path.string().c_str(), "wbx");
 }
+inline constexpr bool renames_open_files = false;
 inline bool sync_file(std::FILE* /*file*/) { return true; }
 inline void sync_directory(const std::filesystem::path& /*path*/) {}
 
@@ -506,8 +508,13 @@ class ReplacementFile {
     if (std::fflush(file_) != 0 || !sync_file(file_)) {
       fail(system_message(errno));
     }
-    if (std::fclose(std::exchange(file_, nullptr)) != 0) {
-      fail(system_message(errno));
+    const auto close = [&] {
+      if (file_ != nullptr && std::fclose(std::exchange(file_, nullptr)) != 0) {
+        fail(system_message(errno));
+      }
+    };
+    if (!renames_open_files) {
+      close();
     }
     std::error_code error;
     std::filesystem::rename(temporary_, target_, error);
@@ -515,6 +522,7 @@ class ReplacementFile {
       fail(error.message());
     }
     temporary_.clear();
+    close();  // and with it the lock
     sync_directory(directory());
   }
 
