@@ -232,6 +232,7 @@ inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
 struct ForeignOptions {
   Index heads = 0;           ///< 0: those of the named model of this depth and width
   Index top_k = 0;           ///< 0: 2, or all experts where there are fewer
+  Index switch_top_k = 0;    ///< of Switch-DiT; 0: the same
   std::string process = "";  ///< flow or ddpm; none: ddpm
 };
 
@@ -277,7 +278,7 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
   }
   if (file.contains("routers.0.experts.w")) {
     m.switch_experts = shape("routers.0.experts.w", 3)[0];
-    m.switch_top_k = options.top_k == 0 ? std::min<Index>(2, m.switch_experts) : options.top_k;
+    m.switch_top_k = options.switch_top_k == 0 ? std::min<Index>(2, m.switch_experts) : options.switch_top_k;
   }
   const std::string block = "blocks.0.moe.";
   if (file.contains(block + "gate.weight")) {
@@ -324,8 +325,9 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
       }
     };
     expect(options.heads == 0 || options.heads == config.model.heads, std::to_string(config.model.heads) + " heads");
-    const Index top_k = config.model.switch_experts > 0 ? config.model.switch_top_k : config.top_k;
-    expect(options.top_k == 0 || options.top_k == top_k, "--top-k " + std::to_string(top_k));
+    const Index switch_top_k = config.model.switch_top_k;
+    expect(options.top_k == 0 || options.top_k == config.top_k, "--top-k " + std::to_string(config.top_k));
+    expect(options.switch_top_k == 0 || options.switch_top_k == switch_top_k, "--switch-top-k " + std::to_string(switch_top_k));
     expect(options.process.empty() || options.process == config.process, "--process " + config.process);
     return config;
   } catch (const nlohmann::json::exception& error) {

@@ -42,8 +42,7 @@ void expect_no_idle_options(const CLI::App& train, const dit::TrainingConfig& co
   expect(config.process == "ddpm", {"--schedule", "--diffusion-steps"});
   expect(config.process == "flow", {"--times"});
   expect(!is("dense"), {"--experts"});
-  expect(is("shared") || is("top-k"), {"--normalize", "--balance"});
-  expect(is("shared") || is("top-k") || config.model.switch_experts > 0, {"--top-k"});
+  expect(is("shared") || is("top-k"), {"--top-k", "--normalize", "--balance"});
   expect(is("shared"), {"--shared-hidden-dim"});
   expect(is("top-k"), {"--expert"});
   expect(is("soft"), {"--slots-per-expert"});
@@ -133,6 +132,8 @@ int main(int argc, char** argv) {
   }
   for (CLI::App* command : {sample_command, analyse_command, predict_command}) {
     command->add_option("--top-k", foreign.top_k, "of a state dict, by default 2")->check(CLI::PositiveNumber);
+    command->add_option("--switch-top-k", foreign.switch_top_k, "of a Switch-DiT's state dict, by default 2")
+        ->check(CLI::PositiveNumber);
   }
   for (CLI::App* command : {sample_command, analyse_command, predict_command, zoo_command}) {
     command->add_flag("--bf16", bfloat16, "experts in bfloat16: half their memory, and faster where the processor has it");
@@ -173,7 +174,8 @@ int main(int argc, char** argv) {
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   train_command
-      ->add_option("--spike", training.spike, "stop where ten steps have this many times the lowest loss; 0 never does")
+      ->add_option("--spike", training.spike,
+                   "stop where ten steps, at least 480 images, have this many times the lowest loss; 0 never does")
       ->capture_default_str()
       ->check(finite & CLI::Validator(
                            [](const std::string& text) {
@@ -245,10 +247,9 @@ int main(int argc, char** argv) {
   train_command->add_option("--warm-up", config.recipe.optimizer.warm_up, "steps")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  for (const char* shape :
-       {"--model", "--feed-forward", "--dim", "--depth", "--patch", "--qk-norm", "--experts", "--hidden-dim",
-        "--shared-hidden-dim", "--expert", "--normalize", "--slots-per-expert", "--capacity-factor", "--switch-experts",
-        "--switch-top-k", "--learn-sigma", "--schedule", "--diffusion-steps"}) {
+  for (const char* shape : {"--model", "--feed-forward", "--dim", "--depth", "--patch", "--qk-norm", "--experts",
+                            "--hidden-dim", "--shared-hidden-dim", "--expert", "--normalize", "--slots-per-expert",
+                            "--capacity-factor", "--switch-experts", "--learn-sigma", "--schedule", "--diffusion-steps"}) {
     train_command->get_option("--start-from")->excludes(train_command->get_option(shape));
   }
   zoo_command->get_option("--bf16")->needs(zoo_command->get_option("--measure"));
@@ -256,7 +257,7 @@ int main(int argc, char** argv) {
 
   config.model.learn_sigma = learn_sigma.value_or(config.process == "ddpm" || train_command->count("--model") > 0);
   const fs::path last = folder / "checkpoint.safetensors";
-  if (training.resume && fs::exists(last)) {
+  if (std::error_code ignored; training.resume && fs::exists(last, ignored)) {
     try {
       config = dit::config_of(moxie::SafetensorsFile(last));
     } catch (const std::exception& error) {
@@ -264,8 +265,12 @@ int main(int argc, char** argv) {
       return 1;
     }
     learn_sigma = config.model.learn_sigma;
+    const dit::ModelConfig stored = config.model;
     CLI11_PARSE(app, argc, argv);  // what is said now must be what was said then
     config.model.learn_sigma = *learn_sigma;
+    config.model.image_size = stored.image_size;  // which no option says, but --model changes
+    config.model.channels = stored.channels;
+    config.model.classes = stored.classes;
     training.start_from.reset();
   }
   drawing.seed = config.recipe.seed;
@@ -289,6 +294,7 @@ int main(int argc, char** argv) {
         foreign.heads = train_command->count("--heads") > 0 ? config.model.heads : 0;
         foreign.process = train_command->count("--process") > 0 ? config.process : foreign.process;
         foreign.top_k = train_command->count("--top-k") > 0 ? config.top_k : 0;
+        foreign.switch_top_k = train_command->count("--switch-top-k") > 0 ? config.model.switch_top_k : 0;
         const dit::Recipe recipe = config.recipe;
         config = dit::config_of(moxie::SafetensorsFile(*training.start_from), foreign);
         config.recipe = recipe;

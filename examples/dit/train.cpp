@@ -95,7 +95,9 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
       training.start_from(moxie::SafetensorsFile(*options.start_from));
     }
     // And so is want of memory, or of room for a second checkpoint, which is complete before the first goes, and samples.
-    training.rehearse(exec);
+    if (training.steps() < options.steps) {
+      training.rehearse(exec);
+    }
     const auto bytes = 4 * sizeof(float) * std::uintmax_t(model.layout().parameter_count());
     const auto samples = drawn * sizeof(float) * std::uintmax_t(config.model.image_dim());
     files.expect_room_for("checkpoint.safetensors", (resumed ? 1 : 2) * bytes + samples);
@@ -123,6 +125,8 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     // While the loss rises, beside the last good checkpoint. Returns where.
     const auto save = [&] {
       const fs::path path = guard.rising() ? files("rising.safetensors") : checkpoint;
+      std::error_code ignored;
+      fs::remove(files("rising.safetensors"), ignored);  // an older one: there is room for two
       training.save(path);
       if (guard.rising()) {
         progress.finish();
@@ -143,6 +147,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
         throw std::runtime_error("step " + std::to_string(training.steps() + 1) + ": " + error.what() + good());
       }
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      const bool spike = guard.add(double(report.loss));
       try {
         log.add(training.steps(), report, double(config.recipe.batch) / seconds.count());
       } catch (const std::runtime_error&) {
@@ -150,7 +155,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
         throw;
       }
       progress.update(training.steps(), double(report.loss), double(report.balance_loss), double(report.max_load));
-      if (guard.add(double(report.loss))) {
+      if (spike) {
         throw std::runtime_error("step " + std::to_string(training.steps()) + ": the loss has risen to " +
                                  std::to_string(options.spike) + " times what it was" + good() +
                                  " (--spike 0 goes on whatever happens)");

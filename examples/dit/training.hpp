@@ -36,7 +36,7 @@ class SpikeGuard {
     lowest_ = std::min(lowest_, mean_);
     return factor_ > 0 && mean_ >= factor_ * lowest_;
   }
-  /// Whether it may be on its way: the mean is √factor times the lowest. Nothing should be saved then.
+  /// Whether it may be on its way: the mean is √factor times the lowest. What is saved then should not replace anything.
   bool rising() const { return factor_ > 0 && mean_ >= std::sqrt(factor_) * lowest_; }
 
  private:

@@ -270,8 +270,8 @@ TEST_CASE("config_of: what a checkpoint of ours says of itself, options cannot c
   Ours one;  // the timestep chooses one expert, a token two
   one.config.model.switch_top_k = 1;
   one.save(folder / "one");
-  CHECK_NOTHROW(dit::config_of(SafetensorsFile(folder / "one"), {.top_k = 1}));
-  CHECK(contains(complaint([&] { dit::config_of(SafetensorsFile(folder / "one"), {.top_k = 2}); }), "--top-k 1"));
+  CHECK_NOTHROW(dit::config_of(SafetensorsFile(folder / "one"), {.top_k = 2, .switch_top_k = 1}));
+  CHECK(contains(complaint([&] { dit::config_of(SafetensorsFile(folder / "one"), {.switch_top_k = 2}); }), "--switch-top-k 1"));
 }
 
 TEST_CASE("checkpoint: ours survives, with averages where there are any") {

@@ -51,3 +51,10 @@ few=("$dit" train --data "$folder/two/samples.safetensors" --out "$folder/few" -
 "${few[@]}" --start-from "$folder/killed/checkpoint.safetensors" --batch 4 --steps 1 >/dev/null
 "${few[@]}" --resume --steps 2 >"$folder/output"
 grep -q "Going on from step 1" "$folder/output"
+
+# --model shapes a model once; the data's images and classes stay.
+named=("$dit" train --model DiT-S/8 --data "$folder/two/samples.safetensors" --out "$folder/named" --patch 14 --depth 1
+  --samples-per-class 1 --sampling-steps 1 --batch 2)
+"${named[@]}" --steps 1 >/dev/null
+"${named[@]}" --resume --steps 2 >"$folder/output"
+grep -q "Going on from step 1" "$folder/output"
