@@ -124,7 +124,7 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
     std::int64_t saved = training.steps();
     // While the loss rises, beside the last good checkpoint. Returns where.
     const auto save = [&] {
-      const fs::path path = guard.rising() ? files("rising.safetensors") : checkpoint;
+      fs::path path = guard.rising() ? files("rising.safetensors") : checkpoint;
       std::error_code ignored;
       fs::remove(files("rising.safetensors"), ignored);  // an older one: there is room for two
       training.save(path);
