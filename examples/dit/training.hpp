@@ -77,11 +77,9 @@ class Training {
 
   std::int64_t steps() const { return optimizer_.steps(); }
   const std::vector<StepReport>& history() const { return history_; }
-  const AnyModel& model() const { return model_; }
   const Process& process() const { return process_; }
   /// The averaged weights, which samples are drawn with.
   const moxie::Parameters<float>& averages() { return optimizer_.ema(); }
-  typename AnyModel::Tape& tape() { return tape_; }
 
   /// One step on a batch of its own choice. Micro-batches are computed one after the other, and the step is that of the mean of
   /// their losses: that of the whole batch, but for the balance losses, which are each of its own images. Throws ValueError if
