@@ -14,6 +14,7 @@
 #include <random>
 #include <span>
 #include <string>
+#include <temporary_folder.hpp>
 #include <thread>
 #include <vector>
 
@@ -33,26 +34,7 @@ using moxie::SafetensorsError;
 using moxie::SafetensorsFile;
 using moxie::SafetensorsWriter;
 
-class TemporaryDirectory {
- public:
-  TemporaryDirectory() {
-    std::random_device random;
-    do {
-      path_ = fs::temp_directory_path() / ("moxie-test-" + std::to_string(random()));
-    } while (!fs::create_directory(path_));
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  fs::path operator/(const std::string& name) const { return path_ / name; }
-  Index entries() const { return std::distance(fs::directory_iterator(path_), fs::directory_iterator()); }
-
- private:
-  fs::path path_;
-};
+using TemporaryDirectory = moxie::test::TemporaryFolder;
 
 void write_bytes(const fs::path& path, const std::string& bytes) {
   fs::remove(path);  // some file systems write a file that is truncated to the disk at once, which takes long

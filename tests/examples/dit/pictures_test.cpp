@@ -14,6 +14,7 @@
 #include <moxie/core/random.hpp>
 #include <stdexcept>
 #include <string>
+#include <temporary_folder.hpp>
 #include <utility>
 #include <vector>
 
@@ -24,21 +25,9 @@ using dit::Index;
 
 /// A fresh directory that goes away with its contents. Its name has what shells stumble over.
 struct TemporaryDirectory {
-  fs::path root;
-  fs::path path;
-  TemporaryDirectory() {
-    std::string name = (fs::temp_directory_path() / "moxie-pictures-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    root = name;
-    path = root / "it's $HOME; {a} \"b\" \\c";
-    fs::create_directory(path);
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    fs::remove_all(root, ignored);
-  }
+  moxie::test::TemporaryFolder root;
+  fs::path path = root / "it's $HOME; {a} \"b\" \\c";
+  TemporaryDirectory() { fs::create_directory(path); }
 };
 
 /// Another PATH for a while.
