@@ -104,7 +104,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, con
   for (; p + together <= whole; p += together) {
 #pragma GCC unroll 2
     for (Index u = 0; u < together; ++u) {
-      __builtin_prefetch(ahead.address(p + u), 0, 2);
+      __builtin_prefetch(ahead.address(p + u), 1, 3);
       __builtin_prefetch(run.from + std::min(p + u, run.lines - 1) * run.pitch, 0, 2);
       const auto b0 = S::load(panel + u * T::cols);
       const auto b1 = S::load(panel + u * T::cols + T::width);
