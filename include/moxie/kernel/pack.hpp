@@ -32,42 +32,79 @@ struct Operand {
 
 namespace detail {
 
-/// The elements of a and b in turn: a0 b0 a1 b1 ...
-template <class V, std::size_t... I>
-void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
+/// In every 128 bits, their elements of a and b in turn: a0 b0 a1 b1 ...; first the lower halves, then the upper.
+template <Index Lane, class V, std::size_t... I>
+MOXIE_INLINE void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
   constexpr int width = sizeof...(I);
-  low = __builtin_shufflevector(a, b, (int(I / 2) + (I % 2 == 0 ? 0 : width))...);
-  high = __builtin_shufflevector(a, b, (int(I / 2) + width / 2 + (I % 2 == 0 ? 0 : width))...);
+  constexpr int lane = Lane;
+  low = __builtin_shufflevector(a, b, (int(I) / lane * lane + int(I) % lane / 2 + (I % 2 == 0 ? 0 : width))...);
+  high = __builtin_shufflevector(a, b, (int(I) / lane * lane + int(I) % lane / 2 + lane / 2 + (I % 2 == 0 ? 0 : width))...);
 }
 
-/// Units of Width steps, from column p on, of Width rows become rows of `to`. Interleaving the first half of the rows with the
-/// second, log2(Width) times over, transposes them.
+template <class To, class V, std::size_t... I>
+MOXIE_INLINE void join(To& to, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
+  to = __builtin_shufflevector(a, b, int(I)...);
+}
+
+/// `Count` units at p of each of the rows from[0], from[every], from[2 every], ..., one after the other.
+template <Index Count, Index Rows, class T>
+MOXIE_INLINE void load_pieces(typename VectorOf<T, Count * Rows>::Type& to, const T* const* from, Index every, Index p) {
+  if constexpr (Rows == 1) {
+    std::memcpy(&to, from[0] + p, sizeof(to));
+  } else {
+    typename VectorOf<T, Count * Rows / 2>::Type first;
+    typename VectorOf<T, Count * Rows / 2>::Type second;
+    load_pieces<Count, Rows / 2, T>(first, from, every, p);
+    load_pieces<Count, Rows / 2, T>(second, from + Rows / 2 * every, every, p);
+    join(to, first, second, std::make_index_sequence<std::size_t(Count * Rows)>{});
+  }
+}
+
+/// Units of Width steps, from column p on, of Width rows become rows of `to`. Pieces of 128 bits come to their place when they
+/// are loaded; in them, interleaving the first half of the vectors with the second, log2(lane) times over, transposes.
 template <class Element, Index Width, class Source>
 void transpose_square(const Source* const* from, Index p, Unit<Element>* to, Index stride) {
+  using U = Unit<Element>;
   if constexpr (Width == 1) {
     to[0] = unit<Element>(from[0] + p, UnitOf<Element>::elements);
   } else {
-    using V = typename VectorOf<Unit<Element>, Width>::Type;
-    V rows[Width];
-    V next[Width];
-#pragma GCC unroll 16
+    using V = typename VectorOf<U, Width>::Type;
+    constexpr Index lane = std::min(Width, Index{16 / sizeof(U)});
+    constexpr bool as_they_are = std::is_same_v<U, Source>;
+    alignas(alignment) U converted[as_they_are ? 1 : Width][as_they_are ? 1 : Width];
+    const U* rows[Width];
     for (Index j = 0; j < Width; ++j) {
-      units_along<Element>(from[j] + p, rows[j]);
+      if constexpr (as_they_are) {
+        rows[j] = from[j] + p;
+      } else {
+        V units;
+        units_along<Element>(from[j] + p, units);
+        std::memcpy(converted[j], &units, sizeof(units));
+        rows[j] = converted[j];
+      }
     }
+    for (Index c = 0; c < Width; c += lane) {
+      V v[lane];
+      V next[lane];
 #pragma GCC unroll 4
-    for (Index step = 1; step < Width; step *= 2) {
-#pragma GCC unroll 16
-      for (Index j = 0; j < Width / 2; ++j) {
-        interleave(next[2 * j], next[2 * j + 1], rows[j], rows[j + Width / 2], std::make_index_sequence<std::size_t(Width)>{});
+      for (Index i = 0; i < lane; ++i) {
+        load_pieces<lane, Width / lane, U>(v[i], rows + i, lane, c);
       }
-#pragma GCC unroll 16
-      for (Index j = 0; j < Width; ++j) {
-        rows[j] = next[j];
+#pragma GCC unroll 2
+      for (Index step = 1; step < lane; step *= 2) {
+#pragma GCC unroll 4
+        for (Index i = 0; i < lane / 2; ++i) {
+          interleave<lane>(next[2 * i], next[2 * i + 1], v[i], v[i + lane / 2], std::make_index_sequence<std::size_t(Width)>{});
+        }
+#pragma GCC unroll 4
+        for (Index i = 0; i < lane; ++i) {
+          v[i] = next[i];
+        }
       }
-    }
-#pragma GCC unroll 16
-    for (Index j = 0; j < Width; ++j) {
-      std::memcpy(to + j * stride, &rows[j], sizeof(V));
+#pragma GCC unroll 4
+      for (Index i = 0; i < lane; ++i) {
+        std::memcpy(to + (c + i) * stride, &v[i], sizeof(V));
+      }
     }
   }
 }
