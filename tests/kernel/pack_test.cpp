@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <cstring>
 #include <moxie/core/buffer.hpp>
 #include <moxie/kernel/gemm.hpp>
 #include <support.hpp>
@@ -70,6 +71,49 @@ TEST_CASE_TEMPLATE("pack: panels hold the columns of B, one vector after the oth
       }
     }
   }
+}
+
+// Rows from k0 on, by an index or two matrices one on top of the other, as a tile asks for them.
+template <class S, class Element, class Source>
+void check_fresh(const kernel::Rows<const Source>& rows, Index k0, Index depth, Index columns) {
+  using Arch = kernel::DefaultArch;
+  constexpr Index cols = kernel::detail::Tile<S, Arch>::cols;
+  constexpr Index elements = kernel::UnitOf<Element>::elements;
+  const kernel::Operand<Source> b{rows, false};
+  const kernel::Panels<S, Arch, Element> panels{columns, false};
+  const Index steps = (depth + elements - 1) / elements;
+  for (Index q = 0; q < columns / cols; ++q) {
+    Buffer<kernel::Unit<Element>> packed(steps * cols), fresh(steps * cols), loaded(steps * cols);
+    panels.pack(b, q, 1, k0, depth, packed.data(), steps * cols);
+    const kernel::detail::FreshPanel<S, Element, Arch, Source> panel{b, k0, k0 + depth, q * cols, fresh.data()};
+    for (Index step = 0; step < steps; ++step) {
+      const auto vectors = panel.load(step);
+      std::memcpy(loaded.data() + step * cols, vectors.data(), sizeof(vectors));
+    }
+    const auto bytes = std::size_t(steps * cols) * sizeof(kernel::Unit<Element>);
+    CHECK(std::memcmp(packed.data(), fresh.data(), bytes) == 0);
+    CHECK(std::memcmp(packed.data(), loaded.data(), bytes) == 0);
+  }
+}
+
+TEST_CASE("pack: what the first tile packs on the way is what packing packs") {
+  const auto check = []<class S, class Element, class Source>(S, Element, const Matrix<Source>& m) {
+    const Index index[] = {3, 0, 8, 1, 7, 2, 5, 4, 6};
+    for (const Index depth : {1, 2, 5}) {
+      for (const Index k0 : {0, 2}) {
+        check_fresh<S, Element, Source>({m.data(), m.cols()}, k0, depth, m.cols());
+        check_fresh<S, Element, Source>({m.data(), m.cols(), index}, k0, depth, m.cols());
+        check_fresh<S, Element, Source>({m.data(), m.cols(), nullptr, 3, m.cols()}, k0, depth, m.cols());
+      }
+    }
+  };
+  const Matrix<float> floats =
+      moxie::test::random<float>(9, 3 * kernel::detail::Tile<float, kernel::DefaultArch>::cols + 1, 211);
+  const Matrix<moxie::BFloat16> halves = floats.cast<moxie::BFloat16>();
+  check(0.0F, 0.0F, floats);
+  check(0.0, 0.0, Matrix<double>(floats.cast<double>()));
+  check(0.0F, moxie::BFloat16(), floats);
+  check(0.0F, moxie::BFloat16(), halves);
 }
 
 TEST_CASE_TEMPLATE("pack: rows of a transposed A are cut into tiles, padded with zeros", S, float, double) {

@@ -33,8 +33,11 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
       for (Index i = 0; i < T::rows; ++i) {
         pointers.push_back(a.data() + i * a.cols());
       }
-      const auto [multiply, height] = kernel::detail::tile_of<false, S, S, Arch>(rows);
-      const auto [multiply_packed, packed_height] = kernel::detail::tile_of<true, S, S, Arch>(rows);
+      using Panel = kernel::detail::Panel<S, S, Arch>;
+      const auto multiply = kernel::detail::tile_of<false, S, S, Arch, Panel>(rows);
+      const auto multiply_packed = kernel::detail::tile_of<true, S, S, Arch, Panel>(rows);
+      const Index height = kernel::detail::height_of<false, S, Arch>(rows);
+      const Index packed_height = kernel::detail::height_of<true, S, Arch>(rows);
       CHECK((height == rows || height == rows + 1));
       CHECK(height <= T::rows);
       CHECK(packed_height >= rows);
@@ -45,8 +48,8 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
         sums.assign(T::size, S(0.25));
         from_packed.assign(T::size, S(0.25));
         const kernel::detail::Ahead ahead;
-        multiply(depth, pointers.data(), 0, panel.data(), sums.data(), add, ahead);
-        multiply_packed(depth, &start, T::rows, panel.data(), from_packed.data(), add, ahead);
+        multiply(depth, pointers.data(), Panel{panel.data()}, sums.data(), add, ahead);
+        multiply_packed(depth, &start, Panel{panel.data()}, from_packed.data(), add, ahead);
         CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(rows * T::cols) * sizeof(S)) == 0);
         for (Index i = 0; i < T::rows; ++i) {
           for (Index j = 0; j < T::cols; ++j) {

@@ -209,14 +209,14 @@ struct Cut {
   }
 };
 
-/// The memory of the panels that come next, a run for each of their vectors.
+/// Memory that is needed next, in runs, one for each tile on the way.
 template <class Scalar, class Arch>
 class Lookahead {
  public:
   void clear() { count_ = 0; }
-  /// Panels [q, q + panels) of a product, steps [s0, s0 + steps).
+  /// Panels [q, q + panels) of a product, steps [s0, s0 + steps): a run for each of their vectors.
   template <class P>
-  void add(const P& product, Index q, Index panels, Index s0, Index steps) {
+  void add_panels(const P& product, Index q, Index panels, Index s0, Index steps) {
     using T = Tile<Scalar, Arch>;
     for (Index v = 2 * q; v < 2 * (q + panels) && count_ < most; ++v) {
       if (product.panels != nullptr) {
@@ -287,9 +287,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
   const Index tiles = (m1 - m0 + T::rows - 1) / T::rows;
   // Rows that lie a multiple of 4 KiB apart share the sets of the first-level cache: a tile of them is copied.
   const bool copy_rows = product.a.transposed || product.a.rows.stride * Index{sizeof(Element)} % 4096 == 0;
-  // A step's numbers of a tile lie side by side in a transposed A.
-  const bool as_it_lies = elements == 1 && product.k > 0 && product.a.rows.index == nullptr && product.a.rows.gap == 0;
-  constexpr Index copied_tiles = 8;  // of another: whole cache lines of its rows are read
+  constexpr Index copied_tiles = 8;  // of a transposed A: whole cache lines of its rows are read
   // What is packed side by side starts in different sets of the cache. In units.
   const Index copied_stride = moxie::detail::spread_stride<Scalar>(cut.depth);
   const Index copied_tile_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::rows);
@@ -300,6 +298,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
       cut.passes == 1 && !copy_rows && (m1 - m0) * product.k * Index{sizeof(Element)} <= second_level_cache() / 2 ? Index{1}
                                                                                                                   : count;
   const bool packed = product.panels != nullptr;
+  const bool side_by_side = !product.b.transposed && !product.halves;  // a panel's columns, in B
   const Index panel_stride = packed ? product.steps() * T::cols : packed_stride;
 
   memory.resize(packed ? 0 : group * packed_stride,
@@ -315,13 +314,15 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
     const Index depth = std::max(Index{0}, std::min(cut.depth * elements, product.k - k0));
     const bool last = pass + 1 == cut.passes;
     const Unit<Element>* panel = packed ? product.panels + (first * product.steps() + s0) * T::cols : memory.panels();
-    if (!packed) {
-      panels.pack(product.b, first, group, k0, depth, memory.panels(), packed_stride);
+    // So many panels the first tile packs.
+    const Index fresh = packed || !side_by_side ? 0 : std::clamp(product.n / T::cols - first, Index{0}, group);
+    if (!packed && fresh < group) {
+      panels.pack(product.b, first + fresh, group - fresh, k0, depth, memory.panels() + fresh * packed_stride, packed_stride);
     }
     later.clear();
     if (part + group < count * cut.passes) {
       const Index next = (pass + (part % count + group == count ? 1 : 0)) * cut.depth;
-      later.add(product, q0 + (part + group) % count, group, next, std::min(cut.depth, product.steps() - next));
+      later.add_panels(product, q0 + (part + group) % count, group, next, std::min(cut.depth, product.steps() - next));
     } else {
       prepare(later);
     }
@@ -330,8 +331,9 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
       const Index left = tiles - tile;
       const Index rows =
           product.a.transposed ? std::min(T::rows, m1 - row) : std::min((m1 - row + 2 * left - 1) / (2 * left) * 2, m1 - row);
-      // Computes the tile's sums of one panel.
-      const auto multiply = [&, row, rows, tile](const auto& of_panels) {
+      // Computes the tile's sums, and asks on the way for later memory: the last tiles do, so that it is still there then.
+      const auto multiply = [&, row, rows, tile]<bool Packed>(std::bool_constant<Packed> /*packed*/,
+                                                              TileRows<Packed, Element> a) {
         for (Index q = 0; q < group; ++q) {
           Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * group + q : 0) * T::size;
           const Index col = (first + q) * panels.outputs();
@@ -342,8 +344,16 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
             }
           }
           ahead.settle();
-          ahead.follow(later.run(tile * group + q));
-          of_panels(panel + q * panel_stride, sums);
+          ahead.follow(later.run((tiles - tile) * group - 1 - q));
+          const auto of = [&]<class PanelOf>(const PanelOf& b) {
+            tile_of<Packed, Scalar, Element, Arch, PanelOf>(rows)(depth, a, b, sums, pass > 0, ahead);
+          };
+          if (tile == 0 && q < fresh) {
+            of(FreshPanel<Scalar, Element, Arch, typename P::Source>{product.b, k0, k0 + depth, col,
+                                                                     memory.panels() + q * packed_stride});
+          } else {
+            of(Panel<Scalar, Element, Arch>{panel + q * panel_stride});
+          }
           if (last) {
             const Index n = panels.outputs_of(first + q);
             for (Index r = 0; r < rows; ++r) {
@@ -353,23 +363,15 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
         }
       };
       if (product.a.transposed) {
-        const Unit<Element>* a = memory.template rows<Unit<Element>>();
-        Index distance = T::rows;
-        if (as_it_lies && rows == T::rows) {
-          a = reinterpret_cast<const Unit<Element>*>(product.a.row(k0) + row);
-          distance = product.a.rows.stride;
-        } else {
-          const Index local = as_it_lies ? 0 : tile % copied_tiles;
-          if (local == 0) {
-            pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(copied_tiles * T::rows, m1 - row),
-                                               memory.template rows<Unit<Element>>(), copied_tile_stride);
-          }
-          a += local * copied_tile_stride;
+        const Index local = tile % copied_tiles;
+        Unit<Element>* const copies = memory.template rows<Unit<Element>>();
+        if (local == 0) {
+          constexpr Index most = copied_tiles * T::rows;
+          pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(most, m1 - row), copies, copied_tile_stride);
         }
-        const auto f = tile_of<true, Scalar, Element, Arch>(rows).first;
-        multiply([&](const Unit<Element>* b, Scalar* sums) { f(depth, &a, distance, b, sums, pass > 0, ahead); });
+        const Unit<Element>* a = copies + local * copied_tile_stride;
+        multiply(std::true_type{}, &a);
       } else {
-        const auto [tile_function, height] = tile_of<false, Scalar, Element, Arch>(rows);
         const Element* a[T::rows];
         for (Index r = 0; r < rows; ++r) {
           a[r] = product.a.row(row + r) + k0;
@@ -379,8 +381,8 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
             a[r] = copy;
           }
         }
-        std::fill(a + rows, a + height, a[0]);
-        multiply([&, f = tile_function](const Unit<Element>* b, Scalar* sums) { f(depth, a, 0, b, sums, pass > 0, ahead); });
+        std::fill(a + rows, a + height_of<false, Scalar, Arch>(rows), a[0]);
+        multiply(std::false_type{}, a);
       }
       row += rows;
     }
@@ -510,7 +512,7 @@ void run_stages(const Exec& exec, const Stages&... stages) {
         const Part& later = part_of(next);
         with(later, [&](const auto& /*stage*/, const auto& p, const auto& cut) {
           const Index q = (next - later.first) % cut.panel_tasks(p) * cut.panels;
-          ahead.add(p, q, std::min(cut.panels, cut.panels_of(p).count() - q), 0, std::min(cut.depth, p.steps()));
+          ahead.add_panels(p, q, std::min(cut.panels, cut.panels_of(p).count() - q), 0, std::min(cut.depth, p.steps()));
         });
       }
     };

@@ -240,5 +240,40 @@ void pack_transposed_rows(const Operand<Element>& a, Index k0, Index depth, Inde
   }
 }
 
+/// Where a tile reads B, and packs it for the tiles after it: whole vectors of B's rows [k0, end). The first tile's arithmetic
+/// hides what packing costs.
+template <class Scalar, class Element, class Arch, class Source>
+struct FreshPanel {
+  const Operand<Source>& b;
+  Index k0;
+  Index end;
+  Index column;
+  Unit<Element>* units;
+
+  MOXIE_INLINE auto load(Index step) const {
+    using T = Tile<Scalar, Arch>;
+    constexpr Index elements = UnitOf<Element>::elements;
+    constexpr Index ahead = 32;
+    const Index k = k0 + step * elements;
+    for (Index i = 0; i < elements; ++i) {
+      prefetch(b.row(std::min(k + i + ahead, end - 1)) + column, T::cols);
+    }
+    Unit<Element>* const to = units + step * T::cols;
+    if constexpr (std::is_same_v<Unit<Element>, Source>) {
+      using V = Batch<Scalar, Arch>;
+      const Source* from = b.row(k) + column;
+      const std::array panel{V::load_unaligned(from), V::load_unaligned(from + T::width)};
+      panel[0].store_aligned(to);
+      panel[1].store_aligned(to + T::width);
+      return panel;
+    } else {
+      const auto rows = from_column(rows_of_step<Element>(b, k, end), column);
+      units_across<Element, T::width>(rows, T::width, to);
+      units_across<Element, T::width>(from_column(rows, T::width), T::width, to + T::width);
+      return Panel<Scalar, Element, Arch>{units}.load(step);
+    }
+  }
+};
+
 }  // namespace detail
 }  // namespace moxie::kernel

@@ -65,24 +65,34 @@ class Ahead {
 template <bool Packed, class Element>
 using TileRows = const std::conditional_t<Packed, Unit<Element>, Element>* const*;
 
-/// The unit of row i in a step, where so many numbers of the row are left; `rows` are those of a tile from row 0 on, `distance`
-/// is that of steps where rows lie side by side.
-template <bool Packed, class Element, class P>
-MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index left, Index distance) {
+/// The unit of row i in a step, where so many numbers of the row are left; `rows` are those of a tile from row 0 on, which lie
+/// side by side where they are packed, Distance units a step.
+template <bool Packed, Index Distance, class Element, class P>
+MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index left) {
   if constexpr (Packed) {
-    return rows[0][step * distance + i];
+    return rows[0][step * Distance + i];
   } else {
     return unit<Element>(rows[i] + step * UnitOf<Element>::elements, left);
   }
 }
 
-/// sums (Rows x cols, dense) = A B over `depth` numbers of a row, or += where `add`. B is read from a packed panel (steps x
-/// cols). Row i of A is read from a[i] on, or, where A is packed, at a[0][p · distance + i] for step p. One fused
-/// multiply-add a number, in order, from zero: the bits of a sum depend on nothing but its row of A and its column of B. On
-/// the way it asks for what is `ahead`.
-template <bool Packed, Index Rows, class Scalar, class Element, class Arch>
-void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, const Unit<Element>* panel, Scalar* sums, bool add,
-                   const Ahead& ahead) {
+/// Where a tile reads B: a packed panel (steps x cols).
+template <class Scalar, class Element, class Arch>
+struct Panel {
+  const Unit<Element>* units;
+
+  MOXIE_INLINE auto load(Index step) const {
+    using T = Tile<Scalar, Arch>;
+    using S = Step<Scalar, Element, Arch>;
+    return std::array{S::load(units + step * T::cols), S::load(units + step * T::cols + T::width)};
+  }
+};
+
+/// sums (Rows x cols, dense) = A B over `depth` numbers of a row, or += where `add`. Row i of A is read from a[i] on, or, where
+/// A is packed, at a[0][p · Tile::rows + i] for step p; step p of B is `b.load(p)`. One fused multiply-add a number, in order,
+/// from zero: the bits of a sum depend on nothing but its row of A and its column of B. On the way it asks for what is `ahead`.
+template <bool Packed, Index Rows, class Scalar, class Element, class Arch, class PanelOf>
+void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, Scalar* sums, bool add, const Ahead& ahead) {
   using T = Tile<Scalar, Arch>;
   using B = Batch<Scalar, Arch>;
   using S = Step<Scalar, Element, Arch>;
@@ -98,6 +108,15 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, con
   const Index steps = (depth + elements - 1) / elements;
   const Index whole = Packed ? steps : depth / elements;
   const Run run = ahead.run();
+  const auto multiply = [&](Index p, Index left) {
+    const auto panel = b.load(p);
+#pragma GCC unroll 16
+    for (Index i = 0; i < Rows; ++i) {
+      const auto x = S::broadcast(unit_at<Packed, T::rows, Element>(row, i, p, left));
+      sum[i][0] = S::add(x, panel[0], sum[i][0]);
+      sum[i][1] = S::add(x, panel[1], sum[i][1]);
+    }
+  };
   Index p = 0;
   // Two steps at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
   constexpr Index together = 2;
@@ -106,26 +125,11 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, con
     for (Index u = 0; u < together; ++u) {
       __builtin_prefetch(ahead.address(p + u), 1, 3);
       __builtin_prefetch(run.from + std::min(p + u, run.lines - 1) * run.pitch, 0, 2);
-      const auto b0 = S::load(panel + u * T::cols);
-      const auto b1 = S::load(panel + u * T::cols + T::width);
-#pragma GCC unroll 16
-      for (Index i = 0; i < Rows; ++i) {
-        const auto x = S::broadcast(unit_at<Packed, Element>(row, i, p + u, elements, distance));
-        sum[i][0] = S::add(x, b0, sum[i][0]);
-        sum[i][1] = S::add(x, b1, sum[i][1]);
-      }
+      multiply(p + u, elements);
     }
-    panel += together * T::cols;
   }
-  for (; p < steps; ++p, panel += T::cols) {
-    const auto b0 = S::load(panel);
-    const auto b1 = S::load(panel + T::width);
-#pragma GCC unroll 16
-    for (Index i = 0; i < Rows; ++i) {
-      const auto x = S::broadcast(unit_at<Packed, Element>(row, i, p, depth - p * elements, distance));
-      sum[i][0] = S::add(x, b0, sum[i][0]);
-      sum[i][1] = S::add(x, b1, sum[i][1]);
-    }
+  for (; p < steps; ++p) {
+    multiply(p, depth - p * elements);
   }
   if (add) {
 #pragma GCC unroll 16
@@ -141,26 +145,34 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, Index distance, con
   }
 }
 
-/// A tile that computes `rows` rows or a few more, which are then rows of something that can be read, and not used. Each height
-/// is code of its own, so there are not all of them: 1, 2, 4, 6, ..., and of packed rows, whose padding is there anyway, half a
-/// tile and a whole one.
-template <bool Packed, class Scalar, class Element, class Arch>
+/// So many rows computes the tile for `rows` of them; those that are more are rows of something that can be read, and not used.
+/// Each height is code of its own, so there are not all of them: 1, 2, 4, 6, ..., and of packed rows, whose padding is there
+/// anyway, half a tile and a whole one.
+template <bool Packed, class Scalar, class Arch>
+Index height_of(Index rows) {
+  constexpr Index full = Tile<Scalar, Arch>::rows;
+  if constexpr (Packed) {
+    return rows <= full / 2 ? full / 2 : full;
+  } else {
+    return rows == 1 ? 1 : (rows + 1) / 2 * 2;
+  }
+}
+
+/// `multiply_tile` of `height_of` rows.
+template <bool Packed, class Scalar, class Element, class Arch, class PanelOf>
 auto tile_of(Index rows) {
   constexpr Index full = Tile<Scalar, Arch>::rows;
-  using Multiply = void (*)(Index, TileRows<Packed, Element>, Index, const Unit<Element>*, Scalar*, bool, const Ahead&);
-  using Chosen = std::pair<Multiply, Index>;
+  using Multiply = void (*)(Index, TileRows<Packed, Element>, const PanelOf&, Scalar*, bool, const Ahead&);
+  const Index height = height_of<Packed, Scalar, Arch>(rows);
   if constexpr (Packed) {
-    return rows <= full / 2 ? Chosen(multiply_tile<Packed, full / 2, Scalar, Element, Arch>, full / 2)
-                            : Chosen(multiply_tile<Packed, full, Scalar, Element, Arch>, full);
+    return height < full ? Multiply(multiply_tile<Packed, full / 2, Scalar, Element, Arch, PanelOf>)
+                         : Multiply(multiply_tile<Packed, full, Scalar, Element, Arch, PanelOf>);
   } else {
-    if (rows == 1) {
-      return Chosen(multiply_tile<Packed, 1, Scalar, Element, Arch>, 1);
-    }
     constexpr auto even = []<Index... I>(std::integer_sequence<Index, I...>) {
-      return std::array<Multiply, sizeof...(I)>{multiply_tile<Packed, 2 * I + 2, Scalar, Element, Arch>...};
+      return std::array<Multiply, sizeof...(I)>{multiply_tile<Packed, 2 * I + 2, Scalar, Element, Arch, PanelOf>...};
     }
     (std::make_integer_sequence<Index, full / 2>{});
-    return Chosen(even[std::size_t((rows - 1) / 2)], (rows + 1) / 2 * 2);
+    return height == 1 ? Multiply(multiply_tile<Packed, 1, Scalar, Element, Arch, PanelOf>) : even[std::size_t(height / 2 - 1)];
   }
 }
 
