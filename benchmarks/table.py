@@ -16,12 +16,12 @@ ROUTERS = {"top_k": "token choice", "expert_choice": "expert choice", "soft": "S
 
 
 def medians(results):
-    """(pass, case) -> who -> (GFLOP/s, fraction of the peak, fraction of the bound)."""
+    """(pass, case) -> who -> (GFLOP/s, fraction of the peak, fraction of the bound), in the order in which they were registered."""
     values = {}
-    for run in results:
+    for run in sorted(results, key=lambda run: run.get("family_index", math.inf)):
         if run.get("run_type") == "aggregate" or run.get("error_occurred"):
             continue
-        which, *name = run["name"].removesuffix("/real_time").split("/")
+        which, *name = run["name"].split("/")
         who = name.pop() if name[-1] in ("eigen", "openblas", "onednn", "torch") else "moxie"
         counters = [run.get(c, math.nan) for c in ("gflops", "peak_fraction", "bound_fraction", "real_time")]
         values.setdefault((which, "/".join(name)), {}).setdefault(who, []).append(counters)
@@ -132,7 +132,10 @@ def main():
     runs = []
     for name in files:
         with open(name, encoding="utf-8") as file:
-            runs += json.load(file)["benchmarks"]
+            text = file.read()
+        if not text:
+            sys.exit(f"{name} is empty: did --benchmark_filter match a benchmark? --benchmark_list_tests lists them.")
+        runs += json.loads(text)["benchmarks"]
     table = medians(runs)
     peers = sorted({who for row in table.values() for who in row} - {"moxie"})
     passes = scaling(table)

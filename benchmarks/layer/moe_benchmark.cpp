@@ -13,27 +13,23 @@ enum class Pass { forward, frozen, forward_backward };
 
 template <class Element>
 void add(const std::string& name, Pass pass, const Case& c, const Exec& exec) {
-  benchmark::RegisterBenchmark(
-      (name + "/" + c.name).c_str(),
-      [=](benchmark::State& state) {
-        const bool backward = pass == Pass::forward_backward;
-        Setup<Element> s(c, backward ? Keep::activations : Keep::nothing);
-        s.layer.forward(s.x, s.y, s.tape, exec);  // makes the plan
-        if (pass == Pass::frozen) {
-          const auto frozen = s.layer.freeze(exec);
-          moxie::bench::measure<Element>(state, exec, {moxie::bench::work_of<Element>(c, s.tape.plan(), false)},
-                                         [&] { s.layer.forward(frozen, s.x, s.y, s.tape, exec); });
-        } else {
-          moxie::bench::measure<Element>(state, exec, {moxie::bench::work_of(c, s.tape.plan(), backward)}, [&] {
-            s.layer.forward(s.x, s.y, s.tape, exec);
-            if (backward) {
-              s.layer.backward(s.x, s.dy, s.dx, s.grads, s.tape, exec);
-            }
-          });
+  benchmark::RegisterBenchmark((name + "/" + c.name).c_str(), [=](benchmark::State& state) {
+    const bool backward = pass == Pass::forward_backward;
+    Setup<Element> s(c, backward ? Keep::activations : Keep::nothing);
+    s.layer.forward(s.x, s.y, s.tape, exec);  // makes the plan
+    if (pass == Pass::frozen) {
+      const auto frozen = s.layer.freeze(exec);
+      moxie::bench::measure<Element>(state, exec, {moxie::bench::work_of<Element>(c, s.tape.plan(), false)},
+                                     [&] { s.layer.forward(frozen, s.x, s.y, s.tape, exec); });
+    } else {
+      moxie::bench::measure<Element>(state, exec, {moxie::bench::work_of(c, s.tape.plan(), backward)}, [&] {
+        s.layer.forward(s.x, s.y, s.tape, exec);
+        if (backward) {
+          s.layer.backward(s.x, s.dy, s.dx, s.grads, s.tape, exec);
         }
-      })
-      ->UseRealTime()
-      ->Unit(benchmark::kMillisecond);
+      });
+    }
+  })->Unit(benchmark::kMillisecond);
 }
 
 template <class Element>

@@ -63,38 +63,35 @@ template <class MakeLayer>
 void add(const std::string& router, MakeLayer make_layer, bool is_soft, Index experts, Pass pass, const Exec& exec) {
   const bool backward = pass == Pass::forward_backward;
   const std::string name = backward ? "forward_backward" : pass == Pass::frozen ? "forward_frozen" : "forward";
-  benchmark::RegisterBenchmark((name + "/scaling-" + router + "/" + std::to_string(experts)).c_str(),
-                               [=](benchmark::State& state) {
-                                 const std::vector<Work> work = work_of(experts, is_soft, backward);
-                                 // Weights, and gradients or frozen weights.
-                                 const double needed = 2 * 12.0 * double(experts) * dim * hidden + 2e9;
-                                 if (double(sysconf(_SC_AVPHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)) < needed) {
-                                   state.SkipWithError("not enough memory");
-                                   return;
-                                 }
-                                 const auto layer = make_layer(experts);
-                                 layer->initialize(moxie::Rng(42));
-                                 Matrix<float> x(tokens, dim), y(tokens, dim), dy(tokens, dim), dx(tokens, dim);
-                                 moxie::Rng(43).fill_normal(moxie::RowView<float>(x));
-                                 moxie::Rng(44).fill_normal(moxie::RowView<float>(dy));
-                                 auto tape = layer->make_tape(tokens, backward ? Keep::activations : Keep::nothing);
-                                 const moxie::Tokens<float> in(x, length);
-                                 if (pass == Pass::frozen) {
-                                   const auto frozen = layer->freeze(exec);
-                                   moxie::bench::measure<float>(state, exec, work,
-                                                                [&] { layer->forward(frozen, in, y, tape, exec); });
-                                 } else if (backward) {
-                                   auto grads = layer->parameters().zeros_like();
-                                   moxie::bench::measure<float>(state, exec, work, [&] {
-                                     layer->forward(in, y, tape, exec);
-                                     layer->backward(in, dy, dx, grads, tape, exec);
-                                   });
-                                 } else {
-                                   moxie::bench::measure<float>(state, exec, work, [&] { layer->forward(in, y, tape, exec); });
-                                 }
-                               })
-      ->UseRealTime()
-      ->Unit(benchmark::kMillisecond);
+  benchmark::RegisterBenchmark((name + "/scaling-" + router + "/" + std::to_string(experts)).c_str(), [=](benchmark::State&
+                                                                                                              state) {
+    const std::vector<Work> work = work_of(experts, is_soft, backward);
+    // Weights, and gradients or frozen weights.
+    const double needed = 2 * 12.0 * double(experts) * dim * hidden + 2e9;
+    if (double(sysconf(_SC_AVPHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)) < needed) {
+      state.SkipWithError("not enough memory");
+      return;
+    }
+    const auto layer = make_layer(experts);
+    layer->initialize(moxie::Rng(42));
+    Matrix<float> x(tokens, dim), y(tokens, dim), dy(tokens, dim), dx(tokens, dim);
+    moxie::Rng(43).fill_normal(moxie::RowView<float>(x));
+    moxie::Rng(44).fill_normal(moxie::RowView<float>(dy));
+    auto tape = layer->make_tape(tokens, backward ? Keep::activations : Keep::nothing);
+    const moxie::Tokens<float> in(x, length);
+    if (pass == Pass::frozen) {
+      const auto frozen = layer->freeze(exec);
+      moxie::bench::measure<float>(state, exec, work, [&] { layer->forward(frozen, in, y, tape, exec); });
+    } else if (backward) {
+      auto grads = layer->parameters().zeros_like();
+      moxie::bench::measure<float>(state, exec, work, [&] {
+        layer->forward(in, y, tape, exec);
+        layer->backward(in, dy, dx, grads, tape, exec);
+      });
+    } else {
+      moxie::bench::measure<float>(state, exec, work, [&] { layer->forward(in, y, tape, exec); });
+    }
+  })->Unit(benchmark::kMillisecond);
 }
 
 const moxie::bench::Register registration([](const Exec& exec) {

@@ -54,7 +54,6 @@ void add(const Case& c, bool backward, const Exec& exec) {
         step();
         moxie::bench::measure<float>(state, exec, {work_of(c, backward)}, step);
       })
-      ->UseRealTime()
       ->Unit(benchmark::kMillisecond);
 }
 

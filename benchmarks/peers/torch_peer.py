@@ -86,7 +86,7 @@ def main():
         for which, step, factor in (("forward", forward, 6), ("forward_backward", forward_backward, 18)):
             seconds = median_seconds(step, options.seconds)
             gflops = factor * tokens * top_k * dim * hidden / seconds / 1e9
-            runs.append({"name": f"{which}/{name}/torch/real_time", "real_time": seconds * 1e3, "gflops": gflops})
+            runs.append({"name": f"{which}/{name}/torch", "real_time": seconds * 1e3, "gflops": gflops})
             print(f"{which}/{name}/torch: {seconds * 1e3:.2f} ms, {gflops:.0f} GFLOP/s")
     with open(options.out, "w", encoding="utf-8") as file:
         json.dump({"context": {"torch": torch.__version__, "threads": torch.get_num_threads()}, "benchmarks": runs}, file, indent=1)
