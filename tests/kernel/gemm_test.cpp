@@ -418,4 +418,41 @@ TEST_CASE("gemm: zeros beyond the depth of a pass do not hide a NaN, and none ap
   }
 }
 
+// Panels of 5 steps each, whose memory tiles ask for.
+std::vector<Index> taken(Index panels, Index tiles, Index lines) {
+  using Arch = kernel::DefaultArch;
+  constexpr Index cols = kernel::detail::Tile<float, Arch>::cols;
+  const moxie::Matrix<float> b = moxie::Matrix<float>::Zero(5, panels * cols);
+  const kernel::Product<float> product{.n = panels * cols, .k = 5, .b = kernel::plain<float>(b)};
+  kernel::detail::Lookahead<float, Arch> later;
+  later.add_panels(product, 0, panels, 0, 5);
+  std::vector<Index> all;
+  for (Index left = tiles; left > 0; --left) {
+    const kernel::detail::Run run = later.take(left, lines);
+    all.push_back(run.lines);
+    if (run.lines > 0) {  // in B
+      const auto* last = run.from + (run.lines - 1) * run.pitch;
+      CHECK(run.from >= reinterpret_cast<const std::byte*>(b.data()));
+      CHECK(last < reinterpret_cast<const std::byte*>(b.data() + b.size()));
+    }
+  }
+  return all;
+}
+
+TEST_CASE("gemm: the last tiles ask for what comes next, and the ends of runs are left out where tiles are few") {
+  CHECK(taken(1, 2, 5) == std::vector<Index>{5, 5});
+  CHECK(taken(1, 4, 5) == std::vector<Index>{0, 0, 5, 5});
+  CHECK(taken(1, 1, 9) == std::vector<Index>{5});
+  CHECK(taken(1, 2, 3) == std::vector<Index>{3, 3});     // two of each run are left out
+  CHECK(taken(1, 3, 3) == std::vector<Index>{3, 2, 3});  // of the last one
+  CHECK(taken(1, 4, 3) == std::vector<Index>{3, 2, 3, 2});
+  CHECK(taken(2, 4, 4) == std::vector<Index>{4, 4, 4, 4});
+  CHECK(taken(1, 3, 0) == std::vector<Index>{0, 0, 0});
+  const std::vector<Index> many = taken(20, 100, 5);  // of 40 runs it knows 32
+  CHECK(std::count(many.begin(), many.end(), 5) == 32);
+  CHECK(many.back() == 5);
+  CHECK(many[67] == 0);
+  CHECK(many[68] == 5);
+}
+
 }  // namespace

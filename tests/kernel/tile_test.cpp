@@ -47,7 +47,7 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
         Buffer<S> sums(T::size), from_packed(T::size);
         sums.assign(T::size, S(0.25));
         from_packed.assign(T::size, S(0.25));
-        const kernel::detail::Ahead ahead;
+        kernel::detail::Ahead ahead;
         multiply(depth, pointers.data(), Panel{panel.data()}, sums.data(), add, ahead);
         multiply_packed(depth, &start, Panel{panel.data()}, from_packed.data(), add, ahead);
         CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(rows * T::cols) * sizeof(S)) == 0);
@@ -67,33 +67,54 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
   }
 }
 
-TEST_CASE("tile: addresses ahead are asked for once, by line, as far as there is room") {
+TEST_CASE("tile: lines that will be written are as many as there is room for") {
   kernel::detail::Ahead ahead;
   const std::vector<float> memory(100'000);
-  CHECK(ahead.address(0) == &ahead);
+  CHECK(ahead.count() == 0);
+  CHECK(ahead.run().lines == 0);
   ahead.add(memory.data(), 33);  // three lines
-  ahead.settle();
-  CHECK(ahead.address(0) == memory.data());
-  CHECK(ahead.address(1) == memory.data() + 16);
-  CHECK(ahead.address(2) == memory.data() + 32);
-  CHECK(ahead.address(3) == &ahead);
-  ahead.clear();
-  ahead.settle();
-  CHECK(ahead.address(0) == &ahead);
-  ahead.add(memory.data(), 100'000);
-  ahead.settle();
-  CHECK(ahead.address(254) == memory.data() + 254 * 16);
-  CHECK(ahead.address(255) == &ahead);
-  CHECK(ahead.address(10'000) == &ahead);
-  CHECK(static_cast<const void*>(ahead.run().from) == &ahead);
-  CHECK(ahead.run().lines == 1);
-  const auto* bytes = reinterpret_cast<const std::byte*>(memory.data());
-  ahead.follow({bytes, 128, 7});
-  CHECK(ahead.run().from == bytes);
-  CHECK(ahead.run().pitch == 128);
+  ahead.add(memory.data() + 500, 1);
+  CHECK(ahead.count() == 4);
+  CHECK(ahead.line(0) == memory.data());
+  CHECK(ahead.line(1) == memory.data() + 16);
+  CHECK(ahead.line(2) == memory.data() + 32);
+  CHECK(ahead.line(3) == memory.data() + 500);
+  ahead.follow({reinterpret_cast<const std::byte*>(memory.data()), 128, 7});
   CHECK(ahead.run().lines == 7);
-  ahead.follow({bytes, 128, 0});
-  CHECK(static_cast<const void*>(ahead.run().from) == &ahead);
+  ahead.clear();
+  CHECK(ahead.count() == 0);
+  CHECK(ahead.run().lines == 0);
+  ahead.add(memory.data(), 100'000);
+  CHECK(ahead.count() == 256);
+  CHECK(ahead.line(255) == memory.data() + 255 * 16);
+}
+
+TEST_CASE_TEMPLATE("tile: asking for memory changes no bit", S, float, double) {
+  using Arch = kernel::DefaultArch;
+  using T = kernel::detail::Tile<S, Arch>;
+  using Panel = kernel::detail::Panel<S, S, Arch>;
+  for (const Index depth : {1, 5, 40, 41}) {
+    const Matrix<S> a = moxie::test::random<S>(T::rows, depth, 303);
+    const Matrix<S> b = moxie::test::random<S>(depth, T::cols, 304);
+    Buffer<S> panel(T::cols * depth), expected(T::size), sums(T::size);
+    std::copy_n(b.data(), b.size(), panel.data());
+    std::vector<const S*> rows;
+    for (Index i = 0; i < T::rows; ++i) {
+      rows.push_back(a.data() + i * depth);
+    }
+    const auto multiply = kernel::detail::tile_of<false, S, S, Arch, Panel>(T::rows);
+    kernel::detail::Ahead ahead;
+    multiply(depth, rows.data(), Panel{panel.data()}, expected.data(), false, ahead);
+    for (const Index written : {0, 1, 7, 100}) {
+      for (const Index lines : {0, 1, 9, 1000}) {
+        ahead.clear();
+        ahead.add(a.data(), written * Index{64 / sizeof(S)});
+        ahead.follow({reinterpret_cast<const std::byte*>(b.data()), 64, lines});
+        multiply(depth, rows.data(), Panel{panel.data()}, sums.data(), false, ahead);
+        CHECK(std::memcmp(sums.data(), expected.data(), std::size_t(T::size) * sizeof(S)) == 0);
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -209,11 +209,15 @@ struct Cut {
   }
 };
 
-/// Memory that is needed next, in runs, one for each tile on the way.
+/// Memory that is needed next, in runs, for which the tiles until then ask.
 template <class Scalar, class Arch>
 class Lookahead {
  public:
-  void clear() { count_ = 0; }
+  void clear() {
+    count_ = 0;
+    next_ = 0;
+    asked_ = 0;
+  }
   /// Panels [q, q + panels) of a product, steps [s0, s0 + steps): a run for each of their vectors.
   template <class P>
   void add_panels(const P& product, Index q, Index panels, Index s0, Index steps) {
@@ -229,13 +233,36 @@ class Lookahead {
       }
     }
   }
-  /// The run for the i-th tile from now on.
-  Run run(Index i) const { return i < count_ ? runs_[std::size_t(i)] : Run{}; }
+  /// What the first of so many tiles asks for, of up to so many lines. Tiles that are not needed for it ask for nothing, so
+  /// that what the last ones ask for is still there; where there are too few, the ends of runs are left out.
+  Run take(Index tiles, Index lines) {
+    if (asked_ > 0 && tiles < count_ - next_) {
+      ++next_;
+      asked_ = 0;
+    }
+    if (next_ == count_ || lines < 1) {
+      return {};
+    }
+    const Run& run = runs_[std::size_t(next_)];
+    const bool begun = next_ > 0 || asked_ > 0;
+    if (!begun && tiles > count_ * std::max(Index{1}, (run.lines + lines - 1) / lines)) {  // runs are about equal
+      return {};
+    }
+    const Run part{run.from + asked_ * run.pitch, run.pitch, std::min(lines, run.lines - asked_)};
+    asked_ += part.lines;
+    if (asked_ >= run.lines) {
+      ++next_;
+      asked_ = 0;
+    }
+    return part;
+  }
 
  private:
   static constexpr Index most = 32;
   std::array<Run, std::size_t(most)> runs_;
   Index count_ = 0;
+  Index next_ = 0;   // of the runs
+  Index asked_ = 0;  // lines of it
 };
 
 /// Memory of a thread that lasts from task to task: one large page, which the largest task fits, so that it is taken once.
@@ -343,8 +370,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
               finish.prefetch(ahead, product, i, row + r, col, panels.outputs());
             }
           }
-          ahead.settle();
-          ahead.follow(later.run((tiles - tile) * group - 1 - q));
+          ahead.follow(later.take((tiles - tile) * group - q, depth / elements - ahead.count()));
           const auto of = [&]<class PanelOf>(const PanelOf& b) {
             tile_of<Packed, Scalar, Element, Arch, PanelOf>(rows)(depth, a, b, sums, pass > 0, ahead);
           };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <moxie/kernel/element.hpp>
 #include <type_traits>
 #include <utility>
@@ -20,44 +21,36 @@ struct Tile {
   static constexpr Index size = rows * cols;
 };
 
-/// Lines of memory at equal distances, one for each step of a tile, in bytes.
+/// Lines of memory at equal distances, in bytes.
 struct Run {
   const std::byte* from = nullptr;
   std::ptrdiff_t pitch = 0;
   Index lines = 0;
 };
 
-/// Memory that is needed soon: in each of a tile's steps, an address from a list, then one of a run.
+/// Memory that is needed soon, for which a tile asks on its way, a line a step: first lines that will be written, then a run.
 class Ahead {
  public:
-  Ahead() {
-    addresses_.fill(this);
-    follow({});
+  void clear() {
+    count_ = 0;
+    run_ = {};
   }
-
-  void clear() { next_ = 0; }
   /// The lines of n elements at p, as many as there is room for.
   template <class Scalar>
   void add(const Scalar* p, Index n) {
-    for (Index j = 0; j < n && next_ < last; j += Index{64 / sizeof(Scalar)}) {
-      addresses_[next_++] = p + j;
+    for (Index j = 0; j < n && count_ < most; j += Index{64 / sizeof(Scalar)}) {
+      lines_[std::size_t(count_++)] = p + j;
     }
   }
-  /// An empty run is replaced by something that is near.
-  void follow(const Run& run) { run_ = run.lines > 0 ? run : Run{reinterpret_cast<const std::byte*>(this), 0, 1}; }
-  /// Before a tile: what older tiles asked for is not asked for again.
-  void settle() {
-    std::fill(addresses_.begin() + std::ptrdiff_t(next_), addresses_.begin() + std::ptrdiff_t(std::max(next_, used_)), this);
-    used_ = next_;
-  }
-  const void* address(Index step) const { return addresses_[std::min(std::size_t(step), last)]; }
+  void follow(const Run& run) { run_ = run; }
+  Index count() const { return count_; }
+  const void* line(Index i) const { return lines_[std::size_t(i)]; }
   const Run& run() const { return run_; }
 
  private:
-  static constexpr std::size_t last = 255;
-  std::array<const void*, last + 1> addresses_;
-  std::size_t next_ = 0;
-  std::size_t used_ = 0;
+  static constexpr Index most = 256;
+  std::array<const void*, std::size_t(most)> lines_;
+  Index count_ = 0;
   Run run_;
 };
 
@@ -107,7 +100,6 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, S
   }
   const Index steps = (depth + elements - 1) / elements;
   const Index whole = Packed ? steps : depth / elements;
-  const Run run = ahead.run();
   const auto multiply = [&](Index p, Index left) {
     const auto panel = b.load(p);
 #pragma GCC unroll 16
@@ -117,17 +109,27 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, S
       sum[i][1] = S::add(x, panel[1], sum[i][1]);
     }
   };
+  // Two steps at once: twelve pointers are more than the registers hold, and are then reloaded half as often. Each kind of
+  // asking has a loop of its own: what little it computes would take turns with the multiply-adds.
   Index p = 0;
-  // Two steps at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
   constexpr Index together = 2;
-  for (; p + together <= whole; p += together) {
+  const auto multiply_to = [&](Index end, auto&& ask) {
+    for (; p + together <= end; p += together) {
 #pragma GCC unroll 2
-    for (Index u = 0; u < together; ++u) {
-      __builtin_prefetch(ahead.address(p + u), 1, 3);
-      __builtin_prefetch(run.from + std::min(p + u, run.lines - 1) * run.pitch, 0, 2);
-      multiply(p + u, elements);
+      for (Index u = 0; u < together; ++u) {
+        ask(p + u);
+        multiply(p + u, elements);
+      }
     }
-  }
+  };
+  multiply_to(std::min(whole, ahead.count()), [&](Index step) { __builtin_prefetch(ahead.line(step), 1, 3); });
+  const Run run = ahead.run();
+  auto line = reinterpret_cast<std::uintptr_t>(run.from);
+  multiply_to(std::min(whole, p + run.lines), [&](Index /*step*/) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+    line += std::uintptr_t(run.pitch);
+  });
+  multiply_to(whole, [](Index /*step*/) {});
   for (; p < steps; ++p) {
     multiply(p, depth - p * elements);
   }
