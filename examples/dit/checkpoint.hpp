@@ -24,7 +24,9 @@ using moxie::SafetensorsError;
 using moxie::SafetensorsFile;
 
 /// Of the configuration in a checkpoint's metadata.
-inline constexpr const char* format_name = "moxie dit 3";
+inline constexpr const char* format_name = "moxie dit 4";
+/// In which `expert` said "swiglu" of soft and dense ones too, whose experts were GELU perceptrons.
+inline constexpr const char* older_format_name = "moxie dit 3";
 
 namespace detail {
 
@@ -306,7 +308,9 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
   if (text == file.metadata().end()) {
     return inferred_config(file, options);
   }
-  if (const auto format = file.metadata().find("format"); format == file.metadata().end() || format->second != format_name) {
+  const auto format = file.metadata().find("format");
+  const bool older = format != file.metadata().end() && format->second == older_format_name;
+  if (format == file.metadata().end() || (format->second != format_name && !older)) {
     detail::fail(file, "is of another version of this program: its format is not '" + std::string(format_name) + "'");
   }
   try {
@@ -317,6 +321,9 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
         detail::fail(file, "its configuration has a " + moxie::detail::printable(change["path"].get<std::string>()) +
                                " that is not understood");
       }
+    }
+    if (older && (config.feed_forward == "soft" || config.feed_forward == "dense")) {
+      config.expert.clear();
     }
     detail::check_sizes(file, config);
     const auto expect = [&](bool same, const std::string& what) {

@@ -19,6 +19,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(AdamWConfig, rate, beta1, beta2,
 /// How a model is trained, whatever it is.
 struct Recipe {
   double balance = 0.01;               ///< weight of the balance loss
+  double bias_rate = 0;                ///< of the loss-free selection bias (shared, top-k); 0: there is none
   double prior = 1;                    ///< weight of Switch-DiT's prior loss
   std::string times = "logit-normal";  ///< of rectified flow: or uniform
   bool stratified = false;             ///< a batch's times are spread evenly
@@ -28,8 +29,8 @@ struct Recipe {
   AdamWConfig optimizer = {};
   std::uint64_t seed = 1;
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Recipe, balance, prior, times, stratified, batch, micro_batch, label_dropout,
-                                                optimizer, seed)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Recipe, balance, bias_rate, prior, times, stratified, batch, micro_batch,
+                                                label_dropout, optimizer, seed)
 
 /// Everything that decides what a run computes. It is stored in the checkpoint, and a run that goes on must agree with it.
 struct TrainingConfig {
@@ -37,20 +38,28 @@ struct TrainingConfig {
   std::string feed_forward = "shared";  ///< shared, top-k, expert-choice, soft or dense
   Index experts = 8;
   Index top_k = 2;
-  Index hidden_dim = 128;           ///< of an expert
-  Index shared_hidden_dim = 256;    ///< of the shared experts
-  std::string expert = "swiglu";    ///< of top-k: or gelu, the perceptron of a dense DiT
-  bool normalize = false;           ///< the weights of a token's experts sum to 1 (shared, top-k)
-  Index slots_per_expert = 1;       ///< soft
-  double capacity_factor = 2;       ///< expert-choice: experts that a token has on average
-  std::string process = "flow";     ///< or ddpm
-  std::string schedule = "linear";  ///< of DDPM: or cosine
+  Index hidden_dim = 128;            ///< of an expert
+  Index shared_hidden_dim = 256;     ///< of the shared experts
+  std::string expert = {};           ///< swiglu or gelu; by default as the papers: gelu for soft and dense, else swiglu
+  bool normalize = false;            ///< the weights of a token's experts sum to 1 (shared, top-k)
+  std::string score = "softmax";     ///< of a logit: or sigmoid (shared, top-k)
+  double token_capacity = 0;         ///< room of an expert, in even shares of an image's tokens; 0: no limit (shared, top-k)
+  bool batch_priority = false;       ///< where there is no room for all, the tokens of larger weight come first
+  Index slots_per_expert = 1;        ///< soft
+  std::string dispatch = "learned";  ///< of soft, what slots take of tokens: or uniform
+  std::string combine = "learned";   ///< of soft, what tokens get of slots: or uniform
+  double capacity_factor = 2;        ///< expert-choice: experts that a token has on average
+  Index mixture_from = 0;            ///< blocks from here on have experts; those before one, as wide as K (shared, top-k)
+  Index mixture_to = 0;              ///< and so have those from here on; 0: none
+  std::string process = "flow";      ///< or ddpm
+  std::string schedule = "linear";   ///< of DDPM: or cosine
   Index diffusion_steps = 1000;
   Recipe recipe = {};
   bool latents = false;  ///< images are not pixels in [-1,1]: they are neither clamped nor drawn
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(TrainingConfig, model, feed_forward, experts, top_k, hidden_dim,
-                                                shared_hidden_dim, expert, normalize, slots_per_expert, capacity_factor,
+                                                shared_hidden_dim, expert, normalize, score, token_capacity, batch_priority,
+                                                slots_per_expert, dispatch, combine, capacity_factor, mixture_from, mixture_to,
                                                 process, schedule, diffusion_steps, recipe, latents)
 
 /// What a configuration's images become noise by. Throws ValueError for names that there are not.
@@ -77,6 +86,17 @@ inline ModelConfig shape_of(const TrainingConfig& c) {
   return shape;
 }
 
+/// Whether experts are GELU perceptrons, not SwiGLU. Throws ValueError.
+inline bool has_gelu_experts(const TrainingConfig& c) {
+  const bool gelu_by_default = c.feed_forward == "soft" || c.feed_forward == "dense";
+  moxie::detail::expect_value(c.expert.empty() || c.expert == "swiglu" || c.expert == "gelu", "TrainingConfig",
+                              "expert is swiglu or gelu");
+  const bool gelu = c.expert == "gelu" || (c.expert.empty() && gelu_by_default);
+  moxie::detail::expect_value(!gelu || gelu_by_default || c.feed_forward == "top-k", "TrainingConfig",
+                              "expert is gelu for top-k, soft and dense alone");
+  return gelu;
+}
+
 /// The feed-forward that a configuration asks for, handed to `f` with the name that its tensors have in a block. With another
 /// `Element`, experts hold and multiply such numbers; only SwiGLU experts can. Throws ValueError.
 template <class Element = float, class F>
@@ -84,29 +104,37 @@ auto with_layer(const TrainingConfig& c, F&& f) {
   using SwiGlu = moxie::SwiGluExperts<float, Element>;
   const Index dim = c.model.dim;
   const auto balance = moxie::Balance{.expert_level = c.recipe.balance};
-  moxie::detail::expect_value(c.expert == "swiglu" || (c.expert == "gelu" && c.feed_forward == "top-k"), "TrainingConfig",
-                              "expert is swiglu, or gelu for top-k");
+  const bool gelu = has_gelu_experts(c);
+  const auto mixing = [](const std::string& name) {
+    moxie::detail::expect_value(name == "learned" || name == "uniform", "TrainingConfig", "mixing is learned or uniform");
+    return name == "learned" ? moxie::Mixing::learned : moxie::Mixing::uniform;
+  };
+  moxie::detail::expect_value(c.score == "softmax" || c.score == "sigmoid", "TrainingConfig", "score is softmax or sigmoid");
+  // Those of the router, which shared and top-k have in common.
+  const auto routed = [&]<class Config>(Config config) {
+    config.model_dim = dim;
+    config.experts = c.experts;
+    config.top_k = c.top_k;
+    config.expert.hidden_dim = c.hidden_dim;
+    config.normalize = c.normalize;
+    config.balance = balance;
+    config.score = c.score == "softmax" ? moxie::Score::softmax : moxie::Score::sigmoid;
+    config.selection_bias = c.recipe.bias_rate > 0;
+    config.capacity = {.factor = c.token_capacity,
+                       .priority = c.batch_priority ? moxie::Priority::weight : moxie::Priority::order};
+    return config;
+  };
   const auto top_k = [&]<class Experts>(std::type_identity<Experts>) {
-    return f(moxie::TopKMoE<float, Experts>({.model_dim = dim,
-                                             .experts = c.experts,
-                                             .top_k = c.top_k,
-                                             .expert = {.hidden_dim = c.hidden_dim},
-                                             .normalize = c.normalize,
-                                             .balance = balance}),
-             "moe.");
+    using Layer = moxie::TopKMoE<float, Experts>;
+    return f(Layer(routed(typename Layer::Config{})), "moe.");
   };
   if (c.feed_forward == "shared") {
     using Layer = moxie::SharedExpertMoE<float, SwiGlu>;
-    const Layer layer({.model_dim = dim,
-                       .experts = c.experts,
-                       .top_k = c.top_k,
-                       .expert = {.hidden_dim = c.hidden_dim},
-                       .shared = {.hidden_dim = c.shared_hidden_dim},
-                       .normalize = c.normalize,
-                       .balance = balance});
-    return f(layer, "moe.");
+    auto config = routed(typename Layer::Config{});
+    config.shared.hidden_dim = c.shared_hidden_dim;
+    return f(Layer(config), "moe.");
   }
-  if (c.feed_forward == "top-k" && c.expert == "swiglu") {
+  if (c.feed_forward == "top-k" && !gelu) {
     return top_k(std::type_identity<SwiGlu>());
   }
   if (c.feed_forward == "expert-choice") {
@@ -120,26 +148,63 @@ auto with_layer(const TrainingConfig& c, F&& f) {
     if (c.feed_forward == "top-k") {
       return top_k(std::type_identity<moxie::GeluTanhExperts<float>>());
     }
-    if (c.feed_forward == "soft") {
-      return f(moxie::SoftMoE<float>({.model_dim = dim,
-                                      .experts = c.experts,
-                                      .slots_per_expert = c.slots_per_expert,
-                                      .expert = {.hidden_dim = c.hidden_dim}}),
-               "moe.");
-    }
-    moxie::detail::expect_value(c.feed_forward == "dense", "TrainingConfig",
-                                "feed_forward is shared, top-k, expert-choice, soft or dense");
-    return f(DenseFeedForward<float>({.model_dim = dim, .hidden_dim = c.hidden_dim}), "");
+    const auto of = [&]<class Experts>(std::type_identity<Experts>) {
+      if (c.feed_forward == "soft") {
+        return f(moxie::SoftMoE<float, Experts>({.model_dim = dim,
+                                                 .experts = c.experts,
+                                                 .slots_per_expert = c.slots_per_expert,
+                                                 .expert = {.hidden_dim = c.hidden_dim},
+                                                 .dispatch = mixing(c.dispatch),
+                                                 .combine = mixing(c.combine)}),
+                 "moe.");
+      }
+      moxie::detail::expect_value(c.feed_forward == "dense", "TrainingConfig",
+                                  "feed_forward is shared, top-k, expert-choice, soft or dense");
+      return f(DenseFeedForward<float, Experts>({.model_dim = dim, .hidden_dim = c.hidden_dim}), "");
+    };
+    return gelu ? of(std::type_identity<moxie::GeluTanhExperts<float>>()) : of(std::type_identity<SwiGlu>());
   } else {
     throw moxie::ValueError("TrainingConfig: only SwiGLU experts hold numbers of another kind than float");
   }
 }
 
+/// The configuration of a block: the whole one's, or that of a block of one expert, which every token passes.
+inline TrainingConfig config_of_block(const TrainingConfig& c, Index block) {
+  const Index end = c.mixture_to == 0 ? c.model.depth : c.mixture_to;
+  moxie::detail::expect_value(0 <= c.mixture_from && c.mixture_from < end && end <= c.model.depth, "TrainingConfig",
+                              "the blocks with experts, from " + std::to_string(c.mixture_from) + " to " + std::to_string(end) +
+                                  ", are not of " + std::to_string(c.model.depth));
+  if (c.mixture_from <= block && block < end) {
+    return c;
+  }
+  moxie::detail::expect_value(c.feed_forward == "shared" || c.feed_forward == "top-k", "TrainingConfig",
+                              "only top-k and shared can leave blocks without experts");
+  TrainingConfig one = c;
+  one.experts = 1;
+  one.top_k = 1;
+  one.hidden_dim = c.top_k * c.hidden_dim;
+  one.score = "softmax";
+  one.normalize = false;
+  one.token_capacity = 0;
+  one.recipe.balance = 0;
+  one.recipe.bias_rate = 0;
+  return one;
+}
+
 /// The model that a configuration asks for, handed to `f`: its type depends on the feed-forward. Throws ValueError.
 template <class F>
 auto with_model(const TrainingConfig& c, F&& f) {
-  return with_layer(c, [&](const auto& layer, const char* name) {
-    return f(Model<std::decay_t<decltype(layer)>>(shape_of(c), layer, name));
+  return with_layer(c, [&]<class Layer>(const Layer& /*layer*/, const char* name) {
+    c.model.validate();
+    std::vector<Layer> layers;
+    for (Index block = 0; block < c.model.depth; ++block) {
+      with_layer(config_of_block(c, block), [&](const auto& of_block, const char* /*name*/) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(of_block)>, Layer>) {
+          layers.push_back(of_block);
+        }
+      });
+    }
+    return f(Model<Layer>(shape_of(c), layers, name));
   });
 }
 

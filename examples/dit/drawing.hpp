@@ -53,8 +53,12 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
             << sampler.config().guidance << "\n";
   drawing.images.resize(total, shape.image_dim());
   if constexpr (routes<AnyModel>) {
+    Index experts = 0;
+    for (Index block = 0; block < shape.depth; ++block) {
+      experts = std::max(experts, model.feed_forward(block).router().experts());
+    }
     drawing.counts.emplace(RoutingCounts::Shape{.layers = shape.depth,
-                                                .experts = model.feed_forward().router().experts(),
+                                                .experts = experts,
                                                 .classes = shape.classes,
                                                 .positions = shape.tokens(),
                                                 .bins = options.bins});
@@ -73,7 +77,10 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
           if constexpr (routes<AnyModel>) {
             const Index bin = std::min(Index(std::ceil(way * double(options.bins) - 1e-9)) - 1, options.bins - 1);
             for (Index layer = 0; layer < shape.depth; ++layer) {
-              drawing.counts->add(layer, std::max(bin, Index{0}), tape.blocks[std::size_t(layer)].feed_forward.plan(), part);
+              const auto& plan = tape.blocks[std::size_t(layer)].feed_forward.plan();
+              if (plan.experts() == drawing.counts->shape().experts) {  // others have one, and nothing to choose
+                drawing.counts->add(layer, std::max(bin, Index{0}), plan, part);
+              }
             }
           }
         });

@@ -57,7 +57,7 @@ class FrozenModel {
   }
 
   const ModelConfig& config() const { return model_.config(); }
-  const FrozenFeedForward<Layer>& feed_forward() const { return model_.feed_forward(); }
+  const FrozenFeedForward<Layer>& feed_forward(Index block = 0) const { return model_.feed_forward(block); }
   Index parameter_count() const {
     return model_.layout().parameter_count() + config().depth * feed_forward().layer().layout().parameter_count();
   }

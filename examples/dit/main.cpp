@@ -42,10 +42,11 @@ void expect_no_idle_options(const CLI::App& train, const dit::TrainingConfig& co
   expect(config.process == "ddpm", {"--schedule", "--diffusion-steps"});
   expect(config.process == "flow", {"--times"});
   expect(!is("dense"), {"--experts"});
-  expect(is("shared") || is("top-k"), {"--top-k", "--normalize", "--balance"});
+  expect(is("shared") || is("top-k"), {"--top-k", "--normalize", "--balance", "--score", "--bias-rate", "--token-capacity"});
+  expect(config.token_capacity > 0, {"--batch-priority"});
   expect(is("shared"), {"--shared-hidden-dim"});
-  expect(is("top-k"), {"--expert"});
-  expect(is("soft"), {"--slots-per-expert"});
+  expect(is("top-k") || is("soft") || is("dense"), {"--expert"});
+  expect(is("soft"), {"--slots-per-expert", "--dispatch", "--combine"});
   expect(is("expert-choice"), {"--capacity-factor"});
   expect(config.model.switch_experts > 0, {"--switch-top-k", "--prior"});
 }
@@ -209,11 +210,22 @@ int main(int argc, char** argv) {
   train_command->add_option("--top-k", config.top_k)->capture_default_str();
   train_command->add_option("--hidden-dim", config.hidden_dim, "of an expert")->capture_default_str();
   train_command->add_option("--shared-hidden-dim", config.shared_hidden_dim, "of the shared experts")->capture_default_str();
-  train_command->add_option("--expert", config.expert, "of top-k")
-      ->capture_default_str()
+  train_command->add_option("--expert", config.expert, "of top-k, soft and dense; by default gelu for soft and dense")
       ->check(CLI::IsMember({"swiglu", "gelu"}));
   train_command->add_flag("--normalize", config.normalize, "the weights of a token's experts sum to 1");
+  train_command->add_option("--score", config.score, "of a logit, by which experts are chosen (shared, top-k)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"softmax", "sigmoid"}));
+  train_command
+      ->add_option("--token-capacity", config.token_capacity,
+                   "room of an expert, in even shares of an image's tokens; 0: no token is dropped (shared, top-k)")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber & finite);
+  train_command->add_flag("--batch-priority", config.batch_priority, "tokens of larger weight get the room first (V-MoE)");
   train_command->add_option("--slots-per-expert", config.slots_per_expert, "soft")->capture_default_str();
+  for (const auto& [name, value] : {std::pair{"--dispatch", &config.dispatch}, std::pair{"--combine", &config.combine}}) {
+    train_command->add_option(name, *value, "soft")->capture_default_str()->check(CLI::IsMember({"learned", "uniform"}));
+  }
   train_command->add_option("--capacity-factor", config.capacity_factor, "expert-choice: experts of a token, on average")
       ->capture_default_str()
       ->check(CLI::PositiveNumber & finite);
@@ -227,6 +239,11 @@ int main(int argc, char** argv) {
   train_command->add_option("--balance", config.recipe.balance, "weight of the balance loss")
       ->capture_default_str()
       ->check(finite);
+  train_command
+      ->add_option("--bias-rate", config.recipe.bias_rate,
+                   "of the selection bias, which balances without a loss (DeepSeek-V3: 0.001, with --balance 0); 0: none")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber & finite);
   train_command->add_option("--batch", config.recipe.batch)->capture_default_str()->check(CLI::PositiveNumber);
   train_command->add_option("--micro-batch", config.recipe.micro_batch, "images of a batch that are computed at once; 0: all")
       ->capture_default_str()
@@ -247,9 +264,29 @@ int main(int argc, char** argv) {
   train_command->add_option("--warm-up", config.recipe.optimizer.warm_up, "steps")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  for (const char* shape : {"--model", "--feed-forward", "--dim", "--depth", "--patch", "--qk-norm", "--experts",
-                            "--hidden-dim", "--shared-hidden-dim", "--expert", "--normalize", "--slots-per-expert",
-                            "--capacity-factor", "--switch-experts", "--learn-sigma", "--schedule", "--diffusion-steps"}) {
+  for (const char* shape : {"--model",
+                            "--feed-forward",
+                            "--dim",
+                            "--depth",
+                            "--patch",
+                            "--qk-norm",
+                            "--experts",
+                            "--hidden-dim",
+                            "--shared-hidden-dim",
+                            "--expert",
+                            "--normalize",
+                            "--score",
+                            "--bias-rate",
+                            "--token-capacity",
+                            "--batch-priority",
+                            "--slots-per-expert",
+                            "--dispatch",
+                            "--combine",
+                            "--capacity-factor",
+                            "--switch-experts",
+                            "--learn-sigma",
+                            "--schedule",
+                            "--diffusion-steps"}) {
     train_command->get_option("--start-from")->excludes(train_command->get_option(shape));
   }
   zoo_command->get_option("--bf16")->needs(zoo_command->get_option("--measure"));

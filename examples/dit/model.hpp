@@ -9,8 +9,9 @@
 
 namespace dit {
 
-/// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one GELU MLP that every token passes.
-template <class S>
+/// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one expert, the reference's a GELU MLP,
+/// that every token passes.
+template <class S, class Experts = moxie::GeluTanhExperts<S>>
 class DenseFeedForward {
  public:
   using Scalar = S;
@@ -33,7 +34,7 @@ class DenseFeedForward {
       : bank_(1, config.model_dim, {.hidden_dim = config.hidden_dim}, moxie::BankNames{"mlp", false}) {}
 
   const Layout& layout() const { return bank_.layout(); }
-  const moxie::GeluTanhExperts<S>& experts() const { return bank_; }
+  const Experts& experts() const { return bank_; }
   /// `Keep::nothing`, or everything.
   Tape make_tape(Index /*max_tokens*/ = 0, moxie::Keep keep = moxie::Keep::activations) const {
     Tape tape;
@@ -57,7 +58,7 @@ class DenseFeedForward {
   }
 
  private:
-  moxie::GeluTanhExperts<S> bank_;
+  Experts bank_;
 };
 
 /// The shape of a diffusion transformer.
@@ -156,8 +157,11 @@ class Model {
 
   /// `name` is what the tensors of the feed-forward are called in a block: "moe." in DiT-MoE.
   Model(const ModelConfig& config, const FeedForward& feed_forward, const std::string& name)
+      : Model(config, std::vector<FeedForward>(std::size_t(std::max<Index>(config.depth, 0)), feed_forward), name) {}
+  /// With a feed-forward for each block. Throws ValueError if there are not as many.
+  Model(const ModelConfig& config, const std::vector<FeedForward>& feed_forwards, const std::string& name)
       : config_((config.validate(), config)),
-        feed_forward_(feed_forward),
+        feed_forwards_(feed_forwards),
         patch_embedding_(layout_, "x_embedder.proj", {config.dim, config.channels, config.patch, config.patch}, config.dim),
         time1_(layout_, "t_embedder.mlp.0", 256, config.dim),
         time2_(layout_, "t_embedder.mlp.2", config.dim, config.dim),
@@ -166,6 +170,7 @@ class Model {
         final_linear_(layout_, "final_layer.linear", config.dim, config.patch_output_dim()),
         final_modulation_(layout_, "final_layer.adaLN_modulation.1", config.dim, 2 * config.dim),
         position_(position_embedding<S>(config.grid(), config.dim)) {
+    moxie::detail::expect_value(Index(feed_forwards.size()) == config.depth, "Model", "one feed-forward a block expected");
     if (config.switch_experts > 0) {
       switch_.emplace(moxie::TimestepMoEConfig<moxie::LinearConfig>{.model_dim = config.dim,
                                                                     .condition_dim = config.dim,
@@ -181,11 +186,11 @@ class Model {
 
   const ModelConfig& config() const { return config_; }
   const Layout& layout() const { return layout_; }
-  const FeedForward& feed_forward() const { return feed_forward_; }
+  const FeedForward& feed_forward(Index block = 0) const { return feed_forwards_[std::size_t(block)]; }
   /// Its part of the parameters in a block.
   template <class T>
   ParameterView<T> feed_forward_part(ParameterView<T> p, Index block) const {
-    return p.block(blocks_[std::size_t(block)].feed_forward, feed_forward_.layout());
+    return p.block(blocks_[std::size_t(block)].feed_forward, feed_forward(block).layout());
   }
 
   void initialize(ParameterView<S> p, const Rng& rng) const {
@@ -196,7 +201,7 @@ class Model {
     rng.split(std::uint64_t(labels_)).fill_normal(p[labels_], 0.02);
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       blocks_[i].attention.initialize(p, rng);
-      feed_forward_.initialize(p.block(blocks_[i].feed_forward, feed_forward_.layout()), rng.split(1000 + i));
+      feed_forwards_[i].initialize(feed_forward_part(p, Index(i)), rng.split(1000 + i));
       if (switch_) {
         const ParameterView<S> gated = p.block(blocks_[i].gated, switch_->layout());
         switch_->initialize(gated, rng.split(2000 + i));
@@ -245,8 +250,8 @@ class Model {
   Tape make_tape(moxie::Keep keep = moxie::Keep::activations) const {
     Tape tape;
     tape.blocks.resize(blocks_.size());
-    for (BlockTape& block : tape.blocks) {
-      block.feed_forward = feed_forward_.make_tape(0, keep);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      tape.blocks[i].feed_forward = feed_forwards_[i].make_tape(0, keep);
     }
     return tape;
   }
@@ -371,6 +376,7 @@ class Model {
     SelfAttention<S> attention;
     Index feed_forward;  // offset of its part of the block of parameters
     Linear<S> modulation;
+    Index number;     // of the block
     Index gated = 0;  // offset of Switch-DiT's part
   };
 
@@ -380,8 +386,8 @@ class Model {
       const std::string name = "blocks." + std::to_string(i) + ".";
       blocks.push_back(
           {SelfAttention<S>(layout_, name + "attn.", config_.dim, config_.heads, config_.tokens(), config_.qk_norm),
-           layout_.add_part(name + feed_forward_name, feed_forward_.layout()),
-           Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim)});
+           layout_.add_part(name + feed_forward_name, feed_forward(i).layout()),
+           Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim), i});
     }
     return blocks;
   }
@@ -420,8 +426,8 @@ class Model {
     block.attention.forward(p, h1, projected, tape.attention, workspace, exec);
     add_gated<S>(x, columns(m, 2), projected, middle, exec);
     norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, exec);
-    feed_forward_.forward(p.block(block.feed_forward, feed_forward_.layout()), sequences(h2), mixed, tape.feed_forward,
-                          workspace, exec);
+    feed_forward(block.number)
+        .forward(feed_forward_part(p, block.number), sequences(h2), mixed, tape.feed_forward, workspace, exec);
     add_gated<S>(middle, columns(m, 5), mixed, out, exec);
     return out;
   }
@@ -501,8 +507,9 @@ class Model {
     const RowView<S> dh = workspace.matrix<S>(rows, dim);
 
     add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
-    feed_forward_.backward(p.block(block.feed_forward, feed_forward_.layout()), sequences(tape.h2.view(rows, dim)), df, dh,
-                           grads.block(block.feed_forward, feed_forward_.layout()), tape.feed_forward, workspace, exec);
+    feed_forward(block.number)
+        .backward(feed_forward_part(p, block.number), sequences(tape.h2.view(rows, dim)), df, dh,
+                  feed_forward_part(grads, block.number), tape.feed_forward, workspace, exec);
     norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, exec);
 
     add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);
@@ -542,7 +549,7 @@ class Model {
   }
 
   ModelConfig config_;
-  FeedForward feed_forward_;
+  std::vector<FeedForward> feed_forwards_;
   Layout layout_;
   Linear<S> patch_embedding_;
   Linear<S> time1_;

@@ -87,6 +87,7 @@ class Training {
   const StepReport& step(const Exec& exec) {
     StepReport report = compute(exec);
     report.gradient_norm = float(optimizer_.step(weights_, grads_, exec));
+    update_selection_biases();
     history_.push_back(report);
     return history_.back();
   }
@@ -107,6 +108,7 @@ class Training {
     dv_.resize(part, model_.config().output_dim());
     set_zero(grads_, exec);
     model_.match_prior(weights_, tape_, exec);
+    chosen_.assign(tape_.blocks.size(), {});
     StepReport report{};
     for (Index first = 0; first < recipe.batch; first += part) {
       const auto range = [&](const auto& all) { return std::decay_t<decltype(all)>(&all[0] + first, &all[0] + first + part); };
@@ -118,6 +120,7 @@ class Training {
       report.loss += float(loss) / parts;
       report.balance_loss += float(tape_.balance_loss()) / parts;
       report.max_load += max_load() / parts;
+      count_choices();
     }
     if (parts > 1) {
       scale(grads_, 1 / parts, exec);
@@ -200,6 +203,31 @@ class Training {
     return recipe.micro_batch == 0 ? recipe.batch : recipe.micro_batch;
   }
 
+  static constexpr const char* selection_bias = "gate.e_score_correction_bias";
+  bool has_selection_bias(std::size_t block) const {
+    return config_.recipe.bias_rate > 0 && model_.feed_forward(Index(block)).layout().find(selection_bias) >= 0;
+  }
+  // How often each expert of each block was chosen, in this batch.
+  void count_choices() {
+    if constexpr (requires { tape_.blocks[0].feed_forward.router().times_chosen(); }) {
+      for (std::size_t block = 0; block < chosen_.size(); ++block) {
+        if (has_selection_bias(block)) {
+          const std::vector<std::int64_t> counts = tape_.blocks[block].feed_forward.router().times_chosen();
+          chosen_[block].resize(counts.size());
+          std::transform(counts.begin(), counts.end(), chosen_[block].begin(), chosen_[block].begin(), std::plus<>());
+        }
+      }
+    }
+  }
+  void update_selection_biases() {
+    for (std::size_t block = 0; block < chosen_.size(); ++block) {
+      if (has_selection_bias(block)) {
+        moxie::update_selection_bias(model_.feed_forward_part(weights_.view(), Index(block))[selection_bias],
+                                     std::span<const std::int64_t>(chosen_[block]), config_.recipe.bias_rate);
+      }
+    }
+  }
+
   float max_load() const {
     if constexpr (requires { tape_.blocks[0].feed_forward.statistics(); }) {
       double sum = 0;
@@ -222,6 +250,7 @@ class Training {
   std::vector<StepReport> history_;
   typename AnyModel::Tape tape_;
   Batch<float> batch_;
+  std::vector<std::vector<std::int64_t>> chosen_;  // of each block, where a bias balances the load
   Matrix<float> v_;
   Matrix<float> dv_;
 };

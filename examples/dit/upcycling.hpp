@@ -15,15 +15,15 @@ struct UpcyclingOptions {
   std::uint64_t seed = 1;
 };
 
-/// The configuration of the mixture that a model becomes: a dense DiT one with GELU experts and no shared ones; a DiT-MoE of
-/// one expert, DiT-MoE's script's "dense" model, one with more. Throws ValueError for other models.
+/// The configuration of the mixture that a model becomes: a dense DiT one with its kind of experts and no shared ones; a
+/// DiT-MoE of one expert, DiT-MoE's script's "dense" model, one with more. Throws ValueError for other models.
 inline TrainingConfig upcycled_config(TrainingConfig c, const UpcyclingOptions& options) {
   const bool dense = c.feed_forward == "dense";
   moxie::detail::expect_value(dense || ((c.feed_forward == "shared" || c.feed_forward == "top-k") && c.experts == 1), "upcycle",
                               "the model must be dense, or have one expert");
   if (dense) {
+    c.expert = has_gelu_experts(c) ? "gelu" : "swiglu";
     c.feed_forward = "top-k";
-    c.expert = "gelu";
   }
   c.experts = options.experts;
   c.top_k = options.top_k;

@@ -6,7 +6,7 @@
 #include <charconv>
 #include <cstdint>
 #include <cstdio>
-#include <dit/model.hpp>
+#include <dit/cost.hpp>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -114,46 +114,23 @@ void apply(const NamedModel& m, Config& config) {
   }
 }
 
-/// What gradients train: the parameters of `Model`'s layout.
-inline std::int64_t trainable_parameters(const NamedModel& m) {
-  const auto linear = [](std::int64_t in, std::int64_t out) { return (in + 1) * out; };
-  const ModelConfig& c = m.model;
-  const std::int64_t dim = c.dim;
-  const std::int64_t feed_forward = m.dense() ? linear(dim, m.hidden_dim) + linear(m.hidden_dim, dim)
-                                              : m.experts * dim + 3 * dim * (m.experts * m.hidden_dim + m.shared_hidden_dim);
-  const std::int64_t head_norms = c.qk_norm ? 4 * (dim / c.heads) : 0;
-  const std::int64_t block = linear(dim, 6 * dim) + linear(dim, 3 * dim) + head_norms + linear(dim, dim) + feed_forward;
-  return linear(c.patch_dim(), dim) + linear(256, dim) + linear(dim, dim) + (c.classes + 1) * dim + c.depth * block +
-         linear(dim, 2 * dim) + linear(dim, c.patch_output_dim());
+/// What a named model costs.
+inline Cost cost_of(const NamedModel& m) {
+  TrainingConfig config;
+  apply(m, config);
+  return cost_of(config);
 }
 
+/// What gradients train: the parameters of `Model`'s layout.
+inline std::int64_t trainable_parameters(const NamedModel& m) { return cost_of(m).parameters; }
 /// With the fixed position embedding, L·D, as the references count.
 inline std::int64_t total_parameters(const NamedModel& m) { return trainable_parameters(m) + m.model.tokens() * m.model.dim; }
-
 /// Those that a token meets: all but the experts that it does not choose.
-inline std::int64_t activated_parameters(const NamedModel& m) {
-  return total_parameters(m) - m.model.depth * (m.experts - m.top_k) * 3 * m.model.dim * m.hidden_dim;
-}
-
-/// Multiply-adds of the linear layers, biases left out, for one image of L tokens:
-///
-///     L (Cin p² D + blocks (4D² + F) + D Cout p²) + blocks 6D² + 2D² + (256 + D) D,   F = DE + 3D (KH + H') or 2DH
-///
-/// These are DiT-MoE's GFLOPs, each rounded: the gate, K experts and the shared ones are in, q kᵀ and P v are not.
-inline std::int64_t linear_multiply_adds(const NamedModel& m) {
-  const ModelConfig& c = m.model;
-  const std::int64_t dim = c.dim;
-  const std::int64_t feed_forward =
-      m.dense() ? 2 * dim * m.hidden_dim : dim * m.experts + 3 * dim * (m.top_k * m.hidden_dim + m.shared_hidden_dim);
-  const std::int64_t token = (c.patch_dim() + c.patch_output_dim()) * dim + c.depth * (4 * dim * dim + feed_forward);
-  return c.tokens() * token + (c.depth * 6 + 2) * dim * dim + (256 + dim) * dim;
-}
-
-/// With q kᵀ and P v, 2L²D a block. These are DiT's GFLOPs, to 0.02%: one operation for each element of a layer norm,
-/// (2 blocks + 1) L D, makes up the rest.
-inline std::int64_t multiply_adds(const NamedModel& m) {
-  return linear_multiply_adds(m) + m.model.depth * 2 * m.model.tokens() * m.model.tokens() * m.model.dim;
-}
+inline std::int64_t activated_parameters(const NamedModel& m) { return cost_of(m).activated + m.model.tokens() * m.model.dim; }
+/// DiT-MoE's GFLOPs, each rounded: the gate, K experts and the shared ones are in, q kᵀ and P v are not.
+inline std::int64_t linear_multiply_adds(const NamedModel& m) { return cost_of(m).linear_multiply_adds; }
+/// DiT's GFLOPs, to 0.02%: one operation for each element of a layer norm, (2 blocks + 1) L D, makes up the rest.
+inline std::int64_t multiply_adds(const NamedModel& m) { return cost_of(m).multiply_adds; }
 
 /// Bytes that `Model` needs beside its weights for B images, in float: what a forward leaves on the tape, and scratch, which
 /// stays there too. In numbers, with T = B·L, H of an expert, H' of the shared ones together, and P the probabilities that

@@ -241,6 +241,10 @@ TEST_CASE("config_of: a configuration that is not the file's is refused before a
   config["model"].erase("qk_norm");  // of an older program
   CHECK_NOTHROW(dit::config_of(with_config(config)));
   CHECK(contains(complaint([&] { dit::config_of(with_config(config, "moxie dit 2")); }), "another version"));
+  config["feed_forward"] = "soft";
+  config["expert"] = "swiglu";
+  CHECK(dit::config_of(with_config(config, "moxie dit 3")).expert.empty());
+  CHECK(dit::config_of(with_config(config)).expert == "swiglu");
   config["model"]["heads"] = 2.9;
   CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/model/heads"));
   config = ours.config;

@@ -4,6 +4,7 @@
 #include <dit/configuration.hpp>
 #include <utility>
 
+using dit::Index;
 using nlohmann::json;
 
 TEST_CASE("TrainingConfig: survives JSON") {
@@ -33,6 +34,106 @@ TEST_CASE("with_model: every feed-forward, and no other") {
   }
   config.feed_forward = "loud";
   CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) { return 0; }), moxie::ValueError);
+}
+
+TEST_CASE("with_model: experts are of the papers' kind, or of the one that is asked for") {
+  dit::TrainingConfig config;
+  config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 1, .heads = 2, .classes = 2};
+  const auto has = [&](const char* tensor) {
+    return dit::with_model(config,
+                           [&](const auto& model) { return model.layout().find(std::string("blocks.0.") + tensor) >= 0; });
+  };
+  config.feed_forward = "dense";
+  CHECK(has("mlp.fc1.weight"));
+  config.expert = "swiglu";
+  CHECK(has("mlp.gate_proj.weight"));
+  config.feed_forward = "soft";
+  CHECK(has("moe.experts.0.gate_proj.weight"));
+  config.expert = "";
+  CHECK(has("moe.experts.0.fc1.weight"));
+  config.feed_forward = "top-k";
+  CHECK(has("moe.experts.0.gate_proj.weight"));
+  config.expert = "gelu";
+  CHECK(has("moe.experts.0.fc1.weight"));
+  for (const char* name : {"shared", "expert-choice"}) {
+    config.feed_forward = name;
+    CHECK_THROWS_AS(has(""), moxie::ValueError);
+  }
+  config.expert = "relu";
+  CHECK_THROWS_AS(has(""), moxie::ValueError);
+}
+
+TEST_CASE("with_model: options of the router and of Soft MoE reach their layers") {
+  dit::TrainingConfig config;
+  config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 1, .heads = 2, .classes = 2};
+  config.experts = 4;
+  config.score = "sigmoid";
+  config.token_capacity = 1.25;
+  config.batch_priority = true;
+  config.recipe.bias_rate = 0.001;
+  for (const char* name : {"shared", "top-k"}) {
+    config.feed_forward = name;
+    dit::with_model(config, [](const auto& model) {
+      if constexpr (requires { model.feed_forward().router().config().score; }) {
+        const auto& router = model.feed_forward().router().config();
+        CHECK(router.score == moxie::Score::sigmoid);
+        CHECK(router.capacity.factor == 1.25);
+        CHECK(router.capacity.priority == moxie::Priority::weight);
+        CHECK(router.selection_bias);
+        return;
+      }
+      FAIL("not a top-k router");
+    });
+  }
+  config.feed_forward = "soft";
+  config.dispatch = "uniform";
+  dit::with_model(config, [](const auto& model) {
+    if constexpr (requires { model.feed_forward().router().config().dispatch; }) {
+      CHECK(model.feed_forward().router().config().dispatch == moxie::Mixing::uniform);
+      CHECK(model.feed_forward().router().config().combine == moxie::Mixing::learned);
+      return;
+    }
+    FAIL("not a soft router");
+  });
+  config.combine = "none";
+  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+  config = {};
+  config.score = "none";
+  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+}
+
+TEST_CASE("with_model: some blocks have experts, the others one that is as wide as all that a token chooses") {
+  dit::TrainingConfig config;
+  config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 4, .heads = 2, .classes = 2};
+  config.feed_forward = "top-k";
+  config.experts = 4;
+  config.top_k = 2;
+  config.hidden_dim = 16;
+  config.recipe.bias_rate = 0.1;
+  config.mixture_from = 1;
+  config.mixture_to = 3;
+  dit::with_model(config, [](const auto& model) {
+    for (const Index block : {0, 1, 2, 3}) {
+      const bool mixture = block == 1 || block == 2;
+      const std::string name = "blocks." + std::to_string(block) + ".moe.";
+      CHECK((model.layout().find(name + "experts.3.up_proj.weight") >= 0) == mixture);
+      CHECK((model.layout().find(name + "gate.e_score_correction_bias") >= 0) == mixture);
+      const auto& tensors = model.layout().tensors();
+      CHECK(tensors[std::size_t(model.layout().find(name + "experts.0.up_proj.weight"))].shape ==
+            std::vector<Index>{mixture ? 16 : 32, 8});
+    }
+  });
+  config.mixture_to = 0;
+  dit::with_model(config, [](const auto& model) { CHECK(model.layout().find("blocks.3.moe.experts.3.up_proj.weight") >= 0); });
+  for (const auto& [from, to] : {std::pair{-1, 2}, std::pair{2, 2}, std::pair{0, 5}, std::pair{4, 0}}) {
+    config.mixture_from = from;
+    config.mixture_to = to;
+    CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+  }
+  config.mixture_from = 1;
+  config.mixture_to = 0;
+  config.feed_forward = "soft";
+  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
 }
 
 TEST_CASE("with_model: the prior's timesteps are those of the process") {

@@ -53,6 +53,10 @@ TEST_CASE("Training: going on from a checkpoint is the undisturbed run, bit for 
   for (const char* feed_forward : {"shared", "top-k", "expert-choice", "soft", "dense"}) {
     CAPTURE(feed_forward);
     dit::TrainingConfig config = small_config(feed_forward);
+    if (config.feed_forward == "top-k") {  // with biases that steps move, in one of two blocks
+      config.recipe.bias_rate = 0.01;
+      config.mixture_from = 1;
+    }
     if (config.feed_forward == "dense") {  // with all that has a state or a draw of its own
       config.process = "ddpm";
       config.model.learn_sigma = true;
@@ -243,6 +247,32 @@ TEST_CASE("Training: the busiest expert's load is reported, and Switch-DiT's pri
     CHECK(training.step(Exec{1}).balance_loss > 0.0F);
     return 0;
   });
+}
+
+TEST_CASE("Training: a step moves the selection biases by the whole batch's choices") {
+  const TemporaryFolder folder;
+  const dit::DataSet data = two_halves();
+  const auto biases = [&](const dit::TrainingConfig& config, int steps) {
+    return dit::with_model(config, [&](const auto& model) {
+      dit::Training training(config, model, data);
+      for (int i = 0; i < steps; ++i) {
+        training.step(Exec{2});
+      }
+      training.save(folder / "checkpoint.safetensors");
+      return moxie::SafetensorsFile(folder / "checkpoint.safetensors").read<float>("blocks.1.moe.gate.e_score_correction_bias");
+    });
+  };
+  dit::TrainingConfig config = small_config();
+  config.recipe.bias_rate = 0.25;
+  const std::vector<float> zero(4, 0);
+  CHECK(biases(config, 0) == zero);
+  const std::vector<float> moved = biases(config, 1);
+  CHECK(moved != zero);
+  for (const float b : moved) {
+    CHECK((b == 0 || std::abs(b) == 0.25F));
+  }
+  config.recipe.micro_batch = 2;
+  CHECK(biases(config, 1) == moved);
 }
 
 TEST_CASE("SpikeGuard: ten steps far above the lowest ten, and not a single one") {
