@@ -3,6 +3,7 @@
 #   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
 #   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
 #   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
+#   ./run.sh compare [ARGUMENT...]  trains one model with every feed-forward (the arguments go to `compare run`)
 #   ./run.sh sets                 golden files and laws on the other instruction sets: AVX2, AVX-512, none, NEON by qemu
 #   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
 # On Debian and its relatives what is missing is installed first.
@@ -79,6 +80,13 @@ case ${1:-} in
     say "pictures"
     ls "$out"/*.png
     ;;
+  compare)
+    install_missing "${need[@]}" dataset-fashion-mnist
+    build release -DMOXIE_BUILD_TESTS=OFF -- --target compare
+    say "comparing"
+    export OMP_WAIT_POLICY=passive
+    build/release/examples/compare/compare run "${@:2}"
+    ;;
   test)
     install_missing "${need[@]}" "${need_test[@]}"
     (install_missing "${want_test[@]}") || say "no browser: the report is not opened"
@@ -105,7 +113,7 @@ case ${1:-} in
     ctest --preset planted -j "$(nproc)"
     ;;
   *)
-    sed -n '2,8s/^# \?//p' "$0" >&2
+    sed -n '2,9s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <dit/configuration.hpp>
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+
+/// What is trained, and how it is measured: one JSON file.
+namespace compare {
+
+using dit::Index;
+
+/// How every run is measured. Counts are of images.
+struct Measures {
+  std::int64_t every = 250;  ///< steps between two validation losses
+  Index validation = 2000;
+  Index samples = 1000;  ///< drawn, and real ones beside them
+  std::string sampling_steps = "25";
+  double guidance = 3;
+  Index neighbours = 3;  ///< of precision and recall
+  std::int64_t classifier_steps = 6000;
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Measures, every, validation, samples, sampling_steps, guidance, neighbours,
+                                                classifier_steps)
+
+/// One model from the first step to the last: a line of the results.
+struct Run {
+  std::string name;
+  std::string group;
+  std::int64_t steps = 0;
+  dit::TrainingConfig config;  ///< with the seed
+};
+
+/// A file of runs:
+///
+///     {"measures": {...},
+///      "base": {"batch": 48, ...},                         what all runs have in common, fields of TrainingConfig
+///      "groups": [{"name": "main", "steps": 2000, "seeds": [1, 2, 3],
+///                  "runs": [{"name": "dense", "set": {"feed_forward": "dense"}}, ...]}]}
+///
+/// Fields are merged into one another (RFC 7396). Throws std::runtime_error that names the file for what is not understood.
+struct Experiment {
+  Measures measures;
+  std::vector<Run> runs;
+
+  static Experiment read(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::stringstream text;
+    text << file.rdbuf();
+    if (!file) {
+      throw std::runtime_error(path.string() + ": cannot be read");
+    }
+    try {
+      return parse(nlohmann::json::parse(text.str(), nullptr, true, true));
+    } catch (const std::exception& error) {
+      throw std::runtime_error(path.string() + ": " + error.what());
+    }
+  }
+
+  /// Leaves the first group with one seed, a twentieth of the steps and a fifth of the images: a look at everything in minutes.
+  void shorten() {
+    const Run first = runs.front();
+    std::erase_if(
+        runs, [&](const Run& run) { return run.group != first.group || run.config.recipe.seed != first.config.recipe.seed; });
+    const auto shorter = [](auto n, auto parts, auto least) { return std::max<decltype(n)>(n / parts, least); };
+    for (Run& run : runs) {
+      run.steps = shorter(run.steps, 20, 1);
+    }
+    measures.every = shorter(measures.every, 5, 1);
+    measures.validation = shorter(measures.validation, 5, 1);
+    measures.samples = shorter(measures.samples, 5, measures.neighbours + 1);
+    measures.classifier_steps = shorter(measures.classifier_steps, 5, 1);
+  }
+
+  static Experiment parse(const nlohmann::json& file) {
+    expect_keys(file, {"measures", "base", "groups"}, "the file");
+    Experiment experiment;
+    experiment.measures = understood<Measures>(file.value("measures", nlohmann::json::object()), "measures");
+    const Measures& m = experiment.measures;
+    moxie::detail::expect_value(m.every >= 1 && m.validation >= 1 && m.samples >= 2 && m.neighbours >= 1 &&
+                                    m.samples > m.neighbours && m.classifier_steps >= 1,
+                                "measures", "counts must be at least 1, and more samples than neighbours");
+    std::set<std::pair<std::string, std::uint64_t>> seen;
+    for (const nlohmann::json& group : file.at("groups")) {
+      expect_keys(group, {"name", "steps", "seeds", "runs"}, "a group");
+      for (const nlohmann::json& entry : group.at("runs")) {
+        expect_keys(entry, {"name", "set"}, "a run");
+        nlohmann::json config = file.value("base", nlohmann::json::object());
+        config.merge_patch(entry.value("set", nlohmann::json::object()));
+        Run run{entry.at("name"), group.at("name"), group.at("steps"), {}};
+        run.config = understood<dit::TrainingConfig>(config, run.name);
+        moxie::detail::expect_value(run.steps >= 1, run.name, "steps must be at least 1");
+        for (const std::uint64_t seed : group.at("seeds").get<std::vector<std::uint64_t>>()) {
+          moxie::detail::expect_value(seen.insert({run.name, seed}).second, run.name, "is there twice with one seed");
+          run.config.recipe.seed = seed;
+          experiment.runs.push_back(run);
+        }
+      }
+    }
+    moxie::detail::expect_value(!experiment.runs.empty(), "groups", "there is no run");
+    return experiment;
+  }
+
+ private:
+  static void expect_keys(const nlohmann::json& object, const std::set<std::string>& known, const std::string& what) {
+    moxie::detail::expect_value(object.is_object(), what, "is not an object");
+    for (const auto& [key, value] : object.items()) {
+      moxie::detail::expect_value(known.contains(key), what, "has '" + key + "', which is not understood");
+    }
+  }
+  /// The default with what `patch` says; of which nothing may be left over.
+  template <class T>
+  static T understood(const nlohmann::json& patch, const std::string& what) {
+    nlohmann::json merged = T{};
+    merged.merge_patch(patch);
+    const T value = merged.get<T>();
+    for (const nlohmann::json& change : nlohmann::json::diff(merged, value)) {
+      throw moxie::ValueError(what + ": " + change["path"].get<std::string>() + " is not understood");
+    }
+    return value;
+  }
+};
+
+}  // namespace compare

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+//
+// Trains one diffusion transformer with many feed-forwards, sparse and soft, and measures them alike.
+//
+//     compare run [--experiment FILE] [--out DIR]     trains what is not in DIR/results.jsonl yet
+//     compare cost [--experiment FILE]                what the runs cost, by arithmetic
+#include <CLI/CLI.hpp>
+#include <compare/runner.hpp>
+#include <csignal>
+#include <dit/output_folder.hpp>
+#include <iostream>
+
+volatile std::sig_atomic_t dit::commands::interrupted = 0;
+
+namespace {
+
+namespace fs = std::filesystem;
+using compare::Classifier;
+using compare::Exec;
+using compare::Experiment;
+using compare::Index;
+using compare::Matrix;
+using compare::Run;
+
+void interrupt(int signal) {
+  dit::commands::interrupted = 1;
+  std::signal(signal, SIG_DFL);
+}
+
+void stop_if_interrupted() {
+  if (dit::commands::interrupted != 0) {
+    throw std::runtime_error("interrupted; the same command goes on with the runs that are not finished");
+  }
+}
+
+/// The shape of the images, which the file of runs does not say.
+void fit(Experiment& experiment, const dit::DataSet& data) {
+  for (Run& run : experiment.runs) {
+    run.config.model.image_size = data.height;
+    run.config.model.channels = data.channels;
+    run.config.model.classes = Index(data.class_names.size());
+  }
+}
+
+/// Images that nothing is trained on: Fashion-MNIST's test set, or other generated ones.
+dit::DataSet test_set(const dit::DataSet& data) {
+  const fs::path images = dit::detail::idx_file(dit::fashion_mnist_directory, {"t10k-images-idx3-ubyte"});
+  if (data.origin.starts_with("Fashion-MNIST") && fs::exists(images)) {
+    return dit::read_idx(images);
+  }
+  return dit::generated_shapes(10000, moxie::Rng{2});
+}
+
+void print_cost(const Experiment& experiment) {
+  std::cout << "| run | parameters | activated | multiply-adds an image |\n|---|--:|--:|--:|\n";
+  std::set<std::string> seen;
+  for (const Run& run : experiment.runs) {
+    if (seen.insert(run.name).second) {
+      const dit::Cost cost = dit::cost_of(run.config);
+      std::cout << "| " << run.name << " | " << cost.parameters << " | " << cost.activated << " | " << cost.multiply_adds
+                << " |\n";
+    }
+  }
+}
+
+/// The classifier of the folder, or one that is trained now and stays there.
+moxie::Parameters<float> classifier_weights(const Classifier<float>& classifier, const dit::DataSet& data, std::int64_t steps,
+                                            const fs::path& path, const Exec& exec) {
+  std::map<std::string, std::string> identity = dit::identity_of(data);
+  identity["steps"] = std::to_string(steps);
+  if (fs::exists(path)) {
+    const moxie::SafetensorsFile file(path);
+    if (file.metadata() != identity) {
+      throw std::runtime_error(path.string() + ": is a classifier of other images or steps: choose another --out");
+    }
+    moxie::Parameters<float> weights(classifier.layout());
+    moxie::load_parameters(file, weights);
+    return weights;
+  }
+  std::cout << "Training the classifier\n";
+  dit::Progress progress({.steps = steps, .images_per_step = compare::ClassifierTraining{}.batch});
+  moxie::Parameters<float> weights =
+      compare::train_classifier(classifier, data, {.steps = steps}, exec, [&](std::int64_t step, double loss) {
+        stop_if_interrupted();
+        progress.update(step, loss, 0, 1);
+      });
+  progress.finish();
+  moxie::save_parameters(path, weights, identity);
+  return weights;
+}
+
+int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
+  const dit::OutputFolder files(folder);
+  compare::Results results(files("results.jsonl"));
+  const dit::DataSet data = dit::load_data_set();
+  const dit::DataSet test = test_set(data);
+  std::cout << "Data: " << data.origin << "\n";
+  fit(experiment, data);
+  Index left = 0;
+  for (const Run& run : experiment.runs) {  // what cannot be is found out now
+    left += results.has(run) ? 0 : 1;
+    dit::cost_of(run.config);
+    dit::with_model(run.config, [&](const auto& model) { compare::sampler_of(run, experiment.measures, model); });
+  }
+  const nlohmann::json measures = experiment.measures;
+  for (const nlohmann::json& entry : results.entries()) {
+    if (entry.value("measures", nlohmann::json()) != measures || entry.value("data", "") != data.origin) {
+      throw std::runtime_error(files("results.jsonl").string() + ": is of other data or measures: choose another --out");
+    }
+  }
+  std::cout << left << " of " << experiment.runs.size() << " runs are left\n";
+
+  const Classifier<float> classifier(
+      {.side = data.height, .channels = data.channels, .classes = Index(data.class_names.size())});
+  const moxie::Parameters<float> weights =
+      classifier_weights(classifier, data, experiment.measures.classifier_steps, files("classifier.safetensors"), exec);
+  const compare::Judgement all = compare::judge(classifier, weights, test.images, exec);
+  std::cout << "The classifier knows " << 100 * all.agreement(test.labels) << "% of " << test.count() << " test images\n";
+  const compare::Judge judge{classifier, weights, all.features.topRows(std::min(experiment.measures.samples, test.count()))};
+
+  for (const Run& run : experiment.runs) {
+    if (results.has(run)) {
+      continue;
+    }
+    std::cout << "== " << run.group << ": " << run.name << ", seed " << run.config.recipe.seed << "\n";
+    dit::Progress progress({.steps = run.steps, .images_per_step = run.config.recipe.batch});
+    nlohmann::json result{{"name", run.name}, {"group", run.group}, {"steps", run.steps}, {"config", run.config}};
+    try {
+      result = compare::execute(run, experiment.measures, data, test, judge, exec, [&](std::int64_t step, std::int64_t) {
+        stop_if_interrupted();
+        progress.update(step);
+      });
+    } catch (const moxie::ValueError& error) {  // a run that diverges is a result, too
+      result["error"] = error.what();
+    }
+    progress.finish();
+    result["measures"] = experiment.measures;
+    result["classifier_accuracy"] = all.agreement(test.labels);
+    result["data"] = data.origin;
+    result["threads"] = exec.thread_count();
+    result["instructions"] = moxie::kernel::built_for().name;
+    results.add(result);
+    if (result.contains("error")) {
+      std::cout << "diverged: " << result["error"] << "\n";
+    } else {
+      std::cout << "validation loss " << result["validation_loss"] << ", agreement " << result["agreement"] << ", Fréchet "
+                << result["frechet"] << "\n";
+    }
+  }
+  std::cout << "All " << experiment.runs.size() << " runs are in " << files("results.jsonl").string() << "\n";
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Compares feed-forwards, sparse and soft, in one diffusion transformer.");
+  app.require_subcommand(1);
+  fs::path file = "examples/compare/comparison.json";
+  fs::path folder = "out/compare";
+  Exec exec;
+  CLI::App* run_command = app.add_subcommand("run", "train and measure what is not in the results yet");
+  CLI::App* cost_command = app.add_subcommand("cost", "what the runs cost, by arithmetic");
+  for (CLI::App* command : {run_command, cost_command}) {
+    command->add_option("--experiment", file, "the runs")->capture_default_str();
+  }
+  run_command->add_option("--out", folder, "folder of the results")->capture_default_str();
+  bool quick = false;
+  run_command->add_flag("--quick", quick,
+                        "the first group with one seed and a twentieth of the steps: minutes, and says little");
+  run_command->add_option("--threads", exec.threads, "0: all")->capture_default_str()->check(CLI::NonNegativeNumber);
+  CLI11_PARSE(app, argc, argv);
+  std::signal(SIGINT, interrupt);
+  std::signal(SIGTERM, interrupt);
+  try {
+    Experiment experiment = Experiment::read(file);
+    if (quick) {
+      experiment.shorten();
+    }
+    if (cost_command->parsed()) {
+      fit(experiment, dit::load_data_set());
+      print_cost(experiment);
+      return 0;
+    }
+    return run(std::move(experiment), folder, exec);
+  } catch (const std::exception& error) {
+    std::cerr << "compare: " << error.what() << "\n";
+    return dit::commands::interrupted != 0 ? 130 : 1;
+  }
+}

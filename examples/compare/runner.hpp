@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <chrono>
+#include <compare/classifier.hpp>
+#include <compare/distance.hpp>
+#include <compare/results.hpp>
+#include <dit/analysis_output.hpp>
+#include <dit/cost.hpp>
+#include <dit/drawing.hpp>
+#include <dit/training.hpp>
+
+namespace compare {
+
+/// Images with noise and times that are the same for every run: parts of one time each, the times evenly spread over the
+/// quantiles of the process's own.
+class Validation {
+ public:
+  static constexpr Index part = 50;
+
+  Validation(const dit::TrainingConfig& config, const dit::DataSet& data, Index images, const Exec& exec)
+      : process_(dit::process_of(config)) {
+    const Index parts = (std::min(images, data.count()) + part - 1) / part;
+    for (Index i = 0; i < parts; ++i) {
+      const Index first = i * part;
+      const Index n = std::min(part, data.count() - first);
+      dit::Batch<float> batch;
+      batch.clean = data.images.middleRows(first, n);
+      batch.noise = moxie::random_normal<float>(n, data.images.cols(), Rng(20).split(std::uint64_t(i)));
+      const double quantile = (double(i) + 0.5) / double(parts);
+      const double time = std::visit([&](const auto& p) { return double(p.time(quantile)); }, process_);
+      batch.times.assign(std::size_t(n), float(time));
+      batch.labels.assign(data.labels.begin() + first, data.labels.begin() + first + n);
+      batch.add_noise(process_, exec);
+      parts_.push_back(std::move(batch));
+    }
+  }
+
+  /// The mean loss. `observe(time, labels)` is called after each part's forward, on the tape.
+  template <class AnyModel, class Observe>
+  double operator()(const AnyModel& model, ParameterView<const float> weights, typename AnyModel::Tape& tape, const Exec& exec,
+                    Observe&& observe) const {
+    double sum = 0;
+    Index count = 0;
+    Matrix<float> v, dv;
+    for (const dit::Batch<float>& batch : parts_) {
+      v.resize(batch.size(), model.config().output_dim());
+      dv.resize(batch.size(), model.config().output_dim());
+      model.forward(weights, batch.images, batch.times, batch.labels, v, tape, exec);
+      sum += batch.loss(process_, 0, v, dv) * double(batch.size());
+      count += batch.size();
+      observe(double(batch.times.front()), batch.labels);
+    }
+    return sum / double(count);
+  }
+
+ private:
+  dit::Process process_;
+  std::vector<dit::Batch<float>> parts_;
+};
+
+/// What judges drawn images: a classifier, and the features of real ones.
+struct Judge {
+  const Classifier<float>& classifier;
+  const moxie::Parameters<float>& weights;
+  Matrix<float> real;  ///< features of as many images as are drawn
+};
+
+namespace detail {
+
+/// Peak memory of this process in bytes since `reset_peak_memory`; 0 where the system does not say.
+inline void reset_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
+inline std::int64_t peak_memory() {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    if (word == "VmHWM:") {
+      std::int64_t kilobytes = 0;
+      status >> kilobytes;
+      return kilobytes * 1024;
+    }
+  }
+  return 0;
+}
+
+inline double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
+
+}  // namespace detail
+
+/// How a run's images are drawn. Throws ValueError, or std::invalid_argument for steps that cannot be read.
+template <class AnyModel>
+dit::Sampler<AnyModel, float> sampler_of(const Run& run, const Measures& measures, const AnyModel& model) {
+  return {dit::process_of(run.config),
+          {.steps = measures.sampling_steps, .guidance = measures.guidance, .clip = run.config.process == "ddpm"},
+          model};
+}
+
+/// Trains a run, measures it, and returns its line of the results. `observe(step, steps)` is called after each step, and may
+/// throw.
+template <class Observe>
+nlohmann::json execute(const Run& run, const Measures& measures, const dit::DataSet& data, const dit::DataSet& test,
+                       const Judge& judge_of, const Exec& exec, Observe&& observe) {
+  return dit::with_model(run.config, [&]<class AnyModel>(const AnyModel& model) {
+    using Clock = std::chrono::steady_clock;
+    const dit::ModelConfig& shape = model.config();
+    detail::reset_peak_memory();
+    dit::Training training(run.config, model, data);
+    const Validation validation(run.config, test, measures.validation, exec);
+    auto tape = model.make_tape(moxie::Keep::nothing);
+    nlohmann::json result;
+    result["name"] = run.name;
+    result["group"] = run.group;
+    result["steps"] = run.steps;
+    result["config"] = run.config;
+    const dit::Cost cost = dit::cost_of(run.config);
+    result["parameters"] = cost.parameters;
+    result["activated_parameters"] = cost.activated;
+    result["multiply_adds"] = cost.multiply_adds;
+
+    std::vector<double> seconds;
+    nlohmann::json curve = nlohmann::json::array();
+    double trained = 0;
+    const auto validate = [&](auto&& looked_at) {
+      const double loss = validation(model, training.averages().view(), tape, exec, looked_at);
+      curve.push_back({training.steps(), trained, loss});
+    };
+    while (training.steps() < run.steps) {
+      const auto start = Clock::now();
+      training.step(exec);
+      seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+      trained += seconds.back();
+      observe(training.steps(), run.steps);
+      if (training.steps() % measures.every == 0 && training.steps() < run.steps) {
+        validate([](double, const auto&) {});
+      }
+    }
+    result["step_milliseconds"] = 1e3 * detail::median(seconds);
+    result["peak_memory"] = detail::peak_memory();
+    double training_loss = 0;
+    const auto& history = training.history();
+    const std::size_t last = std::min<std::size_t>(history.size(), 100);
+    for (std::size_t i = history.size() - last; i < history.size(); ++i) {
+      training_loss += double(history[i].loss) / double(last);
+    }
+    result["training_loss"] = training_loss;
+
+    // The last validation also tells who is routed where.
+    if constexpr (dit::commands::routes<AnyModel>) {
+      Index experts = 0;
+      for (Index block = 0; block < shape.depth; ++block) {
+        experts = std::max(experts, model.feed_forward(block).router().experts());
+      }
+      constexpr Index bins = 10;
+      dit::RoutingCounts counts({shape.depth, experts, shape.classes, shape.tokens(), bins});
+      std::vector<double> dropped(std::size_t(shape.depth), 0.0);
+      Index parts = 0;
+      const double latest = run.config.process == "ddpm" ? double(run.config.diffusion_steps) : 1;
+      validate([&](double time, const std::vector<Index>& labels) {
+        const Index bin = std::clamp(Index(time / latest * double(bins)), Index{0}, bins - 1);
+        for (Index block = 0; block < shape.depth; ++block) {
+          const auto& feed_forward = tape.blocks[std::size_t(block)].feed_forward;
+          if (feed_forward.plan().experts() == experts) {
+            counts.add(block, bin, feed_forward.plan(), labels);
+          }
+          dropped[std::size_t(block)] += feed_forward.statistics().dropped;
+        }
+        ++parts;
+      });
+      nlohmann::json blocks = nlohmann::json::array();
+      const Matrix<double> load = counts.load();
+      const auto information = dit::information_by_layer(counts);
+      for (Index block = 0; block < shape.depth; ++block) {
+        const dit::LayerInformation& bits = information[std::size_t(block)];
+        if (model.feed_forward(block).router().experts() < experts) {
+          continue;
+        }
+        blocks.push_back({{"block", block},
+                          {"max_violation", load.row(block).maxCoeff() * double(experts) - 1},
+                          {"entropy", experts > 1 ? bits.load / std::log2(double(experts)) : 1},
+                          {"dead_experts", Index((load.row(block).array() == 0).count())},
+                          {"dropped", dropped[std::size_t(block)] / double(parts)},
+                          {"bits_of_class", bits.of_class},
+                          {"bits_of_position", bits.of_position},
+                          {"bits_of_timestep", bits.of_timestep}});
+      }
+      result["blocks"] = blocks;
+    } else {
+      validate([](double, const auto&) {});
+    }
+    result["validation"] = curve;
+    result["validation_loss"] = curve.back().back();
+
+    std::vector<std::int64_t> labels;
+    for (Index i = 0; i < measures.samples; ++i) {
+      labels.push_back(i % shape.classes);
+    }
+    const auto sampler = sampler_of(run, measures, model);
+    Matrix<float> images(measures.samples, shape.image_dim());
+    constexpr Index part = 50;
+    for (Index first = 0; first < measures.samples; first += part) {
+      const Index n = std::min(part, measures.samples - first);
+      const std::vector<Index> some(labels.begin() + first, labels.begin() + first + n);
+      images.middleRows(first, n) = sampler(training.averages().view(), some, Rng(21), std::uint64_t(first), tape, exec,
+                                            [&](auto...) { observe(run.steps, run.steps); });
+    }
+    images = images.array().max(-1.0F).min(1.0F);
+    const Judgement judgement = judge(judge_of.classifier, judge_of.weights, images, exec);
+    result["agreement"] = judgement.agreement(labels);
+    result["frechet"] = frechet_distance(judge_of.real, judgement.features);
+    const PrecisionRecall near = precision_recall(judge_of.real, judgement.features, measures.neighbours, exec);
+    result["precision"] = near.precision;
+    result["recall"] = near.recall;
+    return result;
+  });
+}
+
+}  // namespace compare

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <compare/runner.hpp>
+
+volatile std::sig_atomic_t dit::commands::interrupted = 0;
+
+using compare::Classifier;
+using compare::Exec;
+using compare::Index;
+using compare::Matrix;
+using compare::Rng;
+
+namespace {
+
+compare::Run small(const std::string& feed_forward) {
+  compare::Run run{feed_forward, "test", 4, {}};
+  run.config.model = {.image_size = 28, .channels = 1, .patch = 7, .dim = 16, .depth = 2, .heads = 2, .classes = 10};
+  run.config.feed_forward = feed_forward;
+  run.config.experts = 4;
+  run.config.hidden_dim = 8;
+  run.config.shared_hidden_dim = 8;
+  run.config.slots_per_expert = 4;
+  run.config.recipe.batch = 8;
+  return run;
+}
+
+const compare::Measures measures{.every = 2, .validation = 70, .samples = 20, .sampling_steps = "2", .neighbours = 2};
+
+}  // namespace
+
+TEST_CASE("execute: measures every feed-forward alike, the same with any number of threads") {
+  const dit::DataSet data = dit::generated_shapes(60, Rng(1));
+  const dit::DataSet test = dit::generated_shapes(100, Rng(2));
+  const Classifier<float> classifier({.features = 8});
+  moxie::Parameters<float> weights(classifier.layout());
+  classifier.initialize(weights, Rng(3));
+  const compare::Judge judge_of{classifier, weights,
+                                judge(classifier, weights, test.images, Exec{1}).features.topRows(measures.samples)};
+  std::vector<compare::Run> runs;
+  for (const char* name : {"shared", "top-k", "expert-choice", "soft", "dense"}) {
+    runs.push_back(small(name));
+  }
+  runs[0].config.process = "ddpm";
+  runs[0].config.model.learn_sigma = true;
+  runs[1].config.mixture_from = 1;
+  runs[1].config.token_capacity = 0.5;
+  runs[4].config.model.switch_experts = 3;
+  for (const compare::Run& run : runs) {
+    CAPTURE(run.name);
+    std::int64_t calls = 0;
+    const auto result = execute(run, measures, data, test, judge_of, Exec{1}, [&](std::int64_t step, std::int64_t steps) {
+      CHECK(step >= 1);
+      CHECK(steps == 4);
+      ++calls;
+    });
+    CHECK(calls >= 4 + 2);
+    CHECK(result["name"] == run.name);
+    CHECK(result["config"] == nlohmann::json(run.config));
+    CHECK(result["parameters"] ==
+          dit::with_model(run.config, [](const auto& model) { return model.layout().parameter_count(); }));
+    CHECK(result["validation"].size() == 2);
+    CHECK(result["validation"][0][0] == 2);
+    CHECK(result["validation"][1][0] == 4);
+    CHECK(result["validation"][1][2] == result["validation_loss"]);
+    CHECK(result["validation_loss"].get<double>() > 0);
+    for (const char* share : {"agreement", "precision", "recall"}) {
+      CHECK(result[share].get<double>() >= 0);
+      CHECK(result[share].get<double>() <= 1);
+    }
+    CHECK(result["frechet"].get<double>() > 0);
+    CHECK(result["step_milliseconds"].get<double>() > 0);
+    const std::size_t blocks = run.name == "dense" ? 0 : run.name == "top-k" ? 1 : 2;
+    CHECK(result.contains("blocks") == (blocks > 0));
+    for (const auto& block : result.value("blocks", nlohmann::json::array())) {
+      CHECK(block["max_violation"].get<double>() >= 0);
+      CHECK(block["entropy"].get<double>() <= 1.0 + 1e-9);
+      CHECK((block["dropped"].get<double>() > 0) == (run.name == "top-k"));
+    }
+    CHECK(result.value("blocks", nlohmann::json::array()).size() == blocks);
+
+    const auto again = execute(run, measures, data, test, judge_of, Exec{2}, [](auto...) {});
+    for (const char* same : {"validation_loss", "training_loss", "agreement", "frechet", "precision", "recall"}) {
+      CHECK(again[same] == result[same]);
+    }
+  }
+}
+
+TEST_CASE("execute: an observer that throws ends the run") {
+  const dit::DataSet data = dit::generated_shapes(60, Rng(1));
+  const Classifier<float> classifier({.features = 8});
+  const moxie::Parameters<float> weights(classifier.layout());
+  const compare::Judge judge_of{classifier, weights, Matrix<float>::Zero(20, 8)};
+  CHECK_THROWS_WITH(execute(small("dense"), measures, data, data, judge_of, Exec{1},
+                            [](auto...) { throw std::runtime_error("interrupted"); }),
+                    "interrupted");
+}
+
+TEST_CASE("Validation: the same noise and times for every call, of the process's own times") {
+  const dit::DataSet data = dit::generated_shapes(120, Rng(1));
+  dit::TrainingConfig config = small("dense").config;
+  const compare::Validation validation(config, data, 1000, Exec{1});
+  dit::with_model(config, [&](const auto& model) {
+    moxie::Parameters<float> weights(model.layout());
+    model.initialize(weights, Rng(1));
+    auto tape = model.make_tape();
+    std::vector<double> times;
+    std::size_t images = 0;
+    const auto once = validation(model, weights.view(), tape, Exec{1}, [&](double time, const auto& labels) {
+      times.push_back(time);
+      images += labels.size();
+    });
+    CHECK(images == 120);
+    CHECK(times.size() == 3);
+    CHECK(std::is_sorted(times.begin(), times.end()));
+    CHECK(times.front() > 0);
+    CHECK(times.back() < 1);
+    CHECK(validation(model, weights.view(), tape, Exec{2}, [](auto...) {}) == once);
+  });
+}
