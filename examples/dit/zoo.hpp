@@ -206,7 +206,7 @@ inline void print_zoo(std::ostream& out) {
   const auto count = [](std::int64_t n) {  // 199,307,552
     std::string text = std::to_string(n);
     for (std::size_t i = text.size(); i > 3; i -= 3) {
-      text.insert(i - 3, ",");
+      text.insert(i - 3, 1, ',');
     }
     return text;
   };
