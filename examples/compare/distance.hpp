@@ -27,7 +27,8 @@ inline Gaussian gaussian_of(const Matrix<float>& features) {
   Gaussian g;
   g.mean = x.colwise().mean();
   const Eigen::MatrixXd centred = x.rowwise() - g.mean.transpose();
-  g.covariance = centred.transpose() * centred / double(std::max<Index>(x.rows() - 1, 1));
+  // Lazily: Eigen's own threads would add in an order that depends on how many there are.
+  g.covariance = centred.transpose().lazyProduct(centred) / double(std::max<Index>(x.rows() - 1, 1));
   return g;
 }
 
@@ -35,7 +36,8 @@ inline Gaussian gaussian_of(const Matrix<float>& features) {
 inline Eigen::MatrixXd root(const Eigen::MatrixXd& m) {
   const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(m);
   const Eigen::VectorXd roots = solver.eigenvalues().cwiseMax(0).cwiseSqrt();
-  return solver.eigenvectors() * roots.asDiagonal() * solver.eigenvectors().transpose();
+  const Eigen::MatrixXd scaled = solver.eigenvectors() * roots.asDiagonal();
+  return scaled.lazyProduct(solver.eigenvectors().transpose());
 }
 
 inline void expect_features(const char* where, const Matrix<float>& a, const Matrix<float>& b, Index least) {
@@ -57,7 +59,8 @@ inline double frechet_distance(const Matrix<float>& a, const Matrix<float>& b) {
   const detail::Gaussian first = detail::gaussian_of(a);
   const detail::Gaussian second = detail::gaussian_of(b);
   const Eigen::MatrixXd half = detail::root(first.covariance);
-  const Eigen::MatrixXd product = half * second.covariance * half;
+  const Eigen::MatrixXd left = half.lazyProduct(second.covariance);
+  const Eigen::MatrixXd product = left.lazyProduct(half);
   const double covariances = first.covariance.trace() + second.covariance.trace() - 2 * detail::root(product).trace();
   return (first.mean - second.mean).squaredNorm() + std::max(0.0, covariances);
 }

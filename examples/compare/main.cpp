@@ -44,11 +44,14 @@ void fit(Experiment& experiment, const dit::DataSet& data) {
 
 /// Images that nothing is trained on: Fashion-MNIST's test set, or other generated ones.
 dit::DataSet test_set(const dit::DataSet& data) {
-  const fs::path images = dit::detail::idx_file(dit::fashion_mnist_directory, {"t10k-images-idx3-ubyte"});
-  if (data.origin.starts_with("Fashion-MNIST") && fs::exists(images)) {
-    return dit::read_idx(images);
+  if (data.origin.find("generated shapes") != std::string::npos) {
+    return dit::generated_shapes(10000, moxie::Rng{2});
   }
-  return dit::generated_shapes(10000, moxie::Rng{2});
+  dit::DataSet test = dit::read_idx(dit::detail::idx_file(dit::fashion_mnist_directory, {"t10k-images-idx3-ubyte"}));
+  if (test.images.cols() != data.images.cols() || test.class_names != data.class_names) {
+    throw std::runtime_error(test.origin + ": is not the test set of " + data.origin);
+  }
+  return test;
 }
 
 void print_cost(const Experiment& experiment) {
@@ -56,6 +59,7 @@ void print_cost(const Experiment& experiment) {
   std::set<std::string> seen;
   for (const Run& run : experiment.runs) {
     if (seen.insert(run.name).second) {
+      dit::with_model(run.config, [](const auto& /*model*/) {});  // refuses what no model is
       const dit::Cost cost = dit::cost_of(run.config);
       std::cout << "| " << run.name << " | " << cost.parameters << " | " << cost.activated << " | " << cost.multiply_adds
                 << " |\n";
@@ -96,12 +100,24 @@ int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
   const dit::DataSet test = test_set(data);
   std::cout << "Data: " << data.origin << "\n";
   fit(experiment, data);
+  dit::DataSet one;  // stands for all of it where options are looked at
+  one.channels = data.channels;
+  one.height = data.height;
+  one.width = data.width;
+  one.class_names = data.class_names;
+  one.images = data.images.topRows(1);
+  one.labels.resize(1);
   Index left = 0;
   for (const Run& run : experiment.runs) {  // what cannot be is found out now
     left += results.has(run) ? 0 : 1;
     dit::cost_of(run.config);
-    dit::with_model(run.config, [&](const auto& model) { compare::sampler_of(run, experiment.measures, model); });
+    dit::with_model(run.config, [&](const auto& model) {
+      compare::sampler_of(run, experiment.measures, model);
+      const dit::Training training(run.config, model, one);
+    });
   }
+  moxie::detail::expect_value(std::max(experiment.measures.samples, experiment.measures.validation) <= test.count(), "measures",
+                              "there are no more than " + std::to_string(test.count()) + " images to compare with");
   const nlohmann::json measures = experiment.measures;
   for (const nlohmann::json& entry : results.entries()) {
     if (entry.value("measures", nlohmann::json()) != measures || entry.value("data", "") != data.origin) {
@@ -124,15 +140,11 @@ int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
     }
     std::cout << "== " << run.group << ": " << run.name << ", seed " << run.config.recipe.seed << "\n";
     dit::Progress progress({.steps = run.steps, .images_per_step = run.config.recipe.batch});
-    nlohmann::json result{{"name", run.name}, {"group", run.group}, {"steps", run.steps}, {"config", run.config}};
-    try {
-      result = compare::execute(run, experiment.measures, data, test, judge, exec, [&](std::int64_t step, std::int64_t) {
-        stop_if_interrupted();
-        progress.update(step);
-      });
-    } catch (const moxie::ValueError& error) {  // a run that diverges is a result, too
-      result["error"] = error.what();
-    }
+    nlohmann::json result =
+        compare::execute(run, experiment.measures, data, test, judge, exec, [&](std::int64_t step, std::int64_t /*steps*/) {
+          stop_if_interrupted();
+          progress.update(step);
+        });
     progress.finish();
     result["measures"] = experiment.measures;
     result["classifier_accuracy"] = all.agreement(test.labels);

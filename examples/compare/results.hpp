@@ -15,13 +15,19 @@ class Results {
     std::ifstream file(path_, std::ios::binary);
     for (std::string line; std::getline(file, line);) {
       const nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
-      const bool result = entry.is_object() && entry.contains("name") && entry.contains("config") && entry.contains("steps");
+      const bool result = entry.is_object() && entry.contains("name") && entry.contains("steps") && entry.contains("config") &&
+                          entry["config"].is_object() && entry["config"].contains("recipe") &&
+                          entry["config"]["recipe"].is_object() && entry["config"]["recipe"].contains("seed");
       if (!result && !file.eof()) {
         throw std::runtime_error(path_.string() + ": line " + std::to_string(entries_.size() + 1) + " is not a result");
       }
-      if (result && !file.eof()) {
+      if (result) {
         entries_.push_back(entry);
       }
+    }
+    std::error_code ignored;
+    if (file.bad() || (!file.is_open() && std::filesystem::exists(path_, ignored))) {
+      throw std::runtime_error(path_.string() + ": cannot be read");
     }
   }
 

@@ -20,10 +20,13 @@ class Validation {
 
   Validation(const dit::TrainingConfig& config, const dit::DataSet& data, Index images, const Exec& exec)
       : process_(dit::process_of(config)) {
-    const Index parts = (std::min(images, data.count()) + part - 1) / part;
+    moxie::detail::expect_value(
+        images >= 1 && images <= data.count(), "Validation",
+        "there are " + std::to_string(data.count()) + " images, and " + std::to_string(images) + " are asked for");
+    const Index parts = (images + part - 1) / part;
     for (Index i = 0; i < parts; ++i) {
       const Index first = i * part;
-      const Index n = std::min(part, data.count() - first);
+      const Index n = std::min(part, images - first);
       dit::Batch<float> batch;
       batch.clean = data.images.middleRows(first, n);
       batch.noise = moxie::random_normal<float>(n, data.images.cols(), Rng(20).split(std::uint64_t(i)));
@@ -68,12 +71,17 @@ struct Judge {
 
 namespace detail {
 
-/// Peak memory of this process in bytes since `reset_peak_memory`; 0 where the system does not say.
-inline void reset_peak_memory() { std::ofstream("/proc/self/clear_refs") << "5"; }
-inline std::int64_t peak_memory() {
+/// Whether the system counts this process's peak memory anew from now on.
+inline bool reset_peak_memory() {
+  std::ofstream file("/proc/self/clear_refs");
+  file << "5" << std::flush;
+  return bool(file);
+}
+/// Bytes of this process: now ("VmRSS:"), or at most since the reset ("VmHWM:").
+inline std::int64_t memory(const std::string& which) {
   std::ifstream status("/proc/self/status");
   for (std::string word; status >> word;) {
-    if (word == "VmHWM:") {
+    if (word == which) {
       std::int64_t kilobytes = 0;
       status >> kilobytes;
       return kilobytes * 1024;
@@ -89,23 +97,54 @@ inline double median(std::vector<double> values) {
 
 }  // namespace detail
 
+/// Counts who was routed where in a layer's forward: choices that a capacity dropped, too.
+template <class Tape>
+void count_routing(dit::RoutingCounts& counts, Index block, Index bin, const Tape& tape, const std::vector<Index>& labels) {
+  if constexpr (requires { tape.router().top_k(); }) {
+    const std::span<const Index> choices = tape.router().choices();
+    moxie::SparsePlan<float> all;
+    all.build(tape.plan().tokens(), tape.plan().experts(), tape.router().top_k(), choices,
+              std::vector<float>(choices.size(), 1.0F));
+    counts.add(block, bin, all, labels);
+  } else {
+    counts.add(block, bin, tape.plan(), labels);
+  }
+}
+
+/// Share of the tokens that no expert computes.
+template <class Plan>
+double unserved(const Plan& plan) {
+  if constexpr (requires { plan.token(Index{0}); }) {
+    std::vector<char> served(std::size_t(plan.tokens()), 0);
+    for (Index r = 0; r < plan.rows(); ++r) {
+      served[std::size_t(plan.token(r))] = 1;
+    }
+    return double(std::count(served.begin(), served.end(), 0)) / double(std::max<Index>(plan.tokens(), 1));
+  }
+  return 0;
+}
+
 /// How a run's images are drawn. Throws ValueError, or std::invalid_argument for steps that cannot be read.
 template <class AnyModel>
 dit::Sampler<AnyModel, float> sampler_of(const Run& run, const Measures& measures, const AnyModel& model) {
+  const double dropout = run.config.recipe.label_dropout;
+  moxie::detail::expect_value(measures.guidance == 1 || (dropout > 0 && dropout < 1), run.name,
+                              "is not trained both with and without classes (label_dropout): guidance can be 1 alone");
   return {dit::process_of(run.config),
           {.steps = measures.sampling_steps, .guidance = measures.guidance, .clip = run.config.process == "ddpm"},
           model};
 }
 
-/// Trains a run, measures it, and returns its line of the results. `observe(step, steps)` is called after each step, and may
-/// throw.
+/// Trains a run, measures it, and returns its line of the results; of one that diverges, with an "error". `observe(step,
+/// steps)` is called after each step, and may throw.
 template <class Observe>
 nlohmann::json execute(const Run& run, const Measures& measures, const dit::DataSet& data, const dit::DataSet& test,
                        const Judge& judge_of, const Exec& exec, Observe&& observe) {
   return dit::with_model(run.config, [&]<class AnyModel>(const AnyModel& model) {
     using Clock = std::chrono::steady_clock;
     const dit::ModelConfig& shape = model.config();
-    detail::reset_peak_memory();
+    const bool counts_memory = detail::reset_peak_memory();
+    const std::int64_t memory_before = detail::memory("VmRSS:");
     dit::Training training(run.config, model, data);
     const Validation validation(run.config, test, measures.validation, exec);
     auto tape = model.make_tape(moxie::Keep::nothing);
@@ -128,7 +167,12 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
     };
     while (training.steps() < run.steps) {
       const auto start = Clock::now();
-      training.step(exec);
+      try {
+        training.step(exec);
+      } catch (const moxie::ValueError& error) {
+        result["error"] = "step " + std::to_string(training.steps() + 1) + ": " + error.what();
+        return result;
+      }
       seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
       trained += seconds.back();
       observe(training.steps(), run.steps);
@@ -137,7 +181,7 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       }
     }
     result["step_milliseconds"] = 1e3 * detail::median(seconds);
-    result["peak_memory"] = detail::peak_memory();
+    result["peak_memory"] = counts_memory ? detail::memory("VmHWM:") - memory_before : 0;
     double training_loss = 0;
     const auto& history = training.history();
     const std::size_t last = std::min<std::size_t>(history.size(), 100);
@@ -155,6 +199,7 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       constexpr Index bins = 10;
       dit::RoutingCounts counts({shape.depth, experts, shape.classes, shape.tokens(), bins});
       std::vector<double> dropped(std::size_t(shape.depth), 0.0);
+      std::vector<double> left_out(std::size_t(shape.depth), 0.0);
       Index parts = 0;
       const double latest = run.config.process == "ddpm" ? double(run.config.diffusion_steps) : 1;
       validate([&](double time, const std::vector<Index>& labels) {
@@ -162,9 +207,10 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
         for (Index block = 0; block < shape.depth; ++block) {
           const auto& feed_forward = tape.blocks[std::size_t(block)].feed_forward;
           if (feed_forward.plan().experts() == experts) {
-            counts.add(block, bin, feed_forward.plan(), labels);
+            count_routing(counts, block, bin, feed_forward, labels);
           }
           dropped[std::size_t(block)] += feed_forward.statistics().dropped;
+          left_out[std::size_t(block)] += unserved(feed_forward.plan());
         }
         ++parts;
       });
@@ -181,6 +227,7 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
                           {"entropy", experts > 1 ? bits.load / std::log2(double(experts)) : 1},
                           {"dead_experts", Index((load.row(block).array() == 0).count())},
                           {"dropped", dropped[std::size_t(block)] / double(parts)},
+                          {"unserved", left_out[std::size_t(block)] / double(parts)},
                           {"bits_of_class", bits.of_class},
                           {"bits_of_position", bits.of_position},
                           {"bits_of_timestep", bits.of_timestep}});
@@ -204,6 +251,10 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       const std::vector<Index> some(labels.begin() + first, labels.begin() + first + n);
       images.middleRows(first, n) = sampler(training.averages().view(), some, Rng(21), std::uint64_t(first), tape, exec,
                                             [&](auto...) { observe(run.steps, run.steps); });
+    }
+    if (!images.allFinite()) {
+      result["error"] = "an image is not finite";
+      return result;
     }
     images = images.array().max(-1.0F).min(1.0F);
     const Judgement judgement = judge(judge_of.classifier, judge_of.weights, images, exec);

@@ -216,7 +216,9 @@ inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
   expect(m.image_size >= 1 && m.image_size <= 1 << 15, "image sizes");
   expect(c.diffusion_steps >= 2 && c.diffusion_steps <= 1'000'000, "diffusion steps");
   if (c.feed_forward != "dense") {
-    const std::string experts = "blocks.0.moe.experts.";
+    const Index end = c.mixture_to == 0 ? m.depth : c.mixture_to;
+    expect(0 <= c.mixture_from && c.mixture_from < end && end <= m.depth, "blocks with experts");
+    const std::string experts = "blocks." + std::to_string(c.mixture_from) + ".moe.experts.";
     expect(c.experts == std::max(count_of(file, experts, ".gate_proj.weight"), count_of(file, experts, ".fc1.weight")),
            "experts");
     expect(c.slots_per_expert <= 1 << 20, "slots");

@@ -164,7 +164,8 @@ auto with_layer(const TrainingConfig& c, F&& f) {
     };
     return gelu ? of(std::type_identity<moxie::GeluTanhExperts<float>>()) : of(std::type_identity<SwiGlu>());
   } else {
-    throw moxie::ValueError("TrainingConfig: only SwiGLU experts hold numbers of another kind than float");
+    throw moxie::ValueError(
+        "TrainingConfig: only SwiGLU experts of shared, top-k and expert-choice hold numbers of another kind than float");
   }
 }
 

@@ -334,7 +334,9 @@ int main(int argc, char** argv) {
         foreign.switch_top_k = train_command->count("--switch-top-k") > 0 ? config.model.switch_top_k : 0;
         const dit::Recipe recipe = config.recipe;
         config = dit::config_of(moxie::SafetensorsFile(*training.start_from), foreign);
+        const double bias_rate = config.recipe.bias_rate;  // whether there are biases is a matter of the model
         config.recipe = recipe;
+        config.recipe.bias_rate = bias_rate;
       }
       expect_no_idle_options(*train_command, config);
       return dit::commands::train(config, training, drawing, folder, exec);

@@ -32,6 +32,11 @@ TEST_CASE("frechet_distance: of sets whose distance is known") {
   const Matrix<float> b = random_normal<float>(300, 5, Rng(2), 2.0);
   const Eigen::MatrixXf q = Eigen::HouseholderQR<Eigen::MatrixXf>(random_normal<float>(5, 5, Rng(3))).householderQ();
   CHECK(frechet_distance(a * q, b * q) == doctest::Approx(frechet_distance(a, b)).epsilon(1e-4));
+  // Whatever threads Eigen has.
+  const Matrix<float> wide = random_normal<float>(500, 128, Rng(4));
+  const double one = (Eigen::setNbThreads(1), frechet_distance(wide, wide.array() * 1.5F));
+  CHECK((Eigen::setNbThreads(2), frechet_distance(wide, wide.array() * 1.5F)) == one);
+  Eigen::setNbThreads(0);
   // Fewer images than features: the covariance has no inverse, and needs none.
   CHECK(frechet_distance(a.topRows(3), a.topRows(3)) == doctest::Approx(0).epsilon(1e-6));
 }

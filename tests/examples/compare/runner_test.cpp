@@ -87,7 +87,7 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
 }
 
 TEST_CASE("execute: an observer that throws ends the run") {
-  const dit::DataSet data = dit::generated_shapes(60, Rng(1));
+  const dit::DataSet data = dit::generated_shapes(70, Rng(1));
   const Classifier<float> classifier({.features = 8});
   const moxie::Parameters<float> weights(classifier.layout());
   const compare::Judge judge_of{classifier, weights, Matrix<float>::Zero(20, 8)};
@@ -96,10 +96,45 @@ TEST_CASE("execute: an observer that throws ends the run") {
                     "interrupted");
 }
 
+TEST_CASE("execute: a run that diverges is a result with an error") {
+  const dit::DataSet data = dit::generated_shapes(70, Rng(1));
+  const Classifier<float> classifier({.features = 8});
+  const moxie::Parameters<float> weights(classifier.layout());
+  const compare::Judge judge_of{classifier, weights, Matrix<float>::Zero(20, 8)};
+  compare::Run run = small("dense");
+  run.config.recipe.optimizer = {.rate = 1e30, .warm_up = 0};
+  const auto result = execute(run, measures, data, data, judge_of, Exec{1}, [](auto...) {});
+  CHECK(result["name"] == "dense");
+  CHECK(result["error"].get<std::string>().starts_with("step 2:"));
+}
+
+TEST_CASE("count_routing: what was chosen, and not what a capacity left of it") {
+  // All tokens prefer experts 0 and 1, which have room for one token of an image each.
+  moxie::TopKMoE<float> layer(
+      {.model_dim = 4, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 4}, .capacity = {.factor = 0.5}});
+  layer.initialize(Rng(1));
+  const auto gate = layer.parameters().view()["gate.weight"];
+  for (Index e = 0; e < 4; ++e) {
+    gate.eigen().row(e).setConstant(-float(e));
+  }
+  const Matrix<float> x = Matrix<float>::Ones(8, 4);  // two images of four tokens
+  Matrix<float> y(8, 4);
+  auto tape = layer.make_tape();
+  layer.forward({x, 4}, y, tape, Exec{1});
+  CHECK(tape.plan().rows() == 4);
+  dit::RoutingCounts counts({.layers = 1, .experts = 4, .classes = 2, .positions = 4, .bins = 1});
+  compare::count_routing(counts, 0, 0, tape, {0, 1});
+  Matrix<double> expected = Matrix<double>::Zero(2, 4);
+  expected.leftCols(2).setConstant(4);
+  CHECK(counts.by_class(0) == expected);
+  CHECK(compare::unserved(tape.plan()) == 0.75);
+}
+
 TEST_CASE("Validation: the same noise and times for every call, of the process's own times") {
   const dit::DataSet data = dit::generated_shapes(120, Rng(1));
   dit::TrainingConfig config = small("dense").config;
-  const compare::Validation validation(config, data, 1000, Exec{1});
+  const compare::Validation validation(config, data, 110, Exec{1});
+  CHECK_THROWS_AS(compare::Validation(config, data, 121, Exec{1}), moxie::ValueError);
   dit::with_model(config, [&](const auto& model) {
     moxie::Parameters<float> weights(model.layout());
     model.initialize(weights, Rng(1));
@@ -110,7 +145,7 @@ TEST_CASE("Validation: the same noise and times for every call, of the process's
       times.push_back(time);
       images += labels.size();
     });
-    CHECK(images == 120);
+    CHECK(images == 110);
     CHECK(times.size() == 3);
     CHECK(std::is_sorted(times.begin(), times.end()));
     CHECK(times.front() > 0);

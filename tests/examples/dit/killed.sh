@@ -52,6 +52,11 @@ few=("$dit" train --data "$folder/two/samples.safetensors" --out "$folder/few" -
 "${few[@]}" --resume --steps 2 >"$folder/output"
 grep -q "Going on from step 1" "$folder/output"
 
+# Selection biases are the model's, and stay when its weights are started from.
+biased=("$dit" train --data "$folder/two/samples.safetensors" --samples-per-class 1 --sampling-steps 1 --batch 2 --steps 1)
+"${biased[@]}" --bias-rate 0.001 --out "$folder/biased" >/dev/null
+"${biased[@]}" --start-from "$folder/biased/checkpoint.safetensors" --out "$folder/again" >/dev/null
+
 # --model shapes a model once; the data's images and classes stay.
 named=("$dit" train --model DiT-S/8 --data "$folder/two/samples.safetensors" --out "$folder/named" --patch 14 --depth 1
   --samples-per-class 1 --sampling-steps 1 --batch 2)
