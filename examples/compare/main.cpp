@@ -140,11 +140,10 @@ int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
     }
     std::cout << "== " << run.group << ": " << run.name << ", seed " << run.config.recipe.seed << "\n";
     dit::Progress progress({.steps = run.steps, .images_per_step = run.config.recipe.batch});
-    nlohmann::json result =
-        compare::execute(run, experiment.measures, data, test, judge, exec, [&](std::int64_t step, std::int64_t /*steps*/) {
-          stop_if_interrupted();
-          progress.update(step);
-        });
+    nlohmann::json result = compare::execute(run, experiment.measures, data, test, judge, exec, [&](std::int64_t step) {
+      stop_if_interrupted();
+      progress.update(step);
+    });
     progress.finish();
     result["measures"] = experiment.measures;
     result["classifier_accuracy"] = all.agreement(test.labels);

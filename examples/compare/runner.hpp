@@ -135,8 +135,8 @@ dit::Sampler<AnyModel, float> sampler_of(const Run& run, const Measures& measure
           model};
 }
 
-/// Trains a run, measures it, and returns its line of the results; of one that diverges, with an "error". `observe(step,
-/// steps)` is called after each step, and may throw.
+/// Trains a run, measures it, and returns its line of the results; of one that diverges, with an "error".
+/// `observe(step)` is called after each step, and may throw.
 template <class Observe>
 nlohmann::json execute(const Run& run, const Measures& measures, const dit::DataSet& data, const dit::DataSet& test,
                        const Judge& judge_of, const Exec& exec, Observe&& observe) {
@@ -175,7 +175,7 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       }
       seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
       trained += seconds.back();
-      observe(training.steps(), run.steps);
+      observe(training.steps());
       if (training.steps() % measures.every == 0 && training.steps() < run.steps) {
         validate([](double, const auto&) {});
       }
@@ -192,10 +192,7 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
 
     // The last validation also tells who is routed where.
     if constexpr (dit::commands::routes<AnyModel>) {
-      Index experts = 0;
-      for (Index block = 0; block < shape.depth; ++block) {
-        experts = std::max(experts, model.feed_forward(block).router().experts());
-      }
+      const Index experts = dit::commands::most_experts(model);
       constexpr Index bins = 10;
       dit::RoutingCounts counts({shape.depth, experts, shape.classes, shape.tokens(), bins});
       std::vector<double> dropped(std::size_t(shape.depth), 0.0);
@@ -250,7 +247,7 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       const Index n = std::min(part, measures.samples - first);
       const std::vector<Index> some(labels.begin() + first, labels.begin() + first + n);
       images.middleRows(first, n) = sampler(training.averages().view(), some, Rng(21), std::uint64_t(first), tape, exec,
-                                            [&](auto...) { observe(run.steps, run.steps); });
+                                            [&](auto...) { observe(run.steps); });
     }
     if (!images.allFinite()) {
       result["error"] = "an image is not finite";

@@ -39,6 +39,16 @@ constexpr bool routes = requires(const typename AnyModel::Tape& tape) {
   tape.blocks[0].feed_forward.plan();
 };
 
+/// Experts of the blocks that have a choice; others have one.
+template <class AnyModel>
+Index most_experts(const AnyModel& model) {
+  Index experts = 0;
+  for (Index block = 0; block < model.config().depth; ++block) {
+    experts = std::max(experts, model.feed_forward(block).router().experts());
+  }
+  return experts;
+}
+
 /// Draws the same number of images of each class. An interruption throws.
 template <class AnyModel>
 Drawing draw(const AnyModel& model, ParameterView<const float> weights, const TrainingConfig& config,
@@ -53,12 +63,8 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
             << sampler.config().guidance << "\n";
   drawing.images.resize(total, shape.image_dim());
   if constexpr (routes<AnyModel>) {
-    Index experts = 0;
-    for (Index block = 0; block < shape.depth; ++block) {
-      experts = std::max(experts, model.feed_forward(block).router().experts());
-    }
     drawing.counts.emplace(RoutingCounts::Shape{.layers = shape.depth,
-                                                .experts = experts,
+                                                .experts = most_experts(model),
                                                 .classes = shape.classes,
                                                 .positions = shape.tokens(),
                                                 .bins = options.bins});

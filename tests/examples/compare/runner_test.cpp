@@ -49,9 +49,9 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
   for (const compare::Run& run : runs) {
     CAPTURE(run.name);
     std::int64_t calls = 0;
-    const auto result = execute(run, measures, data, test, judge_of, Exec{1}, [&](std::int64_t step, std::int64_t steps) {
+    const auto result = execute(run, measures, data, test, judge_of, Exec{1}, [&](std::int64_t step) {
       CHECK(step >= 1);
-      CHECK(steps == 4);
+      CHECK(step <= 4);
       ++calls;
     });
     CHECK(calls >= 4 + 2);
