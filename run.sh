@@ -14,7 +14,7 @@ need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli
 need_demo=(gnuplot-nox dataset-fashion-mnist libjs-vega)
 need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev ocl-icd-opencl-dev gnuplot-nox python3)
 need_sets=(g++-aarch64-linux-gnu qemu-user)
-need_test=(doctest-dev clang libclang-rt-dev libomp-dev)
+need_test=(doctest-dev clang libclang-rt-dev libomp-dev python3)
 want_test=(libjs-vega chromium)  # without them the tests of the report are skipped
 out=out/demo
 
@@ -81,11 +81,15 @@ case ${1:-} in
     ls "$out"/*.png
     ;;
   compare)
-    install_missing "${need[@]}" dataset-fashion-mnist
+    install_missing "${need[@]}" dataset-fashion-mnist gnuplot-nox python3
     build release -DMOXIE_BUILD_TESTS=OFF -- --target compare
     say "comparing"
     export OMP_WAIT_POLICY=passive
-    build/release/examples/compare/compare run "${@:2}"
+    folder=out/compare rounds=10
+    if [[ " ${*:2} " == *" --quick "* ]]; then folder=out/compare-quick rounds=3; fi
+    build/release/examples/compare/compare run --out "$folder" "${@:2}"
+    [ -e "$folder/times.jsonl" ] || build/release/examples/compare/compare time --out "$folder" --rounds "$rounds"
+    python3 examples/compare/report.py "$folder"
     ;;
   test)
     install_missing "${need[@]}" "${need_test[@]}"

@@ -39,9 +39,13 @@ struct Run {
 ///     {"measures": {...},
 ///      "base": {"batch": 48, ...},                         what all runs have in common, fields of TrainingConfig
 ///      "groups": [{"name": "main", "steps": 2000, "seeds": [1, 2, 3],
-///                  "runs": [{"name": "dense", "set": {"feed_forward": "dense"}}, ...]}]}
+///                  "runs": [{"name": "dense", "set": {"feed_forward": "dense"}}, ...],
+///                  "beside": {"8 experts": "shared", ...}}],                 runs of other groups, as the group's tables call
+///                  them
+///      "claims": [{"claim": "...", "source": "...", "group": "main", "better": "shared", "than": "dense"}, ...]}
 ///
-/// Fields are merged into one another (RFC 7396). Throws std::runtime_error that names the file for what is not understood.
+/// Fields are merged into one another (RFC 7396). "beside" and "claims" are for report.py. Throws std::runtime_error that names
+/// the file for what is not understood.
 struct Experiment {
   Measures measures;
   std::vector<Run> runs;
@@ -60,11 +64,16 @@ struct Experiment {
     }
   }
 
-  /// Leaves the first group with one seed, a twentieth of the steps and a fifth of the images: a look at everything in minutes.
-  void shorten() {
+  /// Leaves the first group with one seed.
+  void leave_first_group() {
     const Run first = runs.front();
     std::erase_if(
         runs, [&](const Run& run) { return run.group != first.group || run.config.recipe.seed != first.config.recipe.seed; });
+  }
+
+  /// Leaves that with a twentieth of the steps and a fifth of the images: a look at everything in minutes.
+  void shorten() {
+    leave_first_group();
     const auto shorter = [](auto n, auto parts, auto least) { return std::max<decltype(n)>(n / parts, least); };
     for (Run& run : runs) {
       run.steps = shorter(run.steps, 20, 1);
@@ -76,7 +85,7 @@ struct Experiment {
   }
 
   static Experiment parse(const nlohmann::json& file) {
-    expect_keys(file, {"measures", "base", "groups"}, "the file");
+    expect_keys(file, {"measures", "base", "groups", "claims"}, "the file");
     Experiment experiment;
     experiment.measures = understood<Measures>(file.value("measures", nlohmann::json::object()), "measures");
     const Measures& m = experiment.measures;
@@ -85,7 +94,7 @@ struct Experiment {
                                 "measures", "counts must be at least 1, and more samples than neighbours");
     std::set<std::pair<std::string, std::uint64_t>> seen;
     for (const nlohmann::json& group : file.at("groups")) {
-      expect_keys(group, {"name", "steps", "seeds", "runs"}, "a group");
+      expect_keys(group, {"name", "steps", "seeds", "runs", "beside"}, "a group");
       for (const nlohmann::json& entry : group.at("runs")) {
         expect_keys(entry, {"name", "set"}, "a run");
         nlohmann::json config = file.value("base", nlohmann::json::object());
@@ -101,6 +110,7 @@ struct Experiment {
       }
     }
     moxie::detail::expect_value(!experiment.runs.empty(), "groups", "there is no run");
+    expect_names(file, experiment.runs);
     return experiment;
   }
 
@@ -109,6 +119,31 @@ struct Experiment {
     moxie::detail::expect_value(object.is_object(), what, "is not an object");
     for (const auto& [key, value] : object.items()) {
       moxie::detail::expect_value(known.contains(key), what, "has '" + key + "', which is not understood");
+    }
+  }
+  /// What "beside" and "claims" name has to be there.
+  static void expect_names(const nlohmann::json& file, const std::vector<Run>& runs) {
+    std::set<std::string> all;
+    std::map<std::string, std::set<std::string>> of_group;
+    for (const Run& run : runs) {
+      all.insert(run.name);
+      of_group[run.group].insert(run.name);
+    }
+    for (const nlohmann::json& group : file.at("groups")) {
+      const std::string& name = group.at("name").get_ref<const std::string&>();
+      for (const auto& [here, run] : group.value("beside", std::map<std::string, std::string>())) {
+        moxie::detail::expect_value(all.contains(run), name, "there is no run '" + run + "' to stand beside its own");
+        moxie::detail::expect_value(of_group[name].insert(here).second, name, "has two runs '" + here + "'");
+      }
+    }
+    for (const nlohmann::json& claim : file.value("claims", nlohmann::json::array())) {
+      expect_keys(claim, {"claim", "source", "group", "better", "than", "by"}, "a claim");
+      const std::string& what = claim.at("claim").get_ref<const std::string&>();
+      for (const char* side : {"better", "than"}) {
+        const std::string& name = claim.at(side).get_ref<const std::string&>();
+        moxie::detail::expect_value(of_group[claim.at("group")].contains(name), what,
+                                    "there is no run '" + name + "' in its group");
+      }
     }
   }
   /// The default with what `patch` says; of which nothing may be left over.

@@ -3,6 +3,7 @@
 // Trains one diffusion transformer with many feed-forwards, sparse and soft, and measures them alike.
 //
 //     compare run [--experiment FILE] [--out DIR]     trains what is not in DIR/results.jsonl yet
+//     compare time [--experiment FILE] [--out DIR]    measures steps of the first group in turn, into DIR/times.jsonl
 //     compare cost [--experiment FILE]                what the runs cost, by arithmetic
 #include <CLI/CLI.hpp>
 #include <compare/runner.hpp>
@@ -93,6 +94,40 @@ moxie::Parameters<float> classifier_weights(const Classifier<float>& classifier,
   return weights;
 }
 
+int time(Experiment experiment, const fs::path& folder, Index rounds, const Exec& exec) {
+  const dit::OutputFolder files(folder);
+  const dit::DataSet data = dit::load_data_set();
+  fit(experiment, data);
+  experiment.leave_first_group();
+  constexpr Index steps = 10;
+  const auto count = std::int64_t(experiment.runs.size());
+  dit::Progress progress(
+      {.steps = rounds * (steps + 3) * count, .images_per_step = experiment.runs.front().config.recipe.batch});
+  std::int64_t done = 0;
+  const auto times = compare::step_times(experiment.runs, data, rounds, steps, exec, [&] {
+    stop_if_interrupted();
+    progress.update(++done);
+  });
+  progress.finish();
+  moxie::detail::ReplacementFile file(files("times.jsonl"));
+  for (std::size_t i = 0; i < times.size(); ++i) {
+    const double median = compare::detail::median(times[i]);
+    std::cout << experiment.runs[i].name << ": " << median << " ms\n";
+    const nlohmann::json entry{{"name", experiment.runs[i].name},
+                               {"group", experiment.runs[i].group},
+                               {"config", experiment.runs[i].config},
+                               {"step_milliseconds", median},
+                               {"rounds", times[i]},
+                               {"data", data.origin},
+                               {"threads", exec.thread_count()},
+                               {"instructions", moxie::kernel::built_for().name}};
+    const std::string line = entry.dump() + "\n";
+    file.write(line.data(), line.size());
+  }
+  file.commit();
+  return 0;
+}
+
 int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
   const dit::OutputFolder files(folder);
   compare::Results results(files("results.jsonl"));
@@ -172,14 +207,21 @@ int main(int argc, char** argv) {
   Exec exec;
   CLI::App* run_command = app.add_subcommand("run", "train and measure what is not in the results yet");
   CLI::App* cost_command = app.add_subcommand("cost", "what the runs cost, by arithmetic");
-  for (CLI::App* command : {run_command, cost_command}) {
+  CLI::App* time_command = app.add_subcommand("time", "measure the steps of the first group in turn, into times.jsonl");
+  for (CLI::App* command : {run_command, time_command, cost_command}) {
     command->add_option("--experiment", file, "the runs")->capture_default_str();
   }
-  run_command->add_option("--out", folder, "folder of the results")->capture_default_str();
+  Index rounds = 10;
+  time_command->add_option("--rounds", rounds, "times that each run is begun")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  for (CLI::App* command : {run_command, time_command}) {
+    command->add_option("--out", folder, "folder of the results")->capture_default_str();
+    command->add_option("--threads", exec.threads, "0: all")->capture_default_str()->check(CLI::NonNegativeNumber);
+  }
   bool quick = false;
   run_command->add_flag("--quick", quick,
                         "the first group with one seed and a twentieth of the steps: minutes, and says little");
-  run_command->add_option("--threads", exec.threads, "0: all")->capture_default_str()->check(CLI::NonNegativeNumber);
   CLI11_PARSE(app, argc, argv);
   std::signal(SIGINT, interrupt);
   std::signal(SIGTERM, interrupt);
@@ -192,6 +234,9 @@ int main(int argc, char** argv) {
       fit(experiment, dit::load_data_set());
       print_cost(experiment);
       return 0;
+    }
+    if (time_command->parsed()) {
+      return time(std::move(experiment), folder, rounds, exec);
     }
     return run(std::move(experiment), folder, exec);
   } catch (const std::exception& error) {

@@ -90,6 +90,29 @@ inline std::int64_t memory(const std::string& which) {
   return 0;
 }
 
+/// Experts that each block's tokens are routed to: those of its feed-forward, or where that is dense, of Switch-DiT's mask.
+template <class AnyModel>
+std::vector<Index> experts_of_blocks(const AnyModel& model) {
+  std::vector<Index> experts;
+  for (Index block = 0; block < model.config().depth; ++block) {
+    if constexpr (dit::commands::routes<AnyModel>) {
+      experts.push_back(model.feed_forward(block).router().experts());
+    } else {
+      experts.push_back(model.config().switch_experts);
+    }
+  }
+  return experts;
+}
+/// Calls f with the tape of the layer that has these experts.
+template <class BlockTape, class F>
+void visit_routed(const BlockTape& block, F&& f) {
+  if constexpr (requires { block.feed_forward.plan(); }) {
+    f(block.feed_forward);
+  } else {
+    f(block.gated);
+  }
+}
+
 inline double median(std::vector<double> values) {
   std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
   return values[values.size() / 2];
@@ -135,13 +158,41 @@ dit::Sampler<AnyModel, float> sampler_of(const Run& run, const Measures& measure
           model};
 }
 
+/// Milliseconds of a training step of each run: in every round each run is begun anew and takes three steps and then `steps`
+/// more, whose median counts, so that what else the machine does meets all alike. A run's times, a round each.
+/// `observe()` is called after each step, and may throw.
+template <class Observe>
+std::vector<std::vector<double>> step_times(std::span<const Run> runs, const dit::DataSet& data, Index rounds, Index steps,
+                                            const Exec& exec, Observe&& observe) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<std::vector<double>> times(runs.size());
+  for (Index round = 0; round < rounds; ++round) {
+    for (std::size_t i = 0; i < runs.size(); ++i) {
+      dit::with_model(runs[i].config, [&](const auto& model) {
+        dit::Training training(runs[i].config, model, data);
+        std::vector<double> milliseconds;
+        for (Index step = -3; step < steps; ++step) {
+          const auto start = Clock::now();
+          training.step(exec);
+          const std::chrono::duration<double, std::milli> time = Clock::now() - start;
+          if (step >= 0) {
+            milliseconds.push_back(time.count());
+          }
+          observe();
+        }
+        times[i].push_back(detail::median(milliseconds));
+      });
+    }
+  }
+  return times;
+}
+
 /// Trains a run, measures it, and returns its line of the results; of one that diverges, with an "error".
 /// `observe(step)` is called after each step, and may throw.
 template <class Observe>
 nlohmann::json execute(const Run& run, const Measures& measures, const dit::DataSet& data, const dit::DataSet& test,
                        const Judge& judge_of, const Exec& exec, Observe&& observe) {
   return dit::with_model(run.config, [&]<class AnyModel>(const AnyModel& model) {
-    using Clock = std::chrono::steady_clock;
     const dit::ModelConfig& shape = model.config();
     const bool counts_memory = detail::reset_peak_memory();
     const std::int64_t memory_before = detail::memory("VmRSS:");
@@ -158,29 +209,22 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
     result["activated_parameters"] = cost.activated;
     result["multiply_adds"] = cost.multiply_adds;
 
-    std::vector<double> seconds;
     nlohmann::json curve = nlohmann::json::array();
-    double trained = 0;
     const auto validate = [&](auto&& looked_at) {
-      const double loss = validation(model, training.averages().view(), tape, exec, looked_at);
-      curve.push_back({training.steps(), trained, loss});
+      curve.push_back({training.steps(), validation(model, training.averages().view(), tape, exec, looked_at)});
     };
     while (training.steps() < run.steps) {
-      const auto start = Clock::now();
       try {
         training.step(exec);
       } catch (const moxie::ValueError& error) {
         result["error"] = "step " + std::to_string(training.steps() + 1) + ": " + error.what();
         return result;
       }
-      seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
-      trained += seconds.back();
       observe(training.steps());
       if (training.steps() % measures.every == 0 && training.steps() < run.steps) {
         validate([](double, const auto&) {});
       }
     }
-    result["step_milliseconds"] = 1e3 * detail::median(seconds);
     result["peak_memory"] = counts_memory ? detail::memory("VmHWM:") - memory_before : 0;
     double training_loss = 0;
     const auto& history = training.history();
@@ -191,10 +235,11 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
     result["training_loss"] = training_loss;
 
     // The last validation also tells who is routed where.
-    if constexpr (dit::commands::routes<AnyModel>) {
-      const Index experts = dit::commands::most_experts(model);
+    const std::vector<Index> experts = detail::experts_of_blocks(model);
+    const Index most = *std::max_element(experts.begin(), experts.end());
+    if (most > 1) {
       constexpr Index bins = 10;
-      dit::RoutingCounts counts({shape.depth, experts, shape.classes, shape.tokens(), bins});
+      dit::RoutingCounts counts({shape.depth, most, shape.classes, shape.tokens(), bins});
       std::vector<double> dropped(std::size_t(shape.depth), 0.0);
       std::vector<double> left_out(std::size_t(shape.depth), 0.0);
       Index parts = 0;
@@ -202,12 +247,13 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       validate([&](double time, const std::vector<Index>& labels) {
         const Index bin = std::clamp(Index(time / latest * double(bins)), Index{0}, bins - 1);
         for (Index block = 0; block < shape.depth; ++block) {
-          const auto& feed_forward = tape.blocks[std::size_t(block)].feed_forward;
-          if (feed_forward.plan().experts() == experts) {
-            count_routing(counts, block, bin, feed_forward, labels);
+          if (experts[std::size_t(block)] == most) {
+            detail::visit_routed(tape.blocks[std::size_t(block)], [&](const auto& layer) {
+              count_routing(counts, block, bin, layer, labels);
+              dropped[std::size_t(block)] += layer.statistics().dropped;
+              left_out[std::size_t(block)] += unserved(layer.plan());
+            });
           }
-          dropped[std::size_t(block)] += feed_forward.statistics().dropped;
-          left_out[std::size_t(block)] += unserved(feed_forward.plan());
         }
         ++parts;
       });
@@ -216,12 +262,12 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       const auto information = dit::information_by_layer(counts);
       for (Index block = 0; block < shape.depth; ++block) {
         const dit::LayerInformation& bits = information[std::size_t(block)];
-        if (model.feed_forward(block).router().experts() < experts) {
+        if (experts[std::size_t(block)] < most) {
           continue;
         }
         blocks.push_back({{"block", block},
-                          {"max_violation", load.row(block).maxCoeff() * double(experts) - 1},
-                          {"entropy", experts > 1 ? bits.load / std::log2(double(experts)) : 1},
+                          {"max_violation", load.row(block).maxCoeff() * double(most) - 1},
+                          {"entropy", bits.load / std::log2(double(most))},
                           {"dead_experts", Index((load.row(block).array() == 0).count())},
                           {"dropped", dropped[std::size_t(block)] / double(parts)},
                           {"unserved", left_out[std::size_t(block)] / double(parts)},

@@ -74,6 +74,36 @@ TEST_CASE("Experiment: what is not understood is named") {
   names("no run", [](json& f) { f["groups"] = json::array(); });
   names("name", [](json& f) { f["groups"][0]["runs"][0].erase("name"); });
   names("groups", [](json& f) { f.erase("groups"); });
+  names("nothing", [](json& f) { f["groups"][0]["beside"] = {{"third", "three"}}; });
+  names("no run 'four'", [](json& f) { f["groups"][0]["beside"] = {{"third", "four"}}; });
+  names("two runs 'two'", [](json& f) { f["groups"][0]["beside"] = {{"two", "three"}}; });
+  const auto claim = [](const char* better) {
+    return json{{"claim", "c"}, {"source", "s"}, {"group", "a"}, {"better", better}, {"than", "two"}};
+  };
+  names("nothing", [&](json& f) { f["claims"] = {claim("one")}; });
+  names("c: there is no run 'three' in its group", [&](json& f) { f["claims"] = {claim("three")}; });
+  names("nothing", [&](json& f) {
+    f["groups"][0]["beside"] = {{"third", "three"}};
+    f["claims"] = {claim("third")};
+  });
+  names("'loud'", [&](json& f) {
+    f["claims"] = {claim("one")};
+    f["claims"][0]["loud"] = 1;
+  });
+}
+
+TEST_CASE("Experiment: shorter ones keep the first group and its first seed") {
+  Experiment e = Experiment::parse(small());
+  e.leave_first_group();
+  REQUIRE(e.runs.size() == 2);
+  CHECK(e.runs[1].name == "two");
+  CHECK(e.runs[1].steps == 40);
+  e = Experiment::parse(small());
+  e.shorten();
+  REQUIRE(e.runs.size() == 2);
+  CHECK(e.runs[0].config.recipe.seed == 3);
+  CHECK(e.runs[0].steps == 2);
+  CHECK(e.measures.samples == 8);
 }
 
 TEST_CASE("Experiment: a file that is not there, or none of JSON") {

@@ -45,7 +45,9 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
   runs[0].config.model.learn_sigma = true;
   runs[1].config.mixture_from = 1;
   runs[1].config.token_capacity = 0.5;
-  runs[4].config.model.switch_experts = 3;
+  runs.push_back(small("dense"));
+  runs.back().name = "Switch-DiT";
+  runs.back().config.model.switch_experts = 3;
   for (const compare::Run& run : runs) {
     CAPTURE(run.name);
     std::int64_t calls = 0;
@@ -62,20 +64,23 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
     CHECK(result["validation"].size() == 2);
     CHECK(result["validation"][0][0] == 2);
     CHECK(result["validation"][1][0] == 4);
-    CHECK(result["validation"][1][2] == result["validation_loss"]);
+    CHECK(result["validation"][1][1] == result["validation_loss"]);
     CHECK(result["validation_loss"].get<double>() > 0);
     for (const char* share : {"agreement", "precision", "recall"}) {
       CHECK(result[share].get<double>() >= 0);
       CHECK(result[share].get<double>() <= 1);
     }
     CHECK(result["frechet"].get<double>() > 0);
-    CHECK(result["step_milliseconds"].get<double>() > 0);
     const std::size_t blocks = run.name == "dense" ? 0 : run.name == "top-k" ? 1 : 2;
     CHECK(result.contains("blocks") == (blocks > 0));
     for (const auto& block : result.value("blocks", nlohmann::json::array())) {
       CHECK(block["max_violation"].get<double>() >= 0);
       CHECK(block["entropy"].get<double>() <= 1.0 + 1e-9);
       CHECK((block["dropped"].get<double>() > 0) == (run.name == "top-k"));
+      if (run.name == "Switch-DiT") {  // all tokens of an image, whatever its class, go where its time sends them
+        CHECK(block["bits_of_position"].get<double>() == doctest::Approx(0).epsilon(1e-9));
+        CHECK(block["unserved"] == 0);
+      }
     }
     CHECK(result.value("blocks", nlohmann::json::array()).size() == blocks);
 
@@ -84,6 +89,21 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
       CHECK(again[same] == result[same]);
     }
   }
+}
+
+TEST_CASE("step_times: a time for every run in every round") {
+  const dit::DataSet data = dit::generated_shapes(60, Rng(1));
+  const std::vector<compare::Run> runs = {small("dense"), small("soft")};
+  Index calls = 0;
+  const auto times = compare::step_times(runs, data, 3, 2, Exec{1}, [&] { ++calls; });
+  CHECK(calls == 2 * 3 * (3 + 2));
+  REQUIRE(times.size() == 2);
+  for (const auto& rounds : times) {
+    CHECK(rounds.size() == 3);
+    CHECK(*std::min_element(rounds.begin(), rounds.end()) > 0);
+  }
+  CHECK_THROWS_WITH(compare::step_times(runs, data, 1, 1, Exec{1}, [] { throw std::runtime_error("interrupted"); }),
+                    "interrupted");
 }
 
 TEST_CASE("execute: an observer that throws ends the run") {

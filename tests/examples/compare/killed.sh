@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Runs that are killed at random moments, and go on each time, end with the results of undisturbed ones.
+#     killed.sh COMPARE
+set -euo pipefail
+compare=$1
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cat >"$folder/experiment.json" <<'END'
+{"measures": {"every": 50, "validation": 100, "samples": 20, "sampling_steps": "2", "classifier_steps": 10},
+ "base": {"model": {"patch": 7, "dim": 16, "depth": 2, "heads": 2}, "feed_forward": "shared", "experts": 3, "hidden_dim": 8,
+          "shared_hidden_dim": 8, "recipe": {"batch": 4}},
+ "groups": [{"name": "small", "steps": 100, "seeds": [1, 2],
+             "runs": [{"name": "shared"}, {"name": "dense", "set": {"feed_forward": "dense"}}]}]}
+END
+run() { "$compare" run --experiment "$folder/experiment.json" --threads 1 "$@" >"$folder/output" 2>&1; }
+
+lines() { if [ -e "$folder/killed/results.jsonl" ]; then wc -l <"$folder/killed/results.jsonl"; else echo 0; fi; }
+# Killed before the first result, and after each but the last: whatever is there is whole, and nothing finished is lost.
+for finished in 0 0 1 2 3; do
+  "$compare" run --experiment "$folder/experiment.json" --threads 1 --out "$folder/killed" >"$folder/output" 2>&1 &
+  until [ "$(lines)" -ge "$finished" ]; do sleep 0.01; done
+  sleep "0.0$((RANDOM % 10))"
+  kill -9 $!
+  { wait $! && { echo "ended before it was killed" >&2; exit 1; }; } 2>/dev/null
+  [ "$(lines)" -ge "$finished" ]
+  echo "killed after $(lines) results"
+done
+run --out "$folder/killed" || { cat "$folder/output"; exit 1; }
+run --out "$folder/undisturbed" || { cat "$folder/output"; exit 1; }
+values() { sed 's/"peak_memory":[0-9]*,//' "$1/results.jsonl"; }
+[ "$(wc -l <"$folder/undisturbed/results.jsonl")" -eq 4 ]
+cmp <(values "$folder/killed") <(values "$folder/undisturbed")
+cmp "$folder/killed/classifier.safetensors" "$folder/undisturbed/classifier.safetensors"
+if compgen -G "$folder/killed/.moxie-*" || compgen -G "$folder/killed/*.part"; then
+  echo "files of saves that were cut off are left" >&2
+  exit 1
+fi
+echo "the same results, byte for byte"
+
+# Finished runs are not trained again.
+run --out "$folder/killed"
+grep -q "^0 of 4 runs are left" "$folder/output"
+if grep -q "^== " "$folder/output"; then
+  echo "a finished run was begun again" >&2
+  exit 1
+fi
+# Another experiment's results are not mixed with these.
+sed -i 's/"hidden_dim": 8/"hidden_dim": 12/' "$folder/experiment.json"
+if run --out "$folder/killed"; then
+  echo "results of other options were not refused" >&2
+  exit 1
+fi
+grep -q "with other options" "$folder/output"
+[ "$(wc -l <"$folder/killed/results.jsonl")" -eq 4 ]
