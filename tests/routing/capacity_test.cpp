@@ -9,37 +9,9 @@ namespace {
 using moxie::assign_places;
 using moxie::Buffer;
 using moxie::Capacity;
-using moxie::expert_capacity;
 using moxie::Index;
 using moxie::Priority;
-using moxie::Rounding;
 using moxie::Sequences;
-
-TEST_CASE("capacity: is rounded up, or to the nearest with halves to even, then up to a multiple") {
-  CHECK(expert_capacity(16, 4, {.factor = 1}) == 4);
-  CHECK(expert_capacity(17, 4, {.factor = 1}) == 5);
-  CHECK(expert_capacity(10, 4, {.factor = 1, .rounding = Rounding::round}) == 2);  // 2.5
-  CHECK(expert_capacity(14, 4, {.factor = 1, .rounding = Rounding::round}) == 4);  // 3.5
-  CHECK(expert_capacity(17, 4, {.factor = 1, .multiple_of = 4}) == 8);
-  CHECK(expert_capacity(1, 8, {.factor = 0.1}) == 1);
-}
-
-TEST_CASE("capacity: below 1 is refused, and options that no capacity follows from") {
-  const auto message = [](Index n, const Capacity& c) {
-    return moxie::test::message_of<moxie::ValueError>([&] { expert_capacity(n, 8, c); });
-  };
-  CHECK(moxie::test::contains(message(1, {.factor = 1, .rounding = Rounding::round}), "rounds to a capacity of 0"));
-  CHECK(moxie::test::contains(message(0, {.factor = 1}), "rounds to a capacity of 0"));
-  CHECK(moxie::test::contains(message(10, {.factor = 1e300}), "too large"));
-  const auto options = [](const Capacity& c) {
-    return moxie::test::message_of<moxie::ValueError>([&] { moxie::detail::expect_capacity("f", c); });
-  };
-  CHECK(options({.factor = -1}) == "f: the capacity factor must be finite and not negative");
-  CHECK(options({.factor = std::numeric_limits<double>::quiet_NaN()}) ==
-        "f: the capacity factor must be finite and not negative");
-  CHECK(options({.factor = 1, .multiple_of = 0}) == "f: capacity.multiple_of is 0, expected at least 1");
-  CHECK(options({}) == "nothing was thrown");
-}
 
 struct Places {
   Buffer<Index> place, assigned, order, taken;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <Eigen/Core>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 
 namespace moxie {
 
-using Index = Eigen::Index;
+/// Sizes and positions; Eigen's own.
+using Index = std::ptrdiff_t;
 
 /// A matrix has other dimensions than the call needs. Thrown at public entries, before any output is written.
 struct ShapeError : std::invalid_argument {

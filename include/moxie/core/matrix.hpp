@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <Eigen/Core>
 #include <cstdint>
 #include <moxie/config.hpp>
 #include <moxie/core/error.hpp>
 #include <type_traits>
 
 namespace moxie {
+
+static_assert(std::is_same_v<Index, Eigen::Index>, "moxie: Eigen's index is another type: EIGEN_DEFAULT_DENSE_INDEX_TYPE");
 
 /// The matrix of the interface: row-major, one row a token (or one row an output unit, for weights).
 template <class Scalar>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <moxie/core/buffer.hpp>
+#include <moxie/core/error.hpp>
 #include <span>
 #include <vector>
 
@@ -62,7 +62,8 @@ class Sequences {
   }
 
   /// Copies the B + 1 offsets, for who must remember the division longer than the caller: `Sequences(starts.span()).over(T)`.
-  void copy_starts(Buffer<Index>& starts) const {
+  template <class Starts>
+  void copy_starts(Starts& starts) const {
     starts.resize(count() + 1);
     starts[0] = 0;
     for_each([&](Index b, Index, Index end) { starts[b + 1] = end; });

@@ -7,6 +7,7 @@
 #include <moxie/core/random.hpp>
 #include <moxie/core/workspace.hpp>
 #include <moxie/exchange/grouped_rows.hpp>
+#include <moxie/expert/config.hpp>
 #include <moxie/kernel/gemm.hpp>
 #include <string>
 #include <vector>
@@ -96,19 +97,6 @@ class FrozenWeights {
   std::vector<Index> vector_offsets_;
   Buffer<kernel::Unit<Element>> panels_;
   Buffer<Scalar> vectors_;
-};
-
-/// Options of the expert families with one hidden layer.
-struct HiddenConfig {
-  Index hidden_dim = 0;  ///< H
-};
-
-/// How the tensors of a bank are called: "experts.3." for E numbered experts, "shared_experts." for one that has no number.
-struct BankNames {
-  std::string base = "experts";
-  bool numbered = true;
-
-  std::string prefix(Index expert) const { return numbered ? base + "." + std::to_string(expert) + "." : base + "."; }
 };
 
 namespace detail {

@@ -26,17 +26,10 @@ class GluExperts {
   using Config = HiddenConfig;
 
   GluExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
-      : experts_(experts), model_dim_(model_dim), hidden_dim_(config.hidden_dim) {
-    detail::expect_at_least("GluExperts", "experts", experts, 1);
-    detail::expect_at_least("GluExperts", "model_dim", model_dim, 1);
-    detail::expect_at_least("GluExperts", "hidden_dim", hidden_dim_, 1);
-    for (Index e = 0; e < experts; ++e) {
-      const std::string name = names.prefix(e);
-      layout_.add(name + "gate_proj.weight", {hidden_dim_, model_dim});
-      layout_.add(name + "up_proj.weight", {hidden_dim_, model_dim});
-      layout_.add(name + "down_proj.weight", {model_dim, hidden_dim_});
-    }
-  }
+      : experts_(experts),
+        model_dim_(model_dim),
+        hidden_dim_(config.hidden_dim),
+        layout_(glu_layout(experts, model_dim, config, names)) {}
 
   const Layout& layout() const { return layout_; }
   Index experts() const { return experts_; }

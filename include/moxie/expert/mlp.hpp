@@ -23,18 +23,10 @@ class MlpExperts {
   using Config = HiddenConfig;
 
   MlpExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
-      : experts_(experts), model_dim_(model_dim), hidden_dim_(config.hidden_dim) {
-    detail::expect_at_least("MlpExperts", "experts", experts, 1);
-    detail::expect_at_least("MlpExperts", "model_dim", model_dim, 1);
-    detail::expect_at_least("MlpExperts", "hidden_dim", hidden_dim_, 1);
-    for (Index e = 0; e < experts; ++e) {
-      const std::string name = names.prefix(e);
-      layout_.add(name + "fc1.weight", {hidden_dim_, model_dim});
-      layout_.add(name + "fc1.bias", {hidden_dim_});
-      layout_.add(name + "fc2.weight", {model_dim, hidden_dim_});
-      layout_.add(name + "fc2.bias", {model_dim});
-    }
-  }
+      : experts_(experts),
+        model_dim_(model_dim),
+        hidden_dim_(config.hidden_dim),
+        layout_(mlp_layout(experts, model_dim, config, names)) {}
 
   const Layout& layout() const { return layout_; }
   Index experts() const { return experts_; }

@@ -2,20 +2,11 @@
 #pragma once
 
 #include <moxie/expert/glu.hpp>
+#include <moxie/layer/config.hpp>
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/expert_choice.hpp>
 
 namespace moxie {
-
-/// Options of `ExpertChoiceMoE`; those of the router mean what `ExpertChoiceRouterConfig` says.
-template <class ExpertConfig>
-struct ExpertChoiceMoEConfig {
-  Index model_dim = 0;
-  Index experts = 0;
-  ExpertConfig expert = {};
-  Capacity capacity = {.factor = 1};
-  GateNoise noise = {};
-};
 
 /// Expert choice: every expert takes its best tokens of each sequence.
 ///

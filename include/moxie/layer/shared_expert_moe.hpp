@@ -5,10 +5,6 @@
 
 namespace moxie {
 
-/// Options of `SharedExpertMoE`: those of `TopKMoE`, with `shared`.
-template <class ExpertConfig>
-using SharedExpertMoEConfig = TopKMoEConfig<ExpertConfig, ExpertConfig>;
-
 /// DiT-MoE's block: top-k and a feed-forward that every token passes, not gated.
 ///
 ///     y_t = Σ_{i in top-K} w_ti f_i(x_t) + f_shared(x_t)

@@ -2,22 +2,11 @@
 #pragma once
 
 #include <moxie/expert/mlp.hpp>
+#include <moxie/layer/config.hpp>
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/soft.hpp>
 
 namespace moxie {
-
-/// Options of `SoftMoE`; the meaning of each is `SoftRouterConfig`'s.
-template <class ExpertConfig>
-struct SoftMoEConfig {
-  Index model_dim = 0;
-  Index experts = 0;
-  Index slots_per_expert = 1;
-  ExpertConfig expert = {};
-  bool normalize = true;
-  Mixing dispatch = Mixing::learned;
-  Mixing combine = Mixing::learned;
-};
 
 /// Soft MoE: Y = C f(Dᵀ X), fully differentiable, no token is dropped and no expert is idle.
 ///

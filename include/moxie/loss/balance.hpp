@@ -5,6 +5,7 @@
 #include <moxie/core/sequences.hpp>
 #include <moxie/core/wide_sum.hpp>
 #include <moxie/core/workspace.hpp>
+#include <moxie/loss/config.hpp>
 #include <moxie/loss/entropy.hpp>
 #include <moxie/loss/importance.hpp>
 #include <moxie/loss/load.hpp>
@@ -13,40 +14,6 @@
 #include <vector>
 
 namespace moxie {
-
-/// Weights of the balance losses of a router; 0 switches one off, any combine: `{.expert_level = 0.01, .z = 1e-3}`.
-///
-/// s are the probabilities of a token (softmax scores, or sigmoid scores divided by their sum), f_i = E/(K T) · #{t : i chosen}
-/// and P_i = mean_t s_ti. Tokens and sequences are those that are not masked; sequences without tokens do not count.
-struct Balance {
-  double expert_level = 0;    ///< Σ_i f_i P_i over the batch (DeepSeekMoE eq. 12 to 14, DiT-MoE, Switch with K = 1)
-  double sequence_level = 0;  ///< the same in every sequence, then the mean over sequences
-  double device_level = 0;    ///< Σ_d mean_{i in d} f_i · Σ_{i in d} P_i (DeepSeekMoE eq. 15 to 17)
-  double gshard = 0;          ///< Σ_i f_i P_i of first choices alone (K = 1), in every sequence (GShard, vmoe)
-  double importance = 0;      ///< `importance_loss`, without noise, in every sequence
-  double load = 0;            ///< `load_loss` in every sequence; only in training with noise on the logits
-  double z = 0;               ///< mean over tokens of `z_loss`, without noise
-  double mean_entropy = 0;    ///< -H(mean_t s_t): the batch uses all experts (LIMoE's global loss)
-  double token_entropy = 0;   ///< mean_t H(s_t): each token is certain of its expert (LIMoE's local loss)
-  Index devices = 1;          ///< device_level: equal groups of consecutive experts
-  /// f counts the K best scores, as the papers' formula says; true: the experts that were chosen, which are others under a
-  /// selection bias or a limit on groups. Without these there is no difference.
-  bool count_chosen = false;
-
-  bool any() const { return z > 0 || load > 0 || of_probabilities(); }
-  bool of_probabilities() const {
-    return expert_level > 0 || sequence_level > 0 || device_level > 0 || gshard > 0 || importance > 0 || mean_entropy > 0 ||
-           token_entropy > 0;
-  }
-  /// Throws ValueError for a negative weight, NaN, or devices that do not divide the experts.
-  void expect_valid(std::string_view where, Index experts) const {
-    for (const double w :
-         {expert_level, sequence_level, device_level, gshard, importance, load, z, mean_entropy, token_entropy}) {
-      detail::expect_value(std::isfinite(w) && w >= 0, where, "balance weights must not be negative, infinite or NaN");
-    }
-    detail::expect_value(devices >= 1 && experts % devices == 0, where, "balance.devices must divide the number of experts");
-  }
-};
 
 /// What the losses of a batch are made of: sums and counts, no means, so that those of micro-batches add up to those of the
 /// whole batch, and the loss of the sum is the loss of the whole. Counts are exact, sums are `WideSum`s.

@@ -8,14 +8,6 @@
 
 namespace moxie {
 
-struct ExpertChoiceRouterConfig {
-  Index model_dim = 0;
-  Index experts = 0;
-  /// C of each sequence of L tokens, ⌈L · factor / E⌉, and never more than L: `factor` is the mean number of experts a token.
-  Capacity capacity = {.factor = 1};
-  GateNoise noise = {};  ///< in training
-};
-
 /// Expert choice: every expert takes its C best tokens of each sequence, so the load is even by construction; a token may get
 /// no expert, or all.
 ///
@@ -53,15 +45,11 @@ class ExpertChoiceRouter {
     Buffer<Index> order_;  // (E,T)
   };
 
-  /// Throws ValueError for sizes below 1 and a capacity or noise that is not a number.
+  /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
   explicit ExpertChoiceRouter(const Config& config)
-      : config_(config), gate_("ExpertChoiceRouter", config.model_dim, config.experts, config.noise) {
-    detail::expect_capacity("ExpertChoiceRouter", config.capacity);
-    detail::expect_value(config.capacity.limited(), "ExpertChoiceRouter", "the capacity factor must be above 0");
-    detail::expect_value(config.capacity.priority == Priority::order, "ExpertChoiceRouter",
-                         "experts choose by score; there is no priority to set");
-    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim});
-  }
+      : config_((config.expect_valid("ExpertChoiceRouter"), config)),
+        gate_("ExpertChoiceRouter", config.model_dim, config.experts, config.noise),
+        layout_(config.layout()) {}
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }
@@ -70,9 +58,7 @@ class ExpertChoiceRouter {
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
 
   /// C of a sequence of that many tokens. Throws ValueError for a capacity below 1.
-  Index capacity(Index tokens) const {
-    return tokens == 0 ? 0 : std::min(tokens, expert_capacity(tokens, config_.experts, config_.capacity));
-  }
+  Index capacity(Index tokens) const { return config_.room(tokens); }
 
   /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k`, which experts do not have.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
@@ -143,7 +129,7 @@ class ExpertChoiceRouter {
   Config config_;
   Gate<Scalar> gate_;
   Layout layout_;
-  Index weight_ = 0;
+  static constexpr Index weight_ = 0;
 };
 
 }  // namespace moxie

@@ -4,16 +4,11 @@
 #include <moxie/core/parameters.hpp>
 #include <moxie/core/workspace.hpp>
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/routing/config.hpp>
 #include <moxie/routing/score.hpp>
 #include <moxie/routing/tokens.hpp>
 
 namespace moxie {
-
-/// What training adds to a gate so that experts are explored; nothing where `Tokens::training` is false.
-struct GateNoise {
-  double logits = 0;  ///< σ: (σ/E) N(0,1) is added to every logit (V-MoE, section 3.1)
-  double jitter = 0;  ///< ε: the gate's input is multiplied by U(1-ε, 1+ε), element by element (Switch)
-};
 
 /// The linear gate: a logit for each token and expert.
 ///
@@ -47,11 +42,7 @@ class Gate {
   /// Throws ValueError for sizes below 1, and noise that is negative, not finite, or a jitter above 1.
   Gate(std::string_view where, Index model_dim, Index experts, const GateNoise& noise)
       : model_dim_(model_dim), experts_(experts), noise_(noise) {
-    detail::expect_at_least(where, "model_dim", model_dim, 1);
-    detail::expect_at_least(where, "experts", experts, 1);
-    detail::expect_value(std::isfinite(noise.logits) && noise.logits >= 0, where,
-                         "noise.logits must be finite and not negative");
-    detail::expect_value(noise.jitter >= 0 && noise.jitter <= 1, where, "noise.jitter must be between 0 and 1");
+    detail::expect_gate(where, model_dim, experts, noise);
   }
 
   Index model_dim() const { return model_dim_; }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <moxie/kernel/simd.hpp>
+#include <moxie/routing/config.hpp>
 
 namespace moxie {
 
@@ -48,20 +49,6 @@ void select_largest(const Scalar* score, Index n, Index k, Index* order) {
     partial_sort_top_k([&](Index i) { return score[i]; }, n, k, order);
   }
 }
-
-/// What a group of experts is judged by.
-enum class GroupScore {
-  top_2_sum,  ///< the sum of its two largest scores (DeepSeek-V3)
-  largest,    ///< its largest score (DeepSeek-V2)
-};
-
-/// Group-limited selection: the experts are G equal groups of consecutive ones, and a token may choose from its best groups
-/// alone (DeepSeek-V2, V3: the groups are devices or nodes). `count = 1` does not limit.
-struct ExpertGroups {
-  Index count = 1;   ///< G, divides E
-  Index chosen = 1;  ///< groups that a token may choose from
-  GroupScore score = GroupScore::top_2_sum;
-};
 
 /// The K largest of those n scores that are in the best groups, ties to the lower index, of groups too. `score` is overwritten
 /// where a group is left out. `group_score` and `group` are scratch for G numbers. Scores must be finite.

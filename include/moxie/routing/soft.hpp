@@ -2,27 +2,11 @@
 #pragma once
 
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/score.hpp>
 
 namespace moxie {
-
-/// Where the weights of one side of Soft MoE come from; all but `learned` are the paper's ablations (section 3.6).
-enum class Mixing {
-  learned,   ///< the softmax of the logits
-  uniform,   ///< 1 over the number of tokens (dispatch) or slots (combine)
-  identity,  ///< slot n is token n: needs as many tokens in every sequence as there are slots
-};
-
-struct SoftRouterConfig {
-  Index model_dim = 0;
-  Index experts = 0;
-  Index slots_per_expert = 1;
-  /// logits = l2norm(x) (scale · l2norm(Φ))ᵀ with a learned scale; false: logits = x Φᵀ, Algorithm 1 of the paper as printed.
-  bool normalize = true;
-  Mixing dispatch = Mixing::learned;
-  Mixing combine = Mixing::learned;
-};
 
 /// Soft MoE: every slot is a convex combination of all tokens of its sequence, every token one of all slots.
 ///
@@ -53,33 +37,21 @@ class SoftRouter {
   };
 
   /// Throws ValueError for sizes below 1.
-  explicit SoftRouter(const Config& config) : config_(config) {
-    constexpr std::string_view where = "SoftRouter";
-    detail::expect_at_least(where, "model_dim", config.model_dim, 1);
-    detail::expect_at_least(where, "experts", config.experts, 1);
-    detail::expect_at_least(where, "slots_per_expert", config.slots_per_expert, 1);
-    detail::expect_value(config.slots_per_expert <= (Index{1} << 40) / config.experts, where, "there are too many slots");
-    if (learned()) {
-      phi_ = layout_.add("phi.weight", {slots(), config.model_dim});
-    }
-    if (normalized()) {
-      scale_ = layout_.add("scale", {});
-    }
-  }
+  explicit SoftRouter(const Config& config) : config_((config.expect_valid("SoftRouter"), config)), layout_(config.layout()) {}
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
   /// N = E·S.
-  Index slots() const { return config_.experts * config_.slots_per_expert; }
+  Index slots() const { return config_.slots(); }
 
   /// Φ normal with deviation 1/√D, scale 1.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
-    if (learned()) {
+    if (config_.learned()) {
       rng.fill_normal(p[phi_], 1 / std::sqrt(double(config_.model_dim)));
     }
-    if (normalized()) {
+    if (config_.normalized()) {
       p[scale_](0, 0) = Scalar(1);
     }
   }
@@ -98,8 +70,8 @@ class SoftRouter {
       });
     }
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> z = learned() ? workspace.matrix<Scalar>(in.count(), slots()) : RowView<Scalar>();
-    if (learned()) {
+    const RowView<Scalar> z = config_.learned() ? workspace.matrix<Scalar>(in.count(), slots()) : RowView<Scalar>();
+    if (config_.learned()) {
       logits(p, in, z, tape, exec);
     }
     plan.resize(in.sequences, config_.experts, config_.slots_per_expert);
@@ -131,7 +103,7 @@ class SoftRouter {
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
                 const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
                 const Exec& exec) const {
-    if (!learned()) {
+    if (!config_.learned()) {
       return;
     }
     const Index tokens = in.count();
@@ -178,9 +150,6 @@ class SoftRouter {
   }
 
  private:
-  bool learned() const { return config_.dispatch == Mixing::learned || config_.combine == Mixing::learned; }
-  bool normalized() const { return learned() && config_.normalize; }
-
   void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape, const Exec& exec) const {
     RowView<const Scalar> x = in.x;
     RowView<const Scalar> phi = p[phi_];
@@ -298,8 +267,8 @@ class SoftRouter {
 
   Config config_;
   Layout layout_;
-  Index phi_ = 0;
-  Index scale_ = 0;
+  static constexpr Index phi_ = 0;  // positions in the layout
+  static constexpr Index scale_ = 1;
 };
 
 }  // namespace moxie

@@ -9,35 +9,6 @@
 
 namespace moxie {
 
-/// What makes scores of logits.
-enum class Score {
-  softmax,  ///< over all experts
-  sigmoid,  ///< each expert for itself (DeepSeek-V3)
-};
-
-/// Which comes first.
-enum class TopKOrder {
-  softmax_top_k,  ///< scores of all experts, then the K largest (V-MoE, DeepSeekMoE, DiT-MoE)
-  top_k_softmax,  ///< the K largest logits, then softmax over those (Mixtral): the same as softmax scores with `normalize`
-};
-
-struct TopKRouterConfig {
-  Index model_dim = 0;
-  Index experts = 0;
-  Index top_k = 1;
-  TopKOrder order = TopKOrder::softmax_top_k;
-  bool normalize = false;  ///< weights of a token sum to `scale`; those of top_k_softmax always do
-  double scale = 1;        ///< factor of all weights (DeepSeek's routed scaling factor)
-  Balance balance = {};
-  /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn from the balance loss alone.
-  bool allow_constant_weights = false;
-  Score score = Score::softmax;
-  ExpertGroups groups = {};     ///< a limit on the groups that a token may choose from (DeepSeek-V2, V3)
-  bool selection_bias = false;  ///< s + b selects, s weighs (DeepSeek-V3): `update_selection_bias` moves b
-  Capacity capacity = {};       ///< room of an expert in each sequence (Switch, GShard, V-MoE); none: nothing is dropped
-  GateNoise noise = {};         ///< in training (Switch, V-MoE)
-};
-
 /// Token choice: a linear gate, every token takes its K best experts.
 ///
 ///     z  = x Wgᵀ (+ noise),   s = softmax(z) or sigmoid(z)
@@ -131,27 +102,12 @@ class TopKRouter {
     BalanceTotals totals_;
   };
 
-  /// Throws ValueError for sizes below 1, K > E, groups that do not divide the experts or hold fewer than K, weights of losses
-  /// below 0, a capacity or noise that is not a number, and weights that would be constant.
+  /// Throws what `TopKRouterConfig::expect_valid` throws.
   explicit TopKRouter(const Config& config)
-      : config_(config), gate_("TopKRouter", config.model_dim, config.experts, config.noise) {
-    constexpr std::string_view where = "TopKRouter";
-    detail::expect_at_least(where, "top_k", config.top_k, 1);
-    detail::expect_value(std::isfinite(Scalar(config.scale)), where, "scale is not finite");
-    config.balance.expect_valid(where, config.experts);
-    detail::expect_capacity(where, config.capacity);
-    const ExpertGroups& groups = config.groups;
-    detail::expect_value(groups.count >= 1 && config.experts % groups.count == 0, where,
-                         "groups.count must divide the number of experts");
-    detail::expect_value(groups.chosen >= 1 && groups.chosen <= groups.count, where,
-                         "groups.chosen must be between 1 and groups.count");
-    detail::expect_value(config.score == Score::softmax || config.order == TopKOrder::softmax_top_k, where,
-                         "top_k_softmax is an order of softmax scores");
-    expect_top_k(where, config.top_k);
-    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim});
-    if (config.selection_bias) {
-      bias_ = layout_.add("gate.e_score_correction_bias", {config.experts}, Trained::elsewhere);
-    }
+      : config_((config.expect_valid("TopKRouter"), config)),
+        gate_("TopKRouter", config.model_dim, config.experts, config.noise),
+        layout_(config.layout()) {
+    detail::expect_value(std::isfinite(Scalar(config.scale)), "TopKRouter", "scale is not finite");
   }
 
   const Config& config() const { return config_; }
@@ -175,7 +131,7 @@ class TopKRouter {
     const Index experts = config_.experts;
     const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
     if (in.top_k > 0) {
-      expect_top_k(where, k);
+      config_.expect_top_k(where, k);
     }
     if (config_.capacity.limited()) {
       in.sequences.for_each([&](Index, Index begin, Index end) {  // throws before anything is written
@@ -205,13 +161,13 @@ class TopKRouter {
     tape.chosen_.resize(tokens * k);
     select(p, z, s, k, tape, workspace, exec);
     tape.weights_.resize(tokens * k);
-    if (normalized()) {
+    if (config_.normalized()) {
       tape.shares_.resize(tokens * k);
     }
     detail::for_each_row(tokens, exec, [&](Index t) {
       const Index* chosen = tape.chosen_.data() + t * k;
       Scalar* weight = tape.weights_.data() + t * k;
-      if (normalized()) {
+      if (config_.normalized()) {
         Scalar* share = tape.shares_.data() + t * k;
         shares(z.row(t), s.row(t), chosen, k, share);
         std::copy_n(share, k, weight);
@@ -282,11 +238,11 @@ class TopKRouter {
     if (tape.dscores_.size() > 0) {
       dz.eigen() += tape.dscores_.view(tokens, experts).eigen();
     }
-    if (!normalized() || !softmax) {
+    if (!config_.normalized() || !softmax) {
       detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(s.row(t), tape, t, dw.row(t), dz.row(t)); });
     }
     softmax ? softmax_rows_backward(s, dz, exec) : sigmoid_rows_backward(s, dz, exec);
-    if (normalized() && softmax) {
+    if (config_.normalized() && softmax) {
       detail::for_each_row(tokens, exec, [&](Index t) { add_softmax_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
     }
     if (losses) {
@@ -296,27 +252,6 @@ class TopKRouter {
   }
 
  private:
-  void expect_top_k(std::string_view where, Index k) const {
-    if (k > config_.experts) {
-      throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
-                       std::to_string(config_.experts) + " experts");
-    }
-    const Index reachable = config_.experts / config_.groups.count * config_.groups.chosen;
-    if (k > reachable) {
-      throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
-                       std::to_string(reachable) + " experts of " + std::to_string(config_.groups.chosen) + " groups");
-    }
-    detail::expect_value(
-        k > 1 || config_.experts == 1 || config_.allow_constant_weights || !normalized(), where,
-        "with top_k = 1, normalized weights are always 1 and the gate gets no gradient from the output; choose "
-        "normalize = false with softmax_top_k, or set allow_constant_weights");
-  }
-
-  /// Softmax over the chosen logits is their scores divided by the sum of these: both orders are one computation.
-  bool normalized() const { return config_.normalize || config_.order == TopKOrder::top_k_softmax; }
-  /// Whether other experts than those of the K largest logits may be chosen.
-  bool biased() const { return config_.selection_bias || config_.groups.chosen < config_.groups.count; }
-
   void select(ParameterView<const Scalar> p, RowView<const Scalar> z, RowView<const Scalar> s, Index k, Tape& tape,
               Workspace& workspace, const Exec& exec) const {
     const Index experts = config_.experts;
@@ -324,7 +259,7 @@ class TopKRouter {
     const auto best_of = [&](Buffer<Index>& chosen) {
       detail::for_each_row(z.rows(), exec, [&](Index t) { select_top_k(z.row(t), experts, k, chosen.data() + t * k); });
     };
-    if (!biased()) {
+    if (!config_.biased()) {
       best_of(tape.chosen_);
       return;
     }
@@ -369,7 +304,7 @@ class TopKRouter {
     const Index* chosen = tape.chosen_.data() + t * k;
     Scalar n = 1;
     Scalar dot = 0;
-    if (normalized()) {
+    if (config_.normalized()) {
       n = Scalar(1e-20);
       for (Index j = 0; j < k; ++j) {
         n += s[chosen[j]];
@@ -438,7 +373,7 @@ class TopKRouter {
     }
     out.logits = tape.gate_.logits();
     out.noisy_logits = tape.gate_.noisy_logits();
-    out.best = biased() ? tape.best_.span() : tape.chosen_.span();
+    out.best = config_.biased() ? tape.best_.span() : tape.chosen_.span();
     out.counted = balance.count_chosen ? tape.chosen_.span() : out.best;
     out.deviation = tape.gate_.noisy() ? gate_.deviation() : 0;
     return out;
@@ -469,8 +404,8 @@ class TopKRouter {
   Config config_;
   Gate<Scalar> gate_;
   Layout layout_;
-  Index weight_ = 0;
-  Index bias_ = 0;
+  static constexpr Index weight_ = 0;  // positions in the layout
+  static constexpr Index bias_ = 1;
 };
 
 }  // namespace moxie

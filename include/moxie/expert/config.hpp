@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/core/layout.hpp>
+#include <string>
+
+namespace moxie {
+
+/// Options of the expert families with one hidden layer.
+struct HiddenConfig {
+  Index hidden_dim = 0;  ///< H
+};
+
+/// How the tensors of a bank are called: "experts.3." for E numbered experts, "shared_experts." for one that has no number.
+struct BankNames {
+  std::string base = "experts";
+  bool numbered = true;
+
+  std::string prefix(Index expert) const { return numbered ? base + "." + std::to_string(expert) + "." : base + "."; }
+};
+
+namespace detail {
+
+inline void expect_hidden_bank(std::string_view where, Index experts, Index model_dim, Index hidden_dim) {
+  expect_at_least(where, "experts", experts, 1);
+  expect_at_least(where, "model_dim", model_dim, 1);
+  expect_at_least(where, "hidden_dim", hidden_dim, 1);
+}
+
+}  // namespace detail
+
+/// The tensors of E gated linear units: `gate_proj.weight` (H,D), `up_proj.weight` (H,D) and `down_proj.weight` (D,H) of each.
+/// Throws ValueError for sizes below 1.
+inline Layout glu_layout(Index experts, Index model_dim, const HiddenConfig& config, const BankNames& names = {}) {
+  detail::expect_hidden_bank("GluExperts", experts, model_dim, config.hidden_dim);
+  Layout layout;
+  for (Index e = 0; e < experts; ++e) {
+    const std::string name = names.prefix(e);
+    layout.add(name + "gate_proj.weight", {config.hidden_dim, model_dim});
+    layout.add(name + "up_proj.weight", {config.hidden_dim, model_dim});
+    layout.add(name + "down_proj.weight", {model_dim, config.hidden_dim});
+  }
+  return layout;
+}
+
+/// The tensors of E perceptrons: `fc1.weight` (H,D), `fc1.bias` (H), `fc2.weight` (D,H) and `fc2.bias` (D) of each. Throws
+/// ValueError for sizes below 1.
+inline Layout mlp_layout(Index experts, Index model_dim, const HiddenConfig& config, const BankNames& names = {}) {
+  detail::expect_hidden_bank("MlpExperts", experts, model_dim, config.hidden_dim);
+  Layout layout;
+  for (Index e = 0; e < experts; ++e) {
+    const std::string name = names.prefix(e);
+    layout.add(name + "fc1.weight", {config.hidden_dim, model_dim});
+    layout.add(name + "fc1.bias", {config.hidden_dim});
+    layout.add(name + "fc2.weight", {model_dim, config.hidden_dim});
+    layout.add(name + "fc2.bias", {model_dim});
+  }
+  return layout;
+}
+
+}  // namespace moxie

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/routing/config.hpp>
+
+namespace moxie {
+
+/// In the place of the options of shared experts, for a layer that has none: setting them does not compile.
+struct NoSharedExperts {};
+
+/// Options of `TopKMoE` and `SharedExpertMoE`. Those of the router mean what `TopKRouterConfig` says.
+template <class ExpertConfig, class SharedConfig = NoSharedExperts>
+struct TopKMoEConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  Index top_k = 1;
+  ExpertConfig expert = {};
+  /// `SharedExpertMoE` alone: all shared experts together, n of width H' are one feed-forward of hidden_dim n·H' (DiT-MoE:
+  /// 2·D).
+  SharedConfig shared = {};
+  TopKOrder order = TopKOrder::softmax_top_k;
+  bool normalize = false;
+  double scale = 1;
+  Balance balance = {};
+  bool allow_constant_weights = false;
+  Score score = Score::softmax;
+  ExpertGroups groups = {};
+  bool selection_bias = false;
+  Capacity capacity = {};
+  GateNoise noise = {};
+
+  TopKRouterConfig router() const {
+    return {model_dim, experts, top_k,          order,    normalize, scale, balance, allow_constant_weights,
+            score,     groups,  selection_bias, capacity, noise};
+  }
+};
+
+/// Options of `SharedExpertMoE`: those of `TopKMoE`, with `shared`.
+template <class ExpertConfig>
+using SharedExpertMoEConfig = TopKMoEConfig<ExpertConfig, ExpertConfig>;
+
+/// Options of `SoftMoE`; the meaning of each is `SoftRouterConfig`'s.
+template <class ExpertConfig>
+struct SoftMoEConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  Index slots_per_expert = 1;
+  ExpertConfig expert = {};
+  bool normalize = true;
+  Mixing dispatch = Mixing::learned;
+  Mixing combine = Mixing::learned;
+};
+
+/// Options of `ExpertChoiceMoE`; those of the router mean what `ExpertChoiceRouterConfig` says.
+template <class ExpertConfig>
+struct ExpertChoiceMoEConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  ExpertConfig expert = {};
+  Capacity capacity = {.factor = 1};
+  GateNoise noise = {};
+};
+
+}  // namespace moxie

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <moxie/core/layout.hpp>
+#include <moxie/loss/config.hpp>
+
+namespace moxie {
+
+/// How a capacity that is not whole becomes whole.
+enum class Rounding {
+  ceil,
+  round,  ///< to the nearest, halves to even
+};
+
+/// Who comes first to an expert that has no room for all.
+enum class Priority {
+  order,   ///< tokens as they stand (Switch, GShard)
+  weight,  ///< tokens of larger weight first, ties as they stand: batch priority (V-MoE, section 3.3)
+};
+
+/// Room of an expert, in each sequence (the *group* of GShard and V-MoE).
+struct Capacity {
+  double factor = 0;  ///< cf; 0: no limit, nothing is dropped
+  Rounding rounding = Rounding::ceil;
+  Index multiple_of = 1;  ///< rounded up to a multiple of this (vmoe: 4)
+  Priority priority = Priority::order;
+
+  bool limited() const { return factor > 0; }
+};
+
+namespace detail {
+
+/// Throws ValueError for options that no capacity follows from.
+inline void expect_capacity(std::string_view where, const Capacity& capacity) {
+  expect_value(std::isfinite(capacity.factor) && capacity.factor >= 0, where,
+               "the capacity factor must be finite and not negative");
+  expect_at_least(where, "capacity.multiple_of", capacity.multiple_of, 1);
+}
+
+}  // namespace detail
+
+/// C = ⌈n · cf / E⌉, or the nearest integer, then up to a multiple. `n` is what all experts together are asked for: L·K for
+/// token choice, L for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1.
+inline Index expert_capacity(Index n, Index experts, const Capacity& capacity) {
+  const double exact = double(n) * capacity.factor / double(experts);
+  detail::expect_value(exact < 0x1p62, "expert_capacity", "the capacity is too large for an integer");
+  Index c = Index(capacity.rounding == Rounding::ceil ? std::ceil(exact) : std::nearbyint(exact));
+  c += (capacity.multiple_of - c % capacity.multiple_of) % capacity.multiple_of;
+  if (c < 1) {
+    throw ValueError("expert_capacity: " + std::to_string(n) + " · " + std::to_string(capacity.factor) + " / " +
+                     std::to_string(experts) + " rounds to a capacity of " + std::to_string(c) + ", expected at least 1");
+  }
+  return c;
+}
+
+/// What a group of experts is judged by.
+enum class GroupScore {
+  top_2_sum,  ///< the sum of its two largest scores (DeepSeek-V3)
+  largest,    ///< its largest score (DeepSeek-V2)
+};
+
+/// Group-limited selection: the experts are G equal groups of consecutive ones, and a token may choose from its best groups
+/// alone (DeepSeek-V2, V3: the groups are devices or nodes). `count = 1` does not limit.
+struct ExpertGroups {
+  Index count = 1;   ///< G, divides E
+  Index chosen = 1;  ///< groups that a token may choose from
+  GroupScore score = GroupScore::top_2_sum;
+};
+
+/// What training adds to a gate so that experts are explored; nothing where `Tokens::training` is false.
+struct GateNoise {
+  double logits = 0;  ///< σ: (σ/E) N(0,1) is added to every logit (V-MoE, section 3.1)
+  double jitter = 0;  ///< ε: the gate's input is multiplied by U(1-ε, 1+ε), element by element (Switch)
+};
+
+namespace detail {
+
+/// Throws ValueError for sizes below 1, and noise that is negative, not finite, or a jitter above 1.
+inline void expect_gate(std::string_view where, Index model_dim, Index experts, const GateNoise& noise) {
+  expect_at_least(where, "model_dim", model_dim, 1);
+  expect_at_least(where, "experts", experts, 1);
+  expect_value(std::isfinite(noise.logits) && noise.logits >= 0, where, "noise.logits must be finite and not negative");
+  expect_value(noise.jitter >= 0 && noise.jitter <= 1, where, "noise.jitter must be between 0 and 1");
+}
+
+}  // namespace detail
+
+/// What makes scores of logits.
+enum class Score {
+  softmax,  ///< over all experts
+  sigmoid,  ///< each expert for itself (DeepSeek-V3)
+};
+
+/// Which comes first.
+enum class TopKOrder {
+  softmax_top_k,  ///< scores of all experts, then the K largest (V-MoE, DeepSeekMoE, DiT-MoE)
+  top_k_softmax,  ///< the K largest logits, then softmax over those (Mixtral): the same as softmax scores with `normalize`
+};
+
+struct TopKRouterConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  Index top_k = 1;
+  TopKOrder order = TopKOrder::softmax_top_k;
+  bool normalize = false;  ///< weights of a token sum to `scale`; those of top_k_softmax always do
+  double scale = 1;        ///< factor of all weights (DeepSeek's routed scaling factor)
+  Balance balance = {};
+  /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn from the balance loss alone.
+  bool allow_constant_weights = false;
+  Score score = Score::softmax;
+  ExpertGroups groups = {};     ///< a limit on the groups that a token may choose from (DeepSeek-V2, V3)
+  bool selection_bias = false;  ///< s + b selects, s weighs (DeepSeek-V3): `update_selection_bias` moves b
+  Capacity capacity = {};       ///< room of an expert in each sequence (Switch, GShard, V-MoE); none: nothing is dropped
+  GateNoise noise = {};         ///< in training (Switch, V-MoE)
+
+  /// Softmax over the chosen logits is their scores divided by the sum of these: both orders are one computation.
+  bool normalized() const { return normalize || order == TopKOrder::top_k_softmax; }
+  /// Whether other experts than those of the K largest logits may be chosen.
+  bool biased() const { return selection_bias || groups.chosen < groups.count; }
+
+  /// Throws ValueError for sizes below 1, K > E, groups that do not divide the experts or hold fewer than K, weights of losses
+  /// below 0, a capacity or noise that is not a number, and weights that would be constant.
+  void expect_valid(std::string_view where) const {
+    detail::expect_gate(where, model_dim, experts, noise);
+    detail::expect_at_least(where, "top_k", top_k, 1);
+    detail::expect_value(std::isfinite(scale), where, "scale is not finite");
+    balance.expect_valid(where, experts);
+    detail::expect_capacity(where, capacity);
+    detail::expect_value(groups.count >= 1 && experts % groups.count == 0, where,
+                         "groups.count must divide the number of experts");
+    detail::expect_value(groups.chosen >= 1 && groups.chosen <= groups.count, where,
+                         "groups.chosen must be between 1 and groups.count");
+    detail::expect_value(score == Score::softmax || order == TopKOrder::softmax_top_k, where,
+                         "top_k_softmax is an order of softmax scores");
+    expect_top_k(where, top_k);
+  }
+  /// Throws ValueError for a K that these options do not allow.
+  void expect_top_k(std::string_view where, Index k) const {
+    if (k > experts) {
+      throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
+                       std::to_string(experts) + " experts");
+    }
+    const Index reachable = experts / groups.count * groups.chosen;
+    if (k > reachable) {
+      throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
+                       std::to_string(reachable) + " experts of " + std::to_string(groups.chosen) + " groups");
+    }
+    detail::expect_value(
+        k > 1 || experts == 1 || allow_constant_weights || !normalized(), where,
+        "with top_k = 1, normalized weights are always 1 and the gate gets no gradient from the output; choose "
+        "normalize = false with softmax_top_k, or set allow_constant_weights");
+  }
+  /// `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E).
+  Layout layout() const {
+    Layout layout;
+    layout.add("gate.weight", {experts, model_dim});
+    if (selection_bias) {
+      layout.add("gate.e_score_correction_bias", {experts}, Trained::elsewhere);
+    }
+    return layout;
+  }
+};
+
+struct ExpertChoiceRouterConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  /// C of each sequence of L tokens, ⌈L · factor / E⌉, and never more than L: `factor` is the mean number of experts a token.
+  Capacity capacity = {.factor = 1};
+  GateNoise noise = {};  ///< in training
+
+  /// Throws ValueError for sizes below 1 and a capacity or noise that is not a number.
+  void expect_valid(std::string_view where) const {
+    detail::expect_gate(where, model_dim, experts, noise);
+    detail::expect_capacity(where, capacity);
+    detail::expect_value(capacity.limited(), where, "the capacity factor must be above 0");
+    detail::expect_value(capacity.priority == Priority::order, where, "experts choose by score; there is no priority to set");
+  }
+  /// C of a sequence of that many tokens. Throws ValueError for a capacity below 1.
+  Index room(Index tokens) const { return tokens == 0 ? 0 : std::min(tokens, expert_capacity(tokens, experts, capacity)); }
+  /// `gate.weight` (E,D).
+  Layout layout() const {
+    Layout layout;
+    layout.add("gate.weight", {experts, model_dim});
+    return layout;
+  }
+};
+
+/// Where the weights of one side of Soft MoE come from; all but `learned` are the paper's ablations (section 3.6).
+enum class Mixing {
+  learned,   ///< the softmax of the logits
+  uniform,   ///< 1 over the number of tokens (dispatch) or slots (combine)
+  identity,  ///< slot n is token n: needs as many tokens in every sequence as there are slots
+};
+
+struct SoftRouterConfig {
+  Index model_dim = 0;
+  Index experts = 0;
+  Index slots_per_expert = 1;
+  /// logits = l2norm(x) (scale · l2norm(Φ))ᵀ with a learned scale; false: logits = x Φᵀ, Algorithm 1 of the paper as printed.
+  bool normalize = true;
+  Mixing dispatch = Mixing::learned;
+  Mixing combine = Mixing::learned;
+
+  /// N = E·S.
+  Index slots() const { return experts * slots_per_expert; }
+  bool learned() const { return dispatch == Mixing::learned || combine == Mixing::learned; }
+  bool normalized() const { return learned() && normalize; }
+
+  /// Throws ValueError for sizes below 1.
+  void expect_valid(std::string_view where) const {
+    detail::expect_at_least(where, "model_dim", model_dim, 1);
+    detail::expect_at_least(where, "experts", experts, 1);
+    detail::expect_at_least(where, "slots_per_expert", slots_per_expert, 1);
+    detail::expect_value(slots_per_expert <= (Index{1} << 40) / experts, where, "there are too many slots");
+  }
+  /// `phi.weight` (E·S,D), a row a slot, and `scale` () where the logits are normalized; nothing if nothing is learned.
+  Layout layout() const {
+    Layout layout;
+    if (learned()) {
+      layout.add("phi.weight", {slots(), model_dim});
+    }
+    if (normalized()) {
+      layout.add("scale", {});
+    }
+    return layout;
+  }
+};
+
+}  // namespace moxie
