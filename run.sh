@@ -14,7 +14,7 @@ need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli
 need_demo=(gnuplot-nox dataset-fashion-mnist libjs-vega)
 need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev ocl-icd-opencl-dev gnuplot-nox python3)
 need_sets=(g++-aarch64-linux-gnu qemu-user)
-need_test=(doctest-dev clang libclang-rt-dev libomp-dev python3)
+need_test=(doctest-dev clang libclang-rt-dev libomp-dev libthrust-dev python3)
 want_test=(libjs-vega chromium)  # without them the tests of the report are skipped
 out=out/demo
 

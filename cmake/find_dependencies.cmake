@@ -1,5 +1,5 @@
-# What moxie's headers need, as targets: Eigen3::Eigen, moxie::xsimd, moxie::openmp and, for moxie::io, nlohmann_json. This file
-# serves the build and the installed package alike; what the system lacks is left undefined.
+# What moxie's headers need, as targets: Eigen3::Eigen, moxie::xsimd, moxie::openmp and, for moxie::io, nlohmann_json, for
+# moxie::cuda, moxie::thrust. This file serves the build and the installed package alike; what the system lacks is left undefined.
 
 # Eigen 3.4 or 5: one call cannot ask for both.
 find_package(Eigen3 3.4 QUIET)
@@ -34,3 +34,17 @@ if(NOT TARGET moxie::openmp)
 endif()
 
 find_package(nlohmann_json 3.9 QUIET)
+
+# Thrust: of the CUDA toolkit, with CUDA's runtime and cuBLAS, or alone, which is enough where no compiler is nvcc.
+if(NOT TARGET moxie::thrust)
+  find_package(CUDAToolkit 12 QUIET)
+  find_path(MOXIE_THRUST_INCLUDE thrust/version.h HINTS ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES cccl)
+  mark_as_advanced(MOXIE_THRUST_INCLUDE)
+  if(MOXIE_THRUST_INCLUDE)
+    add_library(moxie::thrust INTERFACE IMPORTED)
+    target_include_directories(moxie::thrust INTERFACE ${MOXIE_THRUST_INCLUDE})
+    if(TARGET CUDA::cublas)
+      target_link_libraries(moxie::thrust INTERFACE CUDA::cudart CUDA::cublas)
+    endif()
+  endif()
+endif()

@@ -17,6 +17,9 @@
 #include "golden_verify/softmoe.hpp"
 #include "golden_verify/switchdit.hpp"
 #include "golden_verify/vmoe.hpp"
+#if defined(MOXIE_GOLDEN_DEVICE)
+#include "cuda/on_device.hpp"
+#endif
 
 namespace {
 
@@ -29,25 +32,35 @@ struct Family {
   std::string_view name;
   void (*in_double)(GoldenCase&);
   void (*in_float)(GoldenCase&);
+  void (*device_double)(GoldenCase&) = nullptr;  ///< of the CUDA backend, for families of layers that it has
+  void (*device_float)(GoldenCase&) = nullptr;
 };
+
+#if defined(MOXIE_GOLDEN_DEVICE)
+using moxie::test::OnDevice;
+#define MOXIE_GOLDEN_LAYER(verify) \
+  golden::verify<double>, golden::verify<float>, golden::verify<double, OnDevice>, golden::verify<float, OnDevice>
+#else
+#define MOXIE_GOLDEN_LAYER(verify) golden::verify<double>, golden::verify<float>
+#endif
 
 constexpr std::array families{
     Family{"capacity_table", golden::verify_capacity_table<double>, golden::verify_capacity_table<float>},
-    Family{"deepseek_moe", golden::verify_deepseek_moe<double>, golden::verify_deepseek_moe<float>},
+    Family{"deepseek_moe", MOXIE_GOLDEN_LAYER(verify_deepseek_moe)},
     Family{"dense_dit", golden::verify_dense_dit<double>, golden::verify_dense_dit<float>},
     Family{"diffusion_schedule", golden::verify_diffusion_schedule<double>, golden::verify_diffusion_schedule<float>},
     Family{"diffusion_steps", golden::verify_diffusion_steps<double>, golden::verify_diffusion_steps<float>},
-    Family{"ditmoe_block", golden::verify_ditmoe_block<double>, golden::verify_ditmoe_block<float>},
+    Family{"ditmoe_block", MOXIE_GOLDEN_LAYER(verify_ditmoe_block)},
     Family{"ditmoe_model", golden::verify_ditmoe_model<double>, golden::verify_ditmoe_model<float>},
-    Family{"expert_choice", golden::verify_expert_choice<double>, golden::verify_expert_choice<float>},
+    Family{"expert_choice", MOXIE_GOLDEN_LAYER(verify_expert_choice)},
     Family{"flash_attention_qknorm", golden::verify_flash_attention<double>, golden::verify_flash_attention<float>},
     Family{"rectified_flow", golden::verify_rectified_flow<double>, golden::verify_rectified_flow<float>},
     Family{"routing_ties", golden::verify_routing_ties<double>, golden::verify_routing_ties<float>},
-    Family{"softmoe", golden::verify_softmoe<double>, golden::verify_softmoe<float>},
+    Family{"softmoe", MOXIE_GOLDEN_LAYER(verify_softmoe)},
     Family{"switchdit_model", golden::verify_switchdit_model<double>, golden::verify_switchdit_model<float>},
     Family{"switchdit_prior", golden::verify_switchdit_prior<double>, golden::verify_switchdit_prior<float>},
     Family{"switchdit_taskmoe", golden::verify_switchdit_taskmoe<double>, golden::verify_switchdit_taskmoe<float>},
-    Family{"topk_capacity", golden::verify_topk_capacity<double>, golden::verify_topk_capacity<float>},
+    Family{"topk_capacity", MOXIE_GOLDEN_LAYER(verify_topk_capacity)},
 };
 
 constexpr int most_failures = 125;
@@ -79,14 +92,20 @@ void print_report(const GoldenCase& golden) {
 }
 
 /// What is wrong with a file, empty for one that passes.
-std::vector<std::string> verify(const std::string& path, bool in_double) {
+std::vector<std::string> verify(const std::string& path, bool in_double, bool on_device) {
   try {
     const moxie::SafetensorsFile file(path);
     GoldenCase golden(file, in_double ? golden::tolerance<double> : golden::tolerance<float>);
     const std::string& name = golden.text("case");
     const Family& family = family_of(name);
-    std::printf("%s: %s in %s\n", path.c_str(), std::string(family.name).c_str(), in_double ? "double" : "float");
-    (in_double ? family.in_double : family.in_float)(golden);
+    if (on_device && family.device_double == nullptr) {
+      throw GoldenError("the CUDA backend has no layer of the family '" + std::string(family.name) + "'");
+    }
+    std::printf("%s: %s in %s%s\n", path.c_str(), std::string(family.name).c_str(), in_double ? "double" : "float",
+                on_device ? ", CUDA backend" : "");
+    const auto run =
+        on_device ? (in_double ? family.device_double : family.device_float) : (in_double ? family.in_double : family.in_float);
+    run(golden);
     print_report(golden);
     return golden.failures();
   } catch (const std::exception& error) {
@@ -98,9 +117,9 @@ std::vector<std::string> verify(const std::string& path, bool in_double) {
   }
 }
 
-bool passes(const std::string& path, bool in_double) {
+bool passes(const std::string& path, bool in_double, bool on_device) {
   constexpr std::size_t most = 3;
-  const std::vector<std::string> failures = verify(path, in_double);
+  const std::vector<std::string> failures = verify(path, in_double, on_device);
   std::string reason;
   for (std::size_t i = 0; i < std::min(most, failures.size()); ++i) {
     reason += (i > 0 ? "; " : "") + failures[i];
@@ -124,12 +143,14 @@ void print_usage(std::FILE* to) {
   }
   std::fprintf(
       to,
-      "usage: golden_verify [--scalar double|float] FILE...\n"
+      "usage: golden_verify [--scalar double|float] [--backend cpu|BACKEND] FILE...\n"
       "\n"
       "Runs the layer that each golden file describes, and compares every output, loss, routing, intermediate and\n"
       "gradient tensor of the file. One line a group of tensors, PASS or FAIL a file.\n"
       "\n"
       "  --scalar double|float   what the layer computes in (default: double)\n"
+      "  --backend cpu|BACKEND   whose layers: the CPU's (default), or those of the CUDA backend, where they are built:\n"
+      "                          thrust-host, its host build, or cuda, on a device\n"
       "  --help                  this text\n"
       "\n"
       "error      max |result - reference| / max |reference|, each over one tensor; the worst of the group is shown.\n"
@@ -151,8 +172,34 @@ int wrong_usage(const std::string& problem) {
   return usage_error;
 }
 
+/// Whether argument i is this option, as `--option value` or `--option=value`; i is then that of the value, which is empty
+/// where there is none.
+bool option_of(const std::string& option, const std::vector<std::string>& arguments, std::size_t& i, std::string& value) {
+  if (arguments[i].starts_with(option + "=")) {
+    value = arguments[i].substr(option.size() + 1);
+    return true;
+  }
+  if (arguments[i] != option) {
+    return false;
+  }
+  value = i + 1 < arguments.size() ? arguments[++i] : "";
+  return true;
+}
+
+/// Whether the backend of that name is built in; `device` becomes whether it is the CUDA backend.
+bool find_backend(const std::string& name, bool& device) {
+  device = name != "cpu";
+#if defined(MOXIE_GOLDEN_DEVICE)
+  const std::string built = moxie::test::device_name();
+  return !device || (!built.empty() && name == (built == "thrust-host" ? built : "cuda"));
+#else
+  return !device;
+#endif
+}
+
 int run(const std::vector<std::string>& arguments) {
   bool in_double = true;
+  bool on_device = false;
   bool options = true;
   std::vector<std::string> files;
   for (std::size_t i = 0; i < arguments.size(); ++i) {
@@ -164,12 +211,11 @@ int run(const std::vector<std::string>& arguments) {
     } else if (argument == "--help" || argument == "-h") {
       print_usage(stdout);
       return 0;
-    } else if (argument == "--scalar" || argument.starts_with("--scalar=")) {
-      const bool apart = argument == "--scalar";
-      if (apart && i + 1 == arguments.size()) {
-        return wrong_usage("--scalar needs a value");
+    } else if (std::string backend; option_of("--backend", arguments, i, backend)) {
+      if (!find_backend(backend, on_device)) {
+        return wrong_usage("the backend '" + backend + "' is not in this program, or there is no device");
       }
-      const std::string scalar = apart ? arguments[++i] : argument.substr(std::string_view("--scalar=").size());
+    } else if (std::string scalar; option_of("--scalar", arguments, i, scalar)) {
       if (scalar != "double" && scalar != "float") {
         return wrong_usage("the scalar is '" + scalar + "', expected double or float");
       }
@@ -182,7 +228,7 @@ int run(const std::vector<std::string>& arguments) {
     return wrong_usage("no files");
   }
   const auto failed =
-      std::count_if(files.begin(), files.end(), [&](const std::string& file) { return !passes(file, in_double); });
+      std::count_if(files.begin(), files.end(), [&](const std::string& file) { return !passes(file, in_double, on_device); });
   return static_cast<int>(std::min<std::ptrdiff_t>(failed, most_failures));
 }
 

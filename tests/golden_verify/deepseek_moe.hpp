@@ -10,7 +10,6 @@ namespace golden {
 
 /// Family `deepseek_moe`: the block of DeepSeek-V3, with sigmoid scores, a selection bias, a limit on groups and shared
 /// experts.
-template <class Scalar>
 struct DeepSeekMoe {
   explicit DeepSeekMoe(const GoldenCase& golden)
       : batch(golden.integer("batch")),
@@ -29,7 +28,6 @@ struct DeepSeekMoe {
   }
 
   Index tokens() const { return batch * length; }
-  using Layer = moxie::SharedExpertMoE<Scalar>;
   moxie::SharedExpertMoEConfig<moxie::HiddenConfig> config(bool count_chosen) const {
     return {.model_dim = dim,
             .experts = experts,
@@ -95,12 +93,13 @@ struct DeepSeekMoe {
   double alpha;
 };
 
-template <class Scalar>
+template <class Scalar, template <class> class On = OnCpu>
 void verify_deepseek_moe(GoldenCase& golden) {
-  const DeepSeekMoe<Scalar> c(golden);
+  const DeepSeekMoe c(golden);
   c.require(golden);
   const Index tokens = c.tokens();
-  typename DeepSeekMoe<Scalar>::Layer layer(c.config(false));
+  using Layer = On<moxie::SharedExpertMoE<Scalar>>;
+  Layer layer(c.config(false));
   const char* const bias_name = "gate.e_score_correction_bias";
   for (const moxie::TensorInfo& t : layer.layout().tensors()) {
     const std::string name = t.name == bias_name ? "buffer/expert_bias" : "param/" + t.name;
@@ -146,16 +145,19 @@ void verify_deepseek_moe(GoldenCase& golden) {
   auto alone_config = c.config(false);
   alone_config.balance.expert_level = c.alpha;  // of one sequence the same, and it keeps f and P
   alone_config.balance.sequence_level = 0;
-  const typename DeepSeekMoe<Scalar>::Layer alone(alone_config);
+  const Layer alone(alone_config);
+  const moxie::SharedExpertMoE<Scalar> keeps_totals(alone_config);
   for (Index b = 0; b < c.batch; ++b) {
     const Matrix<Scalar> part = x.middleRows(b * c.length, c.length);
     Matrix<Scalar> y_part(c.length, c.dim);
     auto part_tape = alone.make_tape();
     alone.forward(layer.parameters(), part, y_part, part_tape, {});
     per_sequence.push_back(part_tape.balance_loss());
+    auto totals_tape = keeps_totals.make_tape();
+    keeps_totals.forward(layer.parameters(), part, y_part, totals_tape, {});
     for (Index e = 0; e < c.experts; ++e) {
-      f.push_back(part_tape.router().balance_totals().frequency(std::size_t(e)));
-      p.push_back(part_tape.router().balance_totals().probability(std::size_t(e)));
+      f.push_back(totals_tape.router().balance_totals().frequency(std::size_t(e)));
+      p.push_back(totals_tape.router().balance_totals().probability(std::size_t(e)));
     }
   }
   golden.compare("routing/f", f);
@@ -178,7 +180,7 @@ void verify_deepseek_moe(GoldenCase& golden) {
 
   const Matrix<Scalar> zero = Matrix<Scalar>::Zero(tokens, c.dim);
   const auto losses = [&](const std::string& prefix, bool count_chosen) {
-    typename DeepSeekMoe<Scalar>::Layer variant(c.config(count_chosen));
+    Layer variant(c.config(count_chosen));
     variant.parameters() = layer.parameters();
     auto variant_tape = variant.make_tape();
     variant.forward(in, y, variant_tape);
@@ -197,8 +199,17 @@ void verify_deepseek_moe(GoldenCase& golden) {
   golden.compare("output/expert_bias_updated", values(layer.parameters()[bias_name]));
 
   // Both parts of the output.
-  moxie::Moe routed(moxie::TopKRouter<Scalar>(c.config(false).router()),
-                    moxie::SwiGluExperts<Scalar>(c.experts, c.dim, {.hidden_dim = c.hidden}));
+  const auto both = c.config(false);
+  On<moxie::TopKMoE<Scalar>> routed({.model_dim = both.model_dim,
+                                     .experts = both.experts,
+                                     .top_k = both.top_k,
+                                     .expert = both.expert,
+                                     .normalize = both.normalize,
+                                     .scale = both.scale,
+                                     .allow_constant_weights = both.allow_constant_weights,
+                                     .score = both.score,
+                                     .groups = both.groups,
+                                     .selection_bias = both.selection_bias});
   const moxie::SwiGluExperts<Scalar> bank(1, c.dim, {.hidden_dim = c.shared_hidden}, {"shared_experts", false});
   moxie::Parameters<Scalar> shared(bank.layout());
   for (const moxie::TensorInfo& t : routed.layout().tensors()) {

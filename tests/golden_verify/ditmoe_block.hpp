@@ -213,13 +213,13 @@ void compare_layer(GoldenCase& golden, const DitMoeBlock& block, Layer layer) {
 }
 
 /// Family `ditmoe_block`: SparseMoeBlock of DiT-MoE.
-template <class Scalar>
+template <class Scalar, template <class> class On = OnCpu>
 void verify_ditmoe_block(GoldenCase& golden) {
   const DitMoeBlock block(golden);
   block.require(golden);
-  const moxie::TopKMoE<Scalar> routed(block.routed_config());
+  const On<moxie::TopKMoE<Scalar>> routed(block.routed_config());
   if (block.shared > 0) {
-    compare_layer<Scalar>(golden, block, moxie::SharedExpertMoE<Scalar>(block.config()));
+    compare_layer<Scalar>(golden, block, On<moxie::SharedExpertMoE<Scalar>>(block.config()));
   } else {
     compare_layer<Scalar>(golden, block, routed);
   }
@@ -228,7 +228,7 @@ void verify_ditmoe_block(GoldenCase& golden) {
   const Index tokens = block.tokens();
   const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", tokens, block.dim);
   {
-    moxie::TopKMoE<Scalar> layer = routed;
+    auto layer = routed;
     load_leading<Scalar>(golden, layer.parameters());
     auto tape = layer.make_tape();
     Matrix<Scalar> y = unwritten<Scalar>(tokens, block.dim);

@@ -59,6 +59,10 @@ double inner_product(const Matrix<Scalar>& y, const Matrix<Scalar>& dy) {
   return y.template cast<double>().cwiseProduct(dy.template cast<double>()).sum();
 }
 
+/// The backend of a family: the layer of the CPU itself, or `moxie::test::OnDevice`.
+template <class Layer>
+using OnCpu = Layer;
+
 /// One golden file under verification: hyper-parameters, shapes and inputs to read, results to compare, and the record of both.
 ///
 /// Every tensor of the file has to be read, compared or excused, in the end `failures` names those that were not.

@@ -10,7 +10,7 @@ namespace golden {
 /// Family `softmoe`: Soft MoE with normalized logits (vmoe), or plain ones (Algorithm 1 of the paper).
 ///
 /// The reference keeps Φ as [D,E,P], `mu` or `phi`, and kernels as [E,in,out]: the transposes of the layer's.
-template <class Scalar>
+template <class Scalar, template <class> class On = OnCpu>
 void verify_softmoe(GoldenCase& golden) {
   const Index groups = golden.integer("groups");
   const Index length = golden.integer("group_size");
@@ -47,11 +47,11 @@ void verify_softmoe(GoldenCase& golden) {
   golden.leave_out("extra/output_y_bf16_dispatch", "the reference's rounding to bfloat16 on the way to the experts and back");
   GoldenCase::limit({groups, experts, slots, hidden});
 
-  moxie::SoftMoE<Scalar> layer({.model_dim = dim,
-                                .experts = experts,
-                                .slots_per_expert = slots,
-                                .expert = {.hidden_dim = hidden},
-                                .normalize = normalize});
+  On<moxie::SoftMoE<Scalar>> layer({.model_dim = dim,
+                                    .experts = experts,
+                                    .slots_per_expert = slots,
+                                    .expert = {.hidden_dim = hidden},
+                                    .normalize = normalize});
   moxie::Parameters<Scalar>& p = layer.parameters();
   p["phi.weight"].eigen() = golden.matrix<Scalar>("param/" + phi_name, dim, experts * slots).transpose();
   if (normalize) {

@@ -29,7 +29,7 @@ inline void expect_capacity(const GoldenCase& golden, Index computed) {
 }
 
 /// Family `topk_capacity`: NoisyTopExpertsPerItemRouter of vmoe.
-template <class Scalar>
+template <class Scalar, template <class> class On = OnCpu>
 struct TopKCapacity {
   explicit TopKCapacity(const GoldenCase& golden)
       : groups(golden.integer("groups")),
@@ -46,7 +46,7 @@ struct TopKCapacity {
   }
 
   Index tokens() const { return groups * length; }
-  using Layer = moxie::TopKMoE<Scalar, moxie::GeluTanhExperts<Scalar>>;
+  using Layer = On<moxie::TopKMoE<Scalar, moxie::GeluTanhExperts<Scalar>>>;
 
   Layer layer(const moxie::Balance& balance) const {
     return Layer({.model_dim = experts.dim,
@@ -95,9 +95,9 @@ struct TopKCapacity {
   moxie::Balance weights;
 };
 
-template <class Scalar>
+template <class Scalar, template <class> class On = OnCpu>
 void verify_topk_capacity(GoldenCase& golden) {
-  const TopKCapacity<Scalar> c(golden);
+  const TopKCapacity<Scalar, On> c(golden);
   c.require(golden);
   const Index tokens = c.tokens();
   const Index experts = c.experts.experts;
@@ -194,18 +194,18 @@ void verify_topk_capacity(GoldenCase& golden) {
 }
 
 /// Family `expert_choice`: NoisyTopItemsPerExpertRouter of vmoe.
-template <class Scalar>
+template <class Scalar, template <class> class On = OnCpu>
 void verify_expert_choice(GoldenCase& golden) {
   const Index groups = golden.integer("groups");
   const Index length = golden.integer("group_size");
   const VmoeExperts<Scalar> bank{golden.integer("num_experts", 1, 4096), golden.integer("dim"), golden.integer("mlp_hidden")};
   const Index experts = bank.experts;
   const Index tokens = groups * length;
-  moxie::ExpertChoiceMoE<Scalar, moxie::GeluTanhExperts<Scalar>> layer({.model_dim = bank.dim,
-                                                                        .experts = experts,
-                                                                        .expert = {.hidden_dim = bank.hidden},
-                                                                        .capacity = capacity_of(golden),
-                                                                        .noise = {.logits = golden.number("noise_std")}});
+  On<moxie::ExpertChoiceMoE<Scalar, moxie::GeluTanhExperts<Scalar>>> layer({.model_dim = bank.dim,
+                                                                            .experts = experts,
+                                                                            .expert = {.hidden_dim = bank.hidden},
+                                                                            .capacity = capacity_of(golden),
+                                                                            .noise = {.logits = golden.number("noise_std")}});
   const Index capacity = layer.router().capacity(length);
   expect_capacity(golden, capacity);
   const std::vector<Index> like_x{groups, length, bank.dim};

@@ -1,0 +1,476 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <moxie/core/error.hpp>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__CUDACC__)
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <thrust/system/cuda/execution_policy.h>
+/// Runs on the host and on the device.
+#define MOXIE_CUDA_BOTH __host__ __device__
+/// Code that nvcc compiles and code that it does not are different entities of one program.
+#define MOXIE_CUDA_BACKEND on_device
+#else
+#include <atomic>
+#include <moxie/core/exec.hpp>
+#if defined(_OPENMP)
+#include <thrust/system/omp/execution_policy.h>
+#else
+#include <thrust/system/cpp/execution_policy.h>
+#endif
+#define MOXIE_CUDA_BOTH
+#define MOXIE_CUDA_BACKEND on_host
+#endif
+#include <thrust/for_each.h>
+#include <thrust/iterator/counting_iterator.h>
+
+/// The layers on a device: the same options, parameters and laws as on the CPU, memory and products by CUDA.
+///
+/// nvcc compiles these headers for a GPU. Any other compiler makes the *host build* of them: the same functions over memory of
+/// the host, loops by Thrust's OpenMP system (or its C++ one), products by the CPU's kernels. It is how the backend is tested
+/// where there is no GPU.
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+/// A call of CUDA or cuBLAS failed; the message names it. Errors of kernels are those of an earlier call, too.
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Of the host build: whether this is it.
+#if defined(__CUDACC__)
+inline constexpr bool host_build = false;
+#else
+inline constexpr bool host_build = true;
+#endif
+
+namespace detail {
+
+using moxie::detail::expect_at_least;
+using moxie::detail::expect_value;
+
+// Constants that device code may read; it may not call the functions that they come from.
+template <class T>
+inline constexpr T infinity = std::numeric_limits<T>::infinity();
+template <class T>
+inline constexpr T smallest = std::numeric_limits<T>::min();
+inline constexpr int largest_int = std::numeric_limits<int>::max();
+
+#if defined(__CUDACC__)
+inline void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) {
+    throw CudaError(std::string(call) + ": " + cudaGetErrorString(error));
+  }
+}
+inline void check(cublasStatus_t status, const char* call) {
+  if (status != CUBLAS_STATUS_SUCCESS) {
+    throw CudaError(std::string(call) + ": " + cublasGetStatusString(status));
+  }
+}
+#endif
+
+}  // namespace detail
+
+/// The threads that share a row: a warp on the device, one on the host. They take elements `first()`, `first() + step()`, ...
+class Lanes {
+ public:
+#if defined(__CUDA_ARCH__)
+  MOXIE_CUDA_BOTH int first() const { return int(threadIdx.x) % 32; }
+  MOXIE_CUDA_BOTH int step() const { return 32; }
+  /// Over all lanes, the same number for each of them, in an order that is always the same.
+  template <class T>
+  MOXIE_CUDA_BOTH T sum(T x) const {
+    for (int other = 16; other > 0; other /= 2) {
+      x += __shfl_xor_sync(0xffffffffU, x, other);
+    }
+    return x;
+  }
+  template <class T>
+  MOXIE_CUDA_BOTH T max(T x) const {
+    for (int other = 16; other > 0; other /= 2) {
+      const T y = __shfl_xor_sync(0xffffffffU, x, other);
+      x = y > x ? y : x;
+    }
+    return x;
+  }
+  /// The largest value and its index, the lower one of equal values; an index below 0 stands for nothing.
+  template <class T>
+  MOXIE_CUDA_BOTH void best(T& value, int& index) const {
+    for (int other = 16; other > 0; other /= 2) {
+      const T v = __shfl_xor_sync(0xffffffffU, value, other);
+      const int i = __shfl_xor_sync(0xffffffffU, index, other);
+      if (i >= 0 && (index < 0 || v > value || (v == value && i < index))) {
+        value = v;
+        index = i;
+      }
+    }
+  }
+  /// What each lane wrote before, all may read after.
+  MOXIE_CUDA_BOTH void sync() const { __syncwarp(); }
+#else
+  MOXIE_CUDA_BOTH static int first() { return 0; }
+  MOXIE_CUDA_BOTH static int step() { return 1; }
+  template <class T>
+  MOXIE_CUDA_BOTH T sum(T x) const {
+    return x;
+  }
+  template <class T>
+  MOXIE_CUDA_BOTH T max(T x) const {
+    return x;
+  }
+  template <class T>
+  MOXIE_CUDA_BOTH void best(T& /*value*/, int& /*index*/) const {}
+  MOXIE_CUDA_BOTH void sync() const {}
+#endif
+};
+
+namespace detail {
+
+/// *to = min(*to, x), by whoever comes.
+MOXIE_CUDA_BOTH inline void atomic_min(int* to, int x) {
+#if defined(__CUDA_ARCH__)
+  atomicMin(to, x);
+#elif defined(__CUDACC__)
+  *to = x < *to ? x : *to;
+#else
+  const std::atomic_ref<int> shared(*to);
+  for (int now = shared.load(); x < now && !shared.compare_exchange_weak(now, x);) {
+  }
+#endif
+}
+
+#if defined(__CUDACC__)
+template <class F>
+__global__ void __launch_bounds__(256) run_rows(Index rows, F f) {
+  const Index warps = Index(gridDim.x) * (blockDim.x / 32);
+  for (Index row = (Index(blockIdx.x) * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
+    f(row, Lanes());
+  }
+}
+#endif
+
+}  // namespace detail
+
+/// What calls cost, counted since `reset_counts`.
+struct DeviceCounts {
+  std::int64_t launches = 0;          ///< loops and sorts
+  std::int64_t products = 0;          ///< calls of cuBLAS; in the host build what they would be
+  std::int64_t allocations = 0;       ///< of device memory
+  std::int64_t bytes = 0;             ///< that these took
+  std::int64_t synchronizations = 0;  ///< waits of the host for the stream
+};
+
+/// Where device work runs: a stream and a cuBLAS handle, which are the caller's, and scratch memory, which all layers that use
+/// one `DeviceExec` share. Calls on it must not overlap in time. In the host build it is made of an `Exec`.
+///
+/// Nothing waits for the device but `read`, and nothing is allocated after the first step of a shape.
+class DeviceExec {
+#if defined(__CUDACC__)
+  /// Thrust's temporary memory, from the scratch.
+  struct Allocator {
+    using value_type = char;
+    DeviceExec* exec;
+    char* allocate(std::ptrdiff_t n) const { return exec->scratch<char>(Index(n)); }
+    void deallocate(char* /*data*/, std::size_t /*n*/) const {}
+  };
+  auto policy() { return thrust::cuda::par_nosync(Allocator{this}).on(stream_); }
+  void expect_launched() { detail::check(cudaGetLastError(), "a kernel's launch"); }
+#else
+  template <class F>
+  struct RowLoop {
+    F f;
+    void operator()(Index row) const { f(row, Lanes()); }
+  };
+#if defined(_OPENMP)
+  static auto policy() { return thrust::omp::par; }
+#else
+  static auto policy() { return thrust::cpp::par; }
+#endif
+  static void expect_launched() {}
+#endif
+
+ public:
+#if defined(__CUDACC__)
+  /// Throws CudaError if the handle does not take the stream.
+  DeviceExec(cudaStream_t stream, cublasHandle_t handle) : stream_(stream), handle_(handle) {
+    detail::check(cublasSetStream(handle, stream), "cublasSetStream");
+  }
+  cudaStream_t stream() const { return stream_; }
+  cublasHandle_t handle() const { return handle_; }
+#else
+  explicit DeviceExec(const Exec& exec = {}) : exec_(exec) {}
+  const Exec& host() const { return exec_; }
+#endif
+  DeviceExec(const DeviceExec&) = delete;
+  DeviceExec& operator=(const DeviceExec&) = delete;
+  ~DeviceExec() {
+    for (const Block& block : blocks_) {
+      release(block.data);
+    }
+#if defined(__CUDACC__)
+    cudaFreeHost(staging_);
+#endif
+  }
+
+  const DeviceCounts& counts() const { return counts_; }
+  void reset_counts() { counts_ = {}; }
+  void count_product() { ++counts_.products; }
+
+  /// `f(i)` for i = 0, ..., n-1.
+  template <class F>
+  void for_each(Index n, F f) {
+    if (n > 0) {
+      ++counts_.launches;
+      thrust::for_each_n(policy(), thrust::counting_iterator<Index>(0), n, f);
+      expect_launched();
+    }
+  }
+  /// `f(row, lanes)` for row = 0, ..., rows-1, lanes sharing a row.
+  template <class F>
+  void for_each_row(Index rows, F f) {
+    if (rows <= 0) {
+      return;
+    }
+    ++counts_.launches;
+#if defined(__CUDACC__)
+    constexpr Index rows_of_block = 8;
+    const Index blocks = (rows + rows_of_block - 1) / rows_of_block;
+    detail::run_rows<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream_>>>(rows, f);
+    expect_launched();
+#else
+    thrust::for_each_n(policy(), thrust::counting_iterator<Index>(0), rows, RowLoop<F>{f});
+#endif
+  }
+  /// Counts a call of an algorithm of Thrust: `exec.launch([&](const auto& policy) { thrust::sort(policy, ...); })`.
+  template <class Call>
+  void launch(Call&& call) {
+    ++counts_.launches;
+    call(policy());
+    expect_launched();
+  }
+
+  /// Bytes of zero.
+  template <class T>
+  void zero(T* to, Index n) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    if (n > 0) {
+      ++counts_.launches;
+#if defined(__CUDACC__)
+      detail::check(cudaMemsetAsync(to, 0, std::size_t(n) * sizeof(T), stream_), "cudaMemsetAsync");
+#else
+      std::memset(static_cast<void*>(to), 0, std::size_t(n) * sizeof(T));
+#endif
+    }
+  }
+  /// Between two places of the device.
+  template <class T>
+  void copy(const T* from, T* to, Index n) {
+    transfer(from, to, n, false);
+  }
+  /// From the host; what is there may change when the call returns.
+  template <class T>
+  void upload(const T* from, T* to, Index n) {
+    transfer(from, to, n, true);
+  }
+  /// To the host, after all work before it: waits for the stream.
+  template <class T>
+  void read(const T* from, T* to, Index n) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    ++counts_.synchronizations;
+#if defined(__CUDACC__)
+    const std::size_t bytes = std::size_t(n) * sizeof(T);
+    if (bytes > staging_size_) {
+      detail::check(cudaFreeHost(staging_), "cudaFreeHost");
+      staging_ = nullptr;
+      staging_size_ = 0;
+      detail::check(cudaMallocHost(&staging_, bytes), "cudaMallocHost");
+      staging_size_ = bytes;
+    }
+    if (bytes > 0) {
+      detail::check(cudaMemcpyAsync(staging_, from, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
+    }
+    detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    std::memcpy(to, staging_, bytes);
+#else
+    std::memcpy(to, from, std::size_t(n) * sizeof(T));
+#endif
+  }
+
+  /// Memory of the device, uninitialized. Throws CudaError, or std::bad_alloc in the host build.
+  void* allocate(std::size_t bytes) {
+    ++counts_.allocations;
+    counts_.bytes += std::int64_t(bytes);
+    void* data = nullptr;
+#if defined(__CUDACC__)
+    detail::check(cudaMalloc(&data, bytes), "cudaMalloc");
+#else
+    data = ::operator new (bytes, std::align_val_t{alignment});
+#endif
+    return data;
+  }
+  /// What `allocate` returned, or null.
+  static void release(void* data) noexcept {
+#if defined(__CUDACC__)
+    cudaFree(data);
+#else
+    ::operator delete (data, std::align_val_t{alignment});
+#endif
+  }
+
+  /// Returns all scratch that was taken since it was opened.
+  class Frame {
+   public:
+    explicit Frame(DeviceExec& exec) : exec_(exec), used_(exec.used_), blocks_(exec.blocks_.size()) {}
+    Frame(const Frame&) = delete;
+    Frame& operator=(const Frame&) = delete;
+    ~Frame() { exec_.close(used_, blocks_); }
+
+   private:
+    DeviceExec& exec_;
+    std::size_t used_;
+    std::size_t blocks_;
+  };
+  /// Uninitialized scratch, until the enclosing frame closes. Later work of the stream may get the same memory.
+  template <class T>
+  T* scratch(Index n) {
+    return static_cast<T*>(take(std::size_t(n) * sizeof(T)));
+  }
+
+ private:
+  static constexpr std::size_t alignment = 256;
+
+  struct Block {
+    void* data;
+    std::size_t size;
+  };
+
+  template <class T>
+  void transfer(const T* from, T* to, Index n, [[maybe_unused]] bool up) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    if (n > 0) {
+#if defined(__CUDACC__)
+      detail::check(cudaMemcpyAsync(to, from, std::size_t(n) * sizeof(T),
+                                    up ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToDevice, stream_),
+                    "cudaMemcpyAsync");
+#else
+      std::memcpy(to, from, std::size_t(n) * sizeof(T));
+#endif
+    }
+  }
+
+  void* take(std::size_t bytes) {
+    const std::size_t start = used_;
+    used_ += (bytes + alignment - 1) / alignment * alignment;
+    peak_ = used_ > peak_ ? used_ : peak_;
+    if (blocks_.size() == 1 && used_ <= blocks_.front().size) {
+      return static_cast<char*>(blocks_.front().data) + start;
+    }
+    blocks_.push_back({nullptr, 0});
+    Block& block = blocks_.back();
+    block.size = bytes > alignment ? bytes : alignment;
+    block.data = allocate(block.size);
+    return block.data;
+  }
+  void close(std::size_t used, std::size_t blocks) noexcept {
+    used_ = used;
+    while (blocks_.size() > (blocks > 1 ? blocks : 1)) {
+      release(blocks_.back().data);
+      blocks_.pop_back();
+    }
+    if (used_ == 0 && !blocks_.empty() && blocks_.front().size < peak_) {
+      release(blocks_.front().data);
+      blocks_.clear();
+      try {
+        blocks_.push_back({allocate(peak_), peak_});
+      } catch (const std::exception&) {  // then the next step allocates
+      }
+    }
+  }
+
+#if defined(__CUDACC__)
+  cudaStream_t stream_;
+  cublasHandle_t handle_;
+  void* staging_ = nullptr;
+  std::size_t staging_size_ = 0;
+#else
+  Exec exec_;
+#endif
+  DeviceCounts counts_;
+  std::vector<Block> blocks_;
+  std::size_t used_ = 0;
+  std::size_t peak_ = 0;
+};
+
+/// Memory of the device that grows and keeps what it has, reused from step to step.
+template <class T>
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(DeviceBuffer&& other) noexcept { swap(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~DeviceBuffer() { DeviceExec::release(data_); }
+
+  /// n elements; what was there is lost where it grows.
+  T* resize(DeviceExec& exec, Index n) {
+    if (n > capacity_) {
+      DeviceExec::release(data_);
+      data_ = nullptr;
+      capacity_ = 0;
+      data_ = static_cast<T*>(exec.allocate(std::size_t(n) * sizeof(T)));
+      capacity_ = n;
+    }
+    size_ = n;
+    return data_;
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  Index size() const { return size_; }
+
+ private:
+  void swap(DeviceBuffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+  }
+
+  T* data_ = nullptr;
+  Index size_ = 0;
+  Index capacity_ = 0;
+};
+
+/// A view of rows of the device: what `RowView` is on the host.
+template <class T>
+struct DeviceRows {
+  T* data = nullptr;
+  Index rows = 0;
+  Index cols = 0;
+  Index stride = 0;
+
+  DeviceRows() = default;
+  DeviceRows(T* data_, Index rows_, Index cols_, Index stride_) : data(data_), rows(rows_), cols(cols_), stride(stride_) {}
+  DeviceRows(T* data_, Index rows_, Index cols_) : DeviceRows(data_, rows_, cols_, cols_) {}
+  template <class U>
+  requires std::is_same_v<const U, T> DeviceRows(const DeviceRows<U>& other)
+      : DeviceRows(other.data, other.rows, other.cols, other.stride) {}
+
+  MOXIE_CUDA_BOTH T* row(Index i) const { return data + i * stride; }
+  MOXIE_CUDA_BOTH T& operator()(Index i, Index j) const { return data[i * stride + j]; }
+  DeviceRows middle_rows(Index first, Index count) const { return {row(first), count, cols, stride}; }
+  DeviceRows middle_cols(Index first, Index count) const { return {data + first, rows, count, stride}; }
+};
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

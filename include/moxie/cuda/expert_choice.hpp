@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/cuda/top_k.hpp>
+
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+namespace detail {
+
+/// The scores of all experts and tokens, expert by expert, to be sorted; NaN last.
+template <class Scalar>
+struct ScoreKey {
+  DeviceRows<const Scalar> s;
+  Scalar* key;
+  int* place;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const Scalar v = s(i % s.rows, i / s.rows);
+    key[i] = v == v ? v : Scalar(-1);
+    place[i] = int(i);
+  }
+};
+struct SegmentKey {
+  const int* place;
+  const int* sequence;
+  int tokens;
+  int sequences;
+  int* key;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const { key[i] = place[i] / tokens * sequences + sequence[place[i] % tokens]; }
+};
+/// The best of every expert and sequence become rows.
+template <class Scalar>
+struct TakenRow {
+  const int* place;
+  const int* starts;  // of sequences, in tokens
+  const int* first;   // of sequences, in an expert's rows
+  int sequences;
+  int rows;  // of an expert
+  DeviceRows<const Scalar> s;
+  int* token;
+  int* expert;
+  Scalar* weight;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const int e = int(i) / rows;
+    const int q = int(i) % rows;
+    const int b = lower_bound(first, sequences + 1, q + 1) - 1;
+    const int t = int(place[e * s.rows + starts[b] + q - first[b]] % s.rows);
+    token[i] = t;
+    expert[i] = e;
+    weight[i] = s(t, e);
+  }
+};
+/// ds_te of what was taken.
+template <class Scalar>
+struct ScatterWeight {
+  const int* token;
+  const int* expert;
+  const Scalar* dweight;
+  DeviceRows<Scalar> ds;
+
+  MOXIE_CUDA_BOTH void operator()(Index r) const { ds(token[r], expert[r]) = dweight[r]; }
+};
+
+}  // namespace detail
+
+/// ds of a row -> dz, in place.
+template <class Scalar>
+struct SoftmaxBackwardRow {
+  DeviceRows<const Scalar> s;
+  DeviceRows<Scalar> ds;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const { softmax_backward(s.row(t), ds.row(t), s.cols, lanes); }
+};
+
+/// `moxie::ExpertChoiceRouter` on the device: the same options but jitter. The rows of an expert are sorted by sequence, then
+/// by score. Nothing waits for the device, so that logits that are not finite are only known when `Tape::expect_finite` asks.
+template <class Scalar_>
+class ExpertChoiceRouter {
+ public:
+  using Scalar = Scalar_;
+  using Plan = SparsePlan<Scalar>;
+  using Config = ExpertChoiceRouterConfig;
+
+  class Tape {
+   public:
+    /// (T,E), on the device.
+    const Scalar* scores() const { return scores_.data(); }
+    /// Balanced by construction.
+    double balance_loss(DeviceExec& /*exec*/) const { return 0; }
+    /// Throws ValueError naming the first token of the last forward whose logits are not finite. Waits for the device.
+    void expect_finite(DeviceExec& exec) const {
+      int first_bad = detail::all_finite;
+      if (status_.size() > 0) {
+        exec.read(status_.data(), &first_bad, 1);
+      }
+      detail::expect_finite("ExpertChoiceRouter::route", first_bad);
+    }
+
+   private:
+    friend class ExpertChoiceRouter;
+    DeviceBuffer<Scalar> scores_, noisy_;
+    DeviceBuffer<int> status_;
+    std::vector<int> firsts_;  // the first of an expert's rows in each sequence
+    std::vector<int> starts_;
+    DeviceBuffer<int> first_;
+  };
+
+  /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws, and ValueError for jitter.
+  explicit ExpertChoiceRouter(const Config& config)
+      : config_((config.expect_valid("ExpertChoiceRouter"), config)), layout_(config.layout()) {
+    detail::expect_no_jitter("ExpertChoiceRouter", config.noise);
+  }
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  Index experts() const { return config_.experts; }
+  Index model_dim() const { return config_.model_dim; }
+
+  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
+             Tape& tape) const {
+    const Index tokens = in.count();
+    const Index experts = config_.experts;
+    const Index n = detail::to_index("ExpertChoiceRouter::route", tokens * experts);
+    std::vector<int> firsts{0};
+    for (Index b = 0; b < sequences.count(); ++b) {
+      firsts.push_back(firsts.back() + int(config_.room(sequences.groups().rows(b))));
+    }
+    if (firsts != tape.firsts_) {
+      tape.firsts_ = firsts;
+      exec.upload(firsts.data(), tape.first_.resize(exec, Index(firsts.size())), Index(firsts.size()));
+    }
+    tape.starts_.clear();
+    for (Index e = 0; e <= experts; ++e) {
+      tape.starts_.push_back(int(e) * firsts.back());
+    }
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<Scalar> z(exec.scratch<Scalar>(n), tokens, experts);
+    const DeviceRows<Scalar> s(tape.scores_.resize(exec, n), tokens, experts);
+    int* status = tape.status_.resize(exec, 1);
+    exec.for_each(1, detail::SetStatus{status});
+    detail::gate_logits(exec, in, p, z);
+    exec.for_each_row(tokens,
+                      SoftmaxRow<Scalar>{detail::with_noise(exec, config_.noise, in, z, tape.noisy_), s, nullptr, status});
+    // By score, then by expert and sequence: a stable sort keeps the scores' order.
+    Scalar* score = exec.scratch<Scalar>(n);
+    int* place = exec.scratch<int>(n);
+    int* segment = exec.scratch<int>(n);
+    exec.for_each(n, detail::ScoreKey<Scalar>{s, score, place});
+    detail::sort_by_key_descending(exec, score, place, n);
+    exec.for_each(n, detail::SegmentKey{place, sequences.of_token(), int(tokens), int(sequences.count()), segment});
+    detail::sort_by_key(exec, segment, place, n);
+    plan.build(exec, tokens, tape.starts_, [&](int* token, int* expert, Scalar* weight) {
+      exec.for_each(experts * firsts.back(),
+                    detail::TakenRow<Scalar>{place, sequences.groups().device, tape.first_.data(), int(sequences.count()),
+                                             firsts.back(), s, token, expert, weight});
+    });
+  }
+
+  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& /*sequences*/,
+                const Plan& plan, const Scalar* dweight, DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+    const Index tokens = in.count();
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(tokens * config_.experts), tokens, config_.experts);
+    exec.zero(dz.data, tokens * config_.experts);
+    exec.for_each(plan.rows(), detail::ScatterWeight<Scalar>{plan.token(), plan.expert(), dweight, dz});
+    exec.for_each_row(tokens, SoftmaxBackwardRow<Scalar>{DeviceRows<const Scalar>(tape.scores(), tokens, config_.experts), dz});
+    detail::gate_backward<Scalar>(exec, in, p, dz, dx, grads);
+  }
+
+ private:
+  Config config_;
+  Layout layout_;
+};
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

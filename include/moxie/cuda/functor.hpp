@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+#include <moxie/cuda/product.hpp>
+
+/// What the backend does with rows, a small function each: the same on the host and on the device. All are given to
+/// `DeviceExec::for_each_row`, but for those whose operator takes no lanes, which `for_each` calls.
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+/// What numbers are computed in: float for BFloat16.
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, BFloat16>, float, T>;
+
+/// to_r = from_i, i = index[r], or r where there is no index; rounded where `To` is smaller.
+template <class From, class To>
+struct GatherRow {
+  DeviceRows<const From> from;
+  const int* index;
+  DeviceRows<To> to;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    const Index i = index == nullptr ? r : index[r];
+    for (Index d = lanes.first(); d < to.cols; d += lanes.step()) {
+      to(r, d) = To(from(i, d));
+    }
+  }
+};
+
+/// The rows of every token, in the order of combine's sum: K a token, of which -1 are none, or as many as the starts say.
+struct TokenRows {
+  const int* rows = nullptr;
+  const int* starts = nullptr;
+  int k = 0;
+
+  MOXIE_CUDA_BOTH Index begin(Index t) const { return starts == nullptr ? t * k : starts[t]; }
+};
+
+/// y_t = Σ_{r of t} w_r h_r, or added; without weights all are 1. Combine, and the adjoint of a gather.
+template <class Scalar>
+struct CombineRow {
+  TokenRows rows_of;
+  const Scalar* weight;
+  DeviceRows<const Scalar> h;
+  DeviceRows<Scalar> y;
+  bool add;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    for (Index d = lanes.first(); d < y.cols; d += lanes.step()) {
+      Scalar sum = add ? y(t, d) : Scalar(0);
+      for (Index i = rows_of.begin(t); i < rows_of.begin(t + 1); ++i) {
+        const int r = rows_of.rows[i];
+        if (r >= 0) {
+          sum += (weight == nullptr ? Scalar(1) : weight[r]) * h(r, d);
+        }
+      }
+      y(t, d) = sum;
+    }
+  }
+};
+
+/// Combine's adjoint: dw_r = ⟨h_r, dy_t⟩, dh_r = w_r dy_t, t = token[r].
+template <class Scalar, class Element>
+struct CombineBackwardRow {
+  const int* token;
+  const Scalar* weight;
+  DeviceRows<const Scalar> h;
+  DeviceRows<const Scalar> dy;
+  DeviceRows<Element> dh;
+  Scalar* dweight;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    const Index t = token[r];
+    Scalar dot = 0;
+    for (Index d = lanes.first(); d < dy.cols; d += lanes.step()) {
+      dot += h(r, d) * dy(t, d);
+      dh(r, d) = Element(weight[r] * dy(t, d));
+    }
+    dot = lanes.sum(dot);
+    if (lanes.first() == 0) {
+      dweight[r] = dot;
+    }
+  }
+};
+
+/// Gated unit: hidden = act(g) ⊙ u, g and u the halves of a row.
+template <class Activation, class Element>
+struct GluRow {
+  DeviceRows<const Element> gate_up;
+  DeviceRows<Element> hidden;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    using Sum = SumOf<Element>;
+    for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
+      hidden(r, j) = Element(Activation::value(Sum(gate_up(r, j))) * Sum(gate_up(r, hidden.cols + j)));
+    }
+  }
+};
+
+/// Its adjoint, and hidden again: dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ act(g).
+template <class Activation, class Element>
+struct GluBackwardRow {
+  DeviceRows<const Element> gate_up;
+  DeviceRows<const SumOf<Element>> dhidden;
+  DeviceRows<Element> hidden;
+  DeviceRows<Element> dgate_up;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    using Sum = SumOf<Element>;
+    const Index width = hidden.cols;
+    for (Index j = lanes.first(); j < width; j += lanes.step()) {
+      const Sum gate = Sum(gate_up(r, j));
+      const Sum up = Sum(gate_up(r, width + j));
+      const Sum value = Activation::value(gate);
+      const Sum d = dhidden(r, j);
+      hidden(r, j) = Element(value * up);
+      dgate_up(r, j) = Element(d * up * Activation::derivative(gate));
+      dgate_up(r, width + j) = Element(d * value);
+    }
+  }
+};
+
+/// A vector of each expert, at equal distances, and the expert of each row; no experts: one for all rows.
+template <class T>
+struct BiasOfRow {
+  T* data = nullptr;
+  Index distance = 0;
+  const int* expert = nullptr;
+
+  MOXIE_CUDA_BOTH T* of(Index r) const { return data + (expert == nullptr ? 0 : expert[r] * distance); }
+};
+
+/// Perceptron: a = before + b, hidden = act(a). Without `hidden`, m_r += b alone.
+template <class Activation, class Element, class Scalar>
+struct MlpRow {
+  DeviceRows<Element> a;
+  BiasOfRow<const Scalar> bias;
+  DeviceRows<Element> hidden;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    for (Index j = lanes.first(); j < a.cols; j += lanes.step()) {
+      const auto sum = SumOf<Element>(a(r, j)) + bias.of(r)[j];
+      a(r, j) = Element(sum);
+      hidden(r, j) = Element(Activation::value(SumOf<Element>(a(r, j))));
+    }
+  }
+};
+
+/// m_r += b.
+template <class Scalar>
+struct AddBiasRow {
+  DeviceRows<Scalar> m;
+  BiasOfRow<const Scalar> bias;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    for (Index j = lanes.first(); j < m.cols; j += lanes.step()) {
+      m(r, j) += bias.of(r)[j];
+    }
+  }
+};
+
+/// The perceptron's adjoint, and hidden again: da = dhidden ⊙ act'(a).
+template <class Activation, class Element>
+struct MlpBackwardRow {
+  DeviceRows<const Element> a;
+  DeviceRows<const SumOf<Element>> dhidden;
+  DeviceRows<Element> hidden;
+  DeviceRows<Element> da;
+
+  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+    using Sum = SumOf<Element>;
+    for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
+      const Sum before = Sum(a(r, j));
+      hidden(r, j) = Element(Activation::value(before));
+      da(r, j) = Element(dhidden(r, j) * Activation::derivative(before));
+    }
+  }
+};
+
+/// Elements of a matrix, as `column_sums` reads them.
+template <class Sum, class T>
+struct ElementOf {
+  DeviceRows<const T> m;
+
+  MOXIE_CUDA_BOTH Sum operator()(Index r, Index j) const { return Sum(m(r, j)); }
+};
+
+/// How `column_reduce` takes numbers together.
+struct Plus {
+  template <class T>
+  MOXIE_CUDA_BOTH static T first() {
+    return T(0);
+  }
+  template <class T>
+  MOXIE_CUDA_BOTH static T of(T a, T b) {
+    return a + b;
+  }
+};
+struct Largest {
+  template <class T>
+  MOXIE_CUDA_BOTH static T first() {
+    return -detail::infinity<T>;
+  }
+  template <class T>
+  MOXIE_CUDA_BOTH static T of(T a, T b) {
+    return b > a ? b : a;
+  }
+};
+
+namespace detail {
+
+/// What a piece of a group's rows makes of each of its columns.
+template <class Op, class T, class Value>
+struct ReducePiece {
+  static constexpr Index rows = 64;
+
+  Value value;
+  const int* starts;
+  Index pieces;
+  Index cols;
+  T* out;  // (groups, pieces, cols)
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const Index j = i % cols;
+    const Index piece = i / cols % pieces;
+    const Index g = i / cols / pieces;
+    const Index first = starts[g] + piece * rows;
+    const Index last = first + rows < starts[g + 1] ? first + rows : starts[g + 1];
+    T all = Op::template first<T>();
+    for (Index r = first; r < last; ++r) {
+      all = Op::of(all, value(r, j));
+    }
+    out[i] = all;
+  }
+};
+
+/// Those together, first piece first.
+template <class Op, class T, class Out>
+struct ReducePieces {
+  const T* parts;
+  Index pieces;
+  Index cols;
+  Out* out;
+  Index distance;  // from one group's row to the next one's
+  bool add;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const Index g = i / cols;
+    const Index j = i % cols;
+    T all = Op::template first<T>();
+    for (Index piece = 0; piece < pieces; ++piece) {
+      all = Op::of(all, parts[(g * pieces + piece) * cols + j]);
+    }
+    Out& to = out[g * distance + j];
+    to = Out(add ? T(to) + all : all);
+  }
+};
+
+}  // namespace detail
+
+/// For every group and column: out_gj = value(r, j) of all rows r of g, taken together by `Op`; or added to what is there. Row
+/// g of out is `distance` elements after row g-1. Pieces of 64 rows first, then these: in the same order always.
+template <class Op, class T, class Value, class Out>
+void column_reduce(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add) {
+  Index most = 1;
+  for (Index g = 0; g < groups.count(); ++g) {
+    most = groups.rows(g) > most ? groups.rows(g) : most;
+  }
+  constexpr Index piece = detail::ReducePiece<Op, T, Value>::rows;
+  const Index pieces = (most + piece - 1) / piece;
+  const DeviceExec::Frame frame(exec);
+  T* parts = exec.scratch<T>(groups.count() * pieces * cols);
+  exec.for_each(groups.count() * pieces * cols, detail::ReducePiece<Op, T, Value>{value, groups.device, pieces, cols, parts});
+  exec.for_each(groups.count() * cols, detail::ReducePieces<Op, T, Out>{parts, pieces, cols, out, distance, add});
+}
+template <class Sum, class Value, class Out>
+void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add) {
+  column_reduce<Plus, Sum>(exec, groups, cols, value, out, distance, add);
+}
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <memory>
+#include <moxie/cuda/expert_choice.hpp>
+#include <moxie/cuda/experts.hpp>
+#include <moxie/cuda/soft.hpp>
+#include <moxie/cuda/top_k.hpp>
+#include <moxie/layer/config.hpp>
+#include <optional>
+
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+/// A block of parameters or gradients on the device: the same layout as on the host, so that one copy takes it there.
+template <class Scalar>
+class DeviceParameters {
+ public:
+  /// Zeros.
+  DeviceParameters(DeviceExec& exec, const Layout& layout) : size_(layout.size()) {
+    block_.resize(exec, size_);
+    set_zero(exec);
+  }
+
+  /// From and to a block of `layout().size()` numbers of the host: `parameters.view().data()`. `download` waits for the device.
+  void upload(DeviceExec& exec, const Scalar* block) { exec.upload(block, block_.data(), size_); }
+  void download(DeviceExec& exec, Scalar* block) const { exec.read(block_.data(), block, size_); }
+  void set_zero(DeviceExec& exec) { exec.zero(block_.data(), size_); }
+
+  Scalar* data() { return block_.data(); }
+  const Scalar* data() const { return block_.data(); }
+  Index size() const { return size_; }
+
+ private:
+  Index size_;
+  DeviceBuffer<Scalar> block_;
+};
+
+/// The mixture-of-experts layer on the device: what `moxie::Moe` is on the CPU.
+///
+///     y = combine(experts(dispatch(x))) [+ shared(x)]
+///
+/// Parameters, gradients, x, y, dy and dx are the device's; rows of x may have any stride. `forward` and `backward` queue work
+/// on the stream and return; token choice waits for the device once, in the middle of `forward`. The same bits from run to run.
+template <class Router_, class Experts_>
+class Moe {
+ public:
+  using Scalar = typename Router_::Scalar;
+  using Element = typename Experts_::Element;
+  using Plan = typename Router_::Plan;
+  static_assert(std::is_same_v<Scalar, typename Experts_::Scalar>, "Moe: router and experts must have the same scalar");
+
+  /// What `backward` needs of a `forward`; reused from step to step.
+  class Tape {
+   public:
+    const Plan& plan() const { return plan_; }
+    const typename Router_::Tape& router() const { return router_; }
+    /// The balance losses of the last forward, weighted. `backward` adds their gradient. Waits for the device.
+    double balance_loss(DeviceExec& exec) const { return router_.balance_loss(exec); }
+
+   private:
+    friend class Moe;
+    const Layout* layer_ = nullptr;  // that a forward was of
+    DeviceSequences sequences_;
+    DeviceSequences whole_;  // all tokens as the rows of one expert
+    Plan plan_;
+    typename Router_::Tape router_;
+    typename Experts_::Tape experts_, shared_;
+    DeviceBuffer<Scalar> h_;      // what the experts made of the rows; of slots in the order of sequences
+    DeviceBuffer<Scalar> slots_;  // X̃, in the same order
+  };
+
+  Moe(Router_ router, Experts_ experts, std::optional<Experts_> shared, std::string name)
+      : name_(std::move(name)), router_(std::move(router)), experts_(std::move(experts)), shared_(std::move(shared)) {
+    auto layout = std::make_shared<Layout>();
+    router_offset_ = layout->add_part("", router_.layout());
+    experts_offset_ = layout->add_part("", experts_.layout());
+    if (shared_) {
+      shared_offset_ = layout->add_part("", shared_->layout());
+    }
+    layout_ = std::move(layout);
+  }
+
+  const Router_& router() const { return router_; }
+  const Experts_& experts() const { return experts_; }
+  Index model_dim() const { return experts_.model_dim(); }
+  /// That of the CPU's layer of the same options.
+  const Layout& layout() const { return *layout_; }
+  Tape make_tape() const { return {}; }
+
+  /// y (T,D) from x (T,D), overwritten. T = 0 is legal.
+  ///
+  /// Throws ShapeError for other shapes or parameters, ValueError if y is x, and with token choice if a logit is not finite,
+  /// before y is written. CudaError where a call fails.
+  void forward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
+               DeviceRows<Scalar> y, Tape& tape) const {
+    const std::string where = name_ + "::forward";
+    detail::expect_tokens(where, in, model_dim());
+    expect_rows(where, "y", y, in);
+    expect_size(where, parameters);
+    detail::expect_value(y.data != in.x.data || in.count() == 0, where, "y overlaps x");
+    tape.layer_ = nullptr;
+    const Scalar* p = parameters.data();
+    tape.sequences_.set(exec, in.sequences);
+    router_.route(exec, p + router_offset_, in, tape.sequences_, tape.plan_, tape.router_);
+    if (shared_) {
+      tape.whole_.set(exec, Sequences().over(in.count()));
+      if (in.count() > 0) {
+        shared_->forward(exec, p + shared_offset_, {tape.whole_.groups(), in.x}, y, tape.shared_);
+      }
+    }
+    run_experts(exec, p + experts_offset_, in, y, tape);
+    tape.layer_ = layout_.get();
+  }
+
+  /// From the x of a forward and its tape: overwrites dx (T,D), adds to the gradients of all parameters: of ⟨y, dy⟩ +
+  /// balance_loss.
+  ///
+  /// Throws ShapeError for other shapes, parameters or gradients, ValueError if the tape holds no forward of this layer and
+  /// sequences, or dx is x or dy, before anything is written. CudaError where a call fails.
+  void backward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
+                DeviceRows<const Scalar> dy, DeviceRows<Scalar> dx, DeviceParameters<Scalar>& grads, const Tape& tape) const {
+    const std::string where = name_ + "::backward";
+    detail::expect_tokens(where, in, model_dim());
+    expect_rows(where, "dy", dy, in);
+    expect_rows(where, "dx", dx, in);
+    expect_size(where, parameters);
+    expect_size(where, grads);
+    detail::expect_value(tape.layer_ == layout_.get() && tape.sequences_ == in.sequences, where,
+                         "the tape holds no forward of this layer and these sequences");
+    detail::expect_value(in.count() == 0 || (dx.data != in.x.data && dx.data != dy.data), where, "dx overlaps x or dy");
+    detail::expect_value(grads.data() != parameters.data(), where, "the gradients are the parameters");
+    const Scalar* p = parameters.data();
+    const DeviceExec::Frame frame(exec);
+    if (shared_ && in.count() > 0) {
+      shared_->backward(exec, p + shared_offset_, {tape.whole_.groups(), in.x}, elements(exec, dy), dx,
+                        grads.data() + shared_offset_, tape.shared_);
+    }
+    run_experts_backward(exec, p, in, dy, dx, grads.data(), tape);
+  }
+
+ private:
+  static constexpr bool sparse = std::is_same_v<Plan, SparsePlan<Scalar>>;
+  static constexpr Index of_group = Product<Scalar, Scalar>::of_group;
+
+  template <class T>
+  void expect_rows(const std::string& where, const char* what, const DeviceRows<T>& m, const DeviceTokens<Scalar>& in) const {
+    if (m.rows != in.count() || m.cols != model_dim()) {
+      throw ShapeError(where + ": " + what + " is " + moxie::detail::dimensions(m.rows, m.cols) + ", expected " +
+                       moxie::detail::dimensions(in.count(), model_dim()));
+    }
+  }
+  void expect_size(const std::string& where, const DeviceParameters<Scalar>& block) const {
+    if (block.size() != layout_->size()) {
+      throw ShapeError(where + ": the parameters or gradients have " + std::to_string(block.size()) +
+                       " numbers, the layer's layout has " + std::to_string(layout_->size()));
+    }
+  }
+
+  /// Rows as products read them.
+  static DeviceRows<const Element> elements(DeviceExec& exec, DeviceRows<const Scalar> m) {
+    if constexpr (std::is_same_v<Element, Scalar>) {
+      return m;
+    } else {
+      return gather<Element>(exec, m, nullptr);
+    }
+  }
+  template <class To>
+  static DeviceRows<To> gather(DeviceExec& exec, DeviceRows<const Scalar> m, const int* index) {
+    const DeviceRows<To> out(exec.scratch<To>(m.rows * m.cols), m.rows, m.cols);
+    exec.for_each_row(m.rows, GatherRow<Scalar, To>{m, index, out});
+    return out;
+  }
+  /// C (of each sequence) = A B, rows by sequences and blocks of N slots.
+  template <class Scalar2>
+  static Series<Scalar2> slots_of(DeviceRows<Scalar2> m, Index slots, bool transposed = false) {
+    return block_of(m, slots * m.cols, transposed);
+  }
+
+  /// y += combine of what the experts make of the rows; y = where there is no shared expert.
+  void run_experts(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
+    const Index rows = tape.plan_.rows();
+    const Index dim = model_dim();
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<Scalar> kept(tape.h_.resize(exec, rows * dim), rows, dim);
+    if constexpr (sparse) {
+      experts_.forward(exec, p, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert()}, kept, tape.experts_);
+      exec.for_each_row(in.count(),
+                        CombineRow<Scalar>{tape.plan_.rows_of_token(), tape.plan_.weight(), kept, y, shared_.has_value()});
+    } else {
+      const Groups groups = tape.sequences_.groups();
+      const Index slots = tape.plan_.slots();
+      const DeviceRows<Scalar> mixed(tape.slots_.resize(exec, rows * dim), rows, dim);
+      multiply<Scalar, Scalar>(exec, groups,
+                               {.m = slots,
+                                .n = dim,
+                                .k = of_group,
+                                .a = rows_of(std::as_const(tape.plan_).dispatch(), true),
+                                .b = rows_of(in.x),
+                                .c = slots_of(mixed, slots)});
+      const DeviceRows<Scalar> h(exec.scratch<Scalar>(rows * dim), rows, dim);
+      experts_.forward(exec, p, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()}, h, tape.experts_);
+      exec.for_each_row(rows, GatherRow<Scalar, Scalar>{h, tape.plan_.row_of_slot(), kept});
+      multiply<Scalar, Scalar>(exec, groups,
+                               {.m = of_group,
+                                .n = dim,
+                                .k = slots,
+                                .a = rows_of(std::as_const(tape.plan_).combine()),
+                                .b = slots_of(DeviceRows<const Scalar>(kept), slots),
+                                .c = rows_of(y),
+                                .add = shared_.has_value()});
+    }
+  }
+
+  void run_experts_backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dy,
+                            DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+    const Index rows = tape.plan_.rows();
+    const Index dim = model_dim();
+    const DeviceRows<const Scalar> kept(tape.h_.data(), rows, dim);
+    const DeviceRows<Scalar> drows(exec.scratch<Scalar>(rows * dim), rows, dim);
+    if constexpr (sparse) {
+      Scalar* dweight = exec.scratch<Scalar>(rows);
+      const DeviceRows<Element> dh(exec.scratch<Element>(rows * dim), rows, dim);
+      exec.for_each_row(rows,
+                        CombineBackwardRow<Scalar, Element>{tape.plan_.token(), tape.plan_.weight(), kept, dy, dh, dweight});
+      experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert()}, dh,
+                        drows, grads + experts_offset_, tape.experts_);
+      exec.for_each_row(in.count(), CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
+      router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, dweight, dx, grads + router_offset_,
+                       tape.router_);
+    } else {
+      const Groups groups = tape.sequences_.groups();
+      const Index slots = tape.plan_.slots();
+      const Index tokens = in.count();
+      const DeviceRows<const Scalar> dispatch = tape.plan_.dispatch();
+      const DeviceRows<const Scalar> combine = tape.plan_.combine();
+      const DeviceRows<const Scalar> mixed(tape.slots_.data(), rows, dim);
+      const DeviceRows<Scalar> dout(exec.scratch<Scalar>(rows * dim), rows, dim);  // dỸ, then dX̃
+      const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+      const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+      multiply<Scalar, Scalar>(
+          exec, groups,
+          {.m = slots, .n = dim, .k = of_group, .a = rows_of(combine, true), .b = rows_of(dy), .c = slots_of(dout, slots)});
+      multiply<Scalar, Scalar>(
+          exec, groups,
+          {.m = of_group, .n = slots, .k = dim, .a = rows_of(dy), .b = slots_of(kept, slots, true), .c = rows_of(dcombine)});
+      experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
+                        gather<Element>(exec, dout, tape.plan_.slot_of_row()), drows, grads + experts_offset_, tape.experts_);
+      exec.for_each_row(rows, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
+      multiply<Scalar, Scalar>(exec, groups,
+                               {.m = of_group,
+                                .n = slots,
+                                .k = dim,
+                                .a = rows_of(in.x),
+                                .b = slots_of(DeviceRows<const Scalar>(dout), slots, true),
+                                .c = rows_of(ddispatch)});
+      multiply<Scalar, Scalar>(exec, groups,
+                               {.m = of_group,
+                                .n = dim,
+                                .k = slots,
+                                .a = rows_of(dispatch),
+                                .b = slots_of(DeviceRows<const Scalar>(dout), slots),
+                                .c = rows_of(dx),
+                                .add = shared_.has_value()});
+      router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, ddispatch, dcombine, dx,
+                       grads + router_offset_, tape.router_);
+    }
+  }
+
+  std::string name_;
+  Router_ router_;
+  Experts_ experts_;
+  std::optional<Experts_> shared_;
+  Index router_offset_ = 0;
+  Index experts_offset_ = 0;
+  Index shared_offset_ = 0;
+  std::shared_ptr<const Layout> layout_;  // what tapes know the layer by; copies of the layer share it
+};
+
+/// `moxie::TopKMoE` on the device.
+template <class Scalar, class Experts = SwiGluExperts<Scalar>>
+class TopKMoE : public Moe<TopKRouter<Scalar>, Experts> {
+ public:
+  using Config = TopKMoEConfig<typename Experts::Config>;
+
+  explicit TopKMoE(const Config& config)
+      : Moe<TopKRouter<Scalar>, Experts>(TopKRouter<Scalar>(config.router()),
+                                         Experts(config.experts, config.model_dim, config.expert), std::nullopt, "TopKMoE") {}
+};
+
+/// `moxie::SharedExpertMoE` on the device.
+template <class Scalar, class Experts = SwiGluExperts<Scalar>>
+class SharedExpertMoE : public Moe<TopKRouter<Scalar>, Experts> {
+ public:
+  using Config = SharedExpertMoEConfig<typename Experts::Config>;
+
+  explicit SharedExpertMoE(const Config& config)
+      : Moe<TopKRouter<Scalar>, Experts>(
+            TopKRouter<Scalar>(config.router()), Experts(config.experts, config.model_dim, config.expert),
+            Experts(1, config.model_dim, config.shared, BankNames{"shared_experts", false}), "SharedExpertMoE") {}
+};
+
+/// `moxie::ExpertChoiceMoE` on the device.
+template <class Scalar, class Experts = SwiGluExperts<Scalar>>
+class ExpertChoiceMoE : public Moe<ExpertChoiceRouter<Scalar>, Experts> {
+ public:
+  using Config = ExpertChoiceMoEConfig<typename Experts::Config>;
+
+  explicit ExpertChoiceMoE(const Config& config)
+      : Moe<ExpertChoiceRouter<Scalar>, Experts>(
+            ExpertChoiceRouter<Scalar>({config.model_dim, config.experts, config.capacity, config.noise}),
+            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "ExpertChoiceMoE") {}
+};
+
+/// `moxie::SoftMoE` on the device.
+template <class Scalar, class Experts = GeluTanhExperts<Scalar>>
+class SoftMoE : public Moe<SoftRouter<Scalar>, Experts> {
+ public:
+  using Config = SoftMoEConfig<typename Experts::Config>;
+
+  explicit SoftMoE(const Config& config)
+      : Moe<SoftRouter<Scalar>, Experts>(SoftRouter<Scalar>({config.model_dim, config.experts, config.slots_per_expert,
+                                                             config.normalize, config.dispatch, config.combine}),
+                                         Experts(config.experts, config.model_dim, config.expert), std::nullopt, "SoftMoE") {}
+};
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

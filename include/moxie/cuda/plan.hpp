@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <thrust/sort.h>
+
+#include <moxie/core/sequences.hpp>
+#include <moxie/cuda/functor.hpp>
+
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+/// Tokens of the device, and how they divide into sequences; what `moxie::Tokens` is on the host. Converts from rows.
+template <class Scalar>
+struct DeviceTokens {
+  DeviceRows<const Scalar> x;  ///< (T,D)
+  Sequences sequences;
+  /// (T,E) standard normal numbers of the device, one row after the other, that a router with noise adds to its logits, σ/E
+  /// times; null in inference: no noise.
+  const Scalar* noise = nullptr;
+
+  DeviceTokens() = default;
+  template <class T>
+  DeviceTokens(const DeviceRows<T>& rows, Sequences division = {}) : x(rows), sequences(division.over(rows.rows)) {}
+
+  Index count() const { return x.rows; }
+};
+
+namespace detail {
+
+/// Throws ShapeError for other widths, or tokens that do not divide into the sequences; ValueError for more of them than 31
+/// bits can count.
+template <class Scalar>
+void expect_tokens(std::string_view where, const DeviceTokens<Scalar>& in, Index model_dim) {
+  if (in.x.cols != model_dim) {
+    throw ShapeError(std::string(where) + ": x has " + std::to_string(in.x.cols) + " columns, expected " +
+                     std::to_string(model_dim));
+  }
+  expect_at_least(where, "the number of rows of x", in.count(), 0);
+  in.sequences.expect_valid(where);
+}
+/// Throws ValueError for what an index of 31 bits cannot count.
+inline int to_index(std::string_view where, Index n) {
+  expect_value(n <= std::numeric_limits<int>::max(), where, "there are more than 2^31 - 1 elements to sort");
+  return int(n);
+}
+
+/// The first place in [0, n) of sorted keys that is not below `key`.
+MOXIE_CUDA_BOTH inline int lower_bound(const int* keys, int n, int key) {
+  int first = 0;
+  while (n > 0) {
+    const int half = n / 2;
+    if (keys[first + half] < key) {
+      first += half + 1;
+      n -= half + 1;
+    } else {
+      n = half;
+    }
+  }
+  return first;
+}
+
+/// The last sequence that does not begin after the token.
+struct SequenceOf {
+  const int* starts;
+  int count;
+  int* sequence;
+
+  MOXIE_CUDA_BOTH void operator()(Index t) const { sequence[t] = lower_bound(starts, count + 1, int(t) + 1) - 1; }
+};
+
+}  // namespace detail
+
+/// A division of tokens that both sides know. Made again, and sent to the device, only when it changes.
+class DeviceSequences {
+ public:
+  void set(DeviceExec& exec, const Sequences& sequences) {
+    const Index count = sequences.count();
+    bool same = set_ && Index(host_.size()) == count + 1 && host_.back() == sequences.tokens();
+    for (Index b = 0; same && b < count; ++b) {
+      same = host_[std::size_t(b)] == sequences.begin(b);
+    }
+    if (same) {
+      return;
+    }
+    set_ = false;
+    host_.assign(std::size_t(count) + 1, 0);
+    for (Index b = 0; b < count; ++b) {
+      host_[std::size_t(b) + 1] = detail::to_index("DeviceSequences", sequences.end(b));
+    }
+    exec.upload(host_.data(), starts_.resize(exec, count + 1), count + 1);
+    exec.for_each(sequences.tokens(),
+                  detail::SequenceOf{starts_.data(), int(count), sequence_.resize(exec, sequences.tokens())});
+    set_ = true;
+  }
+
+  Groups groups() const { return {host_, starts_.data()}; }
+  Index count() const { return Index(host_.size()) - 1; }
+  Index tokens() const { return host_.back(); }
+  /// The sequence of each token.
+  const int* of_token() const { return sequence_.data(); }
+  bool operator==(const Sequences& other) const {
+    bool same = other.count() == count() && other.tokens() == tokens();
+    for (Index b = 0; same && b < count(); ++b) {
+      same = other.end(b) == host_[std::size_t(b) + 1];
+    }
+    return same;
+  }
+
+ private:
+  bool set_ = false;
+  std::vector<int> host_{0};
+  DeviceBuffer<int> starts_;
+  DeviceBuffer<int> sequence_;
+};
+
+namespace detail {
+
+/// Keys to sort pairs by: their expert, those without one last.
+struct PairKey {
+  const int* expert;
+  int experts;
+  int* key;
+  int* pair;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    key[i] = expert[i] < 0 ? experts : expert[i];
+    pair[i] = int(i);
+  }
+};
+/// Where the rows of each expert begin.
+struct StartOf {
+  const int* key;
+  int n;
+  int* starts;
+
+  MOXIE_CUDA_BOTH void operator()(Index e) const { starts[e] = lower_bound(key, n, int(e)); }
+};
+/// Sorted pairs become rows.
+template <class Scalar>
+struct RowOfPair {
+  const int* pair;
+  const int* starts;
+  int experts;
+  int k;
+  const Scalar* weight_of_pair;
+  int* token;
+  Scalar* weight;
+  int* row_of_pair;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const int p = pair[i];
+    token[i] = p / k;
+    weight[i] = weight_of_pair[p];
+    row_of_pair[p] = i < starts[experts] ? int(i) : -1;
+  }
+};
+
+struct Iota {
+  int* to;
+  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = int(i); }
+};
+
+/// Sorts values by keys, both in place; of equal keys the first stays first.
+template <class Key>
+void sort_by_key(DeviceExec& exec, Key* keys, int* values, Index n) {
+  if (n > 1) {
+    exec.launch([&](const auto& policy) { thrust::stable_sort_by_key(policy, keys, keys + n, values); });
+  }
+}
+template <class Key>
+void sort_by_key_descending(DeviceExec& exec, Key* keys, int* values, Index n) {
+  if (n > 1) {
+    exec.launch(
+        [&](const auto& policy) { thrust::stable_sort_by_key(policy, keys, keys + n, values, thrust::greater<Key>()); });
+  }
+}
+
+}  // namespace detail
+
+/// A sparse plan on the device: R rows, sorted by expert; with token choice then by token, as in `moxie::SparsePlan`.
+template <class Scalar>
+class SparsePlan {
+ public:
+  Index tokens() const { return tokens_; }
+  Index experts() const { return Index(starts_.size()) - 1; }
+  Index rows() const { return starts_.back(); }
+  Index proposed() const { return proposed_; }
+  /// Expert e owns rows [starts[e], starts[e+1]); known to the host too.
+  Groups groups() const { return {starts_, device_starts_.data()}; }
+  /// Of each row, on the device.
+  const int* token() const { return token_.data(); }
+  const int* expert() const { return expert_.data(); }
+  const Scalar* weight() const { return weight_.data(); }
+  TokenRows rows_of_token() const { return {token_rows_.data(), k_ == 0 ? token_starts_.data() : nullptr, int(k_)}; }
+
+  /// Of K choices a token: pair t·K + k has an expert, -1 for none, and a weight. Waits for the device, to know how many rows
+  /// every expert has; `status` (one number of the device) comes along, and is returned.
+  int build(DeviceExec& exec, Index tokens, Index experts, Index k, const int* expert, const Scalar* weight,
+            const int* status) {
+    const Index pairs = detail::to_index("SparsePlan::build", tokens * k);
+    tokens_ = tokens;
+    proposed_ = pairs;
+    k_ = k;
+    const DeviceExec::Frame frame(exec);
+    int* key = expert_.resize(exec, pairs);
+    int* pair = exec.scratch<int>(pairs);
+    exec.for_each(pairs, detail::PairKey{expert, int(experts), key, pair});
+    detail::sort_by_key(exec, key, pair, pairs);
+    int* starts = device_starts_.resize(exec, experts + 2);
+    exec.for_each(experts + 1, detail::StartOf{key, int(pairs), starts});
+    exec.for_each(pairs, detail::RowOfPair<Scalar>{pair, starts, int(experts), int(k), weight, token_.resize(exec, pairs),
+                                                   weight_.resize(exec, pairs), token_rows_.resize(exec, pairs)});
+    exec.copy(status, starts + experts + 1, 1);
+    starts_.resize(std::size_t(experts) + 2);
+    exec.read(starts, starts_.data(), experts + 2);
+    const int seen = starts_.back();
+    starts_.pop_back();
+    return seen;
+  }
+
+  /// Of rows that are there already: `fill(token, expert, weight)` writes R of each, sorted by expert, `starts` of them.
+  /// Nothing waits.
+  template <class Fill>
+  void build(DeviceExec& exec, Index tokens, const std::vector<int>& starts, const Fill& fill) {
+    const Index rows = starts.back();
+    const Index experts = Index(starts.size()) - 1;
+    tokens_ = tokens;
+    proposed_ = rows;
+    k_ = 0;
+    int* device = device_starts_.resize(exec, experts + 2);
+    if (starts != starts_ || device != uploaded_) {
+      starts_ = starts;
+      exec.upload(starts_.data(), device, experts + 1);
+      uploaded_ = device;
+    }
+    fill(token_.resize(exec, rows), expert_.resize(exec, rows), weight_.resize(exec, rows));
+    const DeviceExec::Frame frame(exec);
+    int* key = exec.scratch<int>(rows);
+    exec.copy(token_.data(), key, rows);
+    int* row = token_rows_.resize(exec, rows);
+    exec.for_each(rows, detail::Iota{row});
+    detail::sort_by_key(exec, key, row, rows);
+    exec.for_each(tokens + 1, detail::StartOf{key, int(rows), token_starts_.resize(exec, tokens + 1)});
+  }
+
+ private:
+  Index tokens_ = 0;
+  Index proposed_ = 0;
+  Index k_ = 0;  // 0: tokens have as many rows as their starts say
+  std::vector<int> starts_{0};
+  const int* uploaded_ = nullptr;
+  DeviceBuffer<int> device_starts_;
+  DeviceBuffer<int> token_, expert_;
+  DeviceBuffer<Scalar> weight_;
+  DeviceBuffer<int> token_rows_, token_starts_;
+};
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

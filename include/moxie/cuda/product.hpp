@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/cuda/exec.hpp>
+#include <span>
+
+#if !defined(__CUDACC__)
+#include <moxie/kernel/gemm.hpp>
+#endif
+
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+/// A number of 16 bits: the upper half of a float, rounded to nearest, ties to even. `moxie::BFloat16` for both sides.
+struct BFloat16 {
+  std::uint16_t bits = 0;
+
+  BFloat16() = default;
+  MOXIE_CUDA_BOTH explicit BFloat16(float x) : bits(rounded(x)) {}
+  MOXIE_CUDA_BOTH operator float() const { return from_bits(std::uint32_t(bits) << 16U); }
+
+ private:
+  MOXIE_CUDA_BOTH static std::uint16_t rounded(float x) {
+    std::uint32_t u = 0;
+    memcpy(&u, &x, sizeof u);
+    if ((u & 0x7fffffffU) > 0x7f800000U) {
+      return std::uint16_t(u >> 16U | 0x40U);  // NaN stays one
+    }
+    return std::uint16_t((u + 0x7fffU + (u >> 16U & 1U)) >> 16U);
+  }
+  MOXIE_CUDA_BOTH static float from_bits(std::uint32_t u) {
+    float x = 0;
+    memcpy(&x, &u, sizeof x);
+    return x;
+  }
+};
+
+/// A matrix of each group: rows of one matrix, cut where the groups' rows begin, or blocks at equal distances.
+template <class T>
+struct Series {
+  T* data = nullptr;
+  Index stride = 0;
+  Index distance = 0;  ///< elements from one group's block to the next one's; by rows where it is 0
+  bool transposed = false;
+
+  /// Where the group's matrix begins, if its rows begin with row `first`.
+  MOXIE_CUDA_BOTH T* of(Index group, Index first) const { return data + (distance == 0 ? first * stride : group * distance); }
+};
+/// The rows of each group.
+template <class T>
+Series<T> rows_of(DeviceRows<T> m, bool transposed = false) {
+  return {m.data, m.stride, 0, transposed};
+}
+/// A block of each group, the first of them `m`.
+template <class T>
+Series<T> block_of(DeviceRows<T> m, Index distance, bool transposed = false) {
+  return {m.data, m.stride, distance == 0 ? Index{1} : distance, transposed};  // of a single group any distance will do
+}
+
+/// How rows divide into groups (of experts, or sequences): offsets of the first rows and the end, known to both sides.
+struct Groups {
+  std::span<const int> host;
+  const int* device = nullptr;
+
+  Index count() const { return Index(host.size()) - 1; }
+  Index begin(Index group) const { return host[std::size_t(group)]; }
+  Index rows(Index group) const { return Index(host[std::size_t(group) + 1]) - begin(group); }
+  Index rows() const { return host.back(); }
+};
+
+/// For each group: C (m,n) = A (m,k) B (k,n), or C += A B; m or k may be `of_group`. Sums are of the type of C, but float for
+/// BFloat16. Groups without rows: where m is theirs nothing is written; where k is, the product is 0.
+template <class Element, class Out>
+struct Product {
+  static constexpr Index of_group = -1;
+
+  Index m = 0;
+  Index n = 0;
+  Index k = 0;
+  Series<const Element> a;
+  Series<const Element> b;
+  Series<Out> c;
+  bool add = false;
+
+  Index rows(const Groups& groups, Index g) const { return m == of_group ? groups.rows(g) : m; }
+  Index depth(const Groups& groups, Index g) const { return k == of_group ? groups.rows(g) : k; }
+};
+
+namespace detail {
+
+#if defined(__CUDACC__)
+
+template <class T>
+constexpr cudaDataType_t type_of = std::is_same_v<T, double>  ? CUDA_R_64F
+                                   : std::is_same_v<T, float> ? CUDA_R_32F
+                                                              : CUDA_R_16BF;
+
+inline int to_int(Index n) {
+  expect_value(n <= std::numeric_limits<int>::max(), "moxie::cuda", "a matrix is too large for cuBLAS");
+  return int(n);
+}
+
+/// The addresses of all groups' matrices, as cuBLAS reads them.
+template <class Element, class Out>
+struct Addresses {
+  Series<const Element> a, b;
+  Series<Out> c;
+  const int* starts;
+  const void** to_a;
+  const void** to_b;
+  void** to_c;
+
+  MOXIE_CUDA_BOTH void operator()(Index g) const {
+    const Index first = starts == nullptr ? 0 : starts[g];
+    to_a[g] = a.of(g, first);
+    to_b[g] = b.of(g, first);
+    to_c[g] = c.of(g, first);
+  }
+};
+
+/// Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
+template <class Element, class Out>
+void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
+  using Sum = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+  constexpr cublasComputeType_t compute = std::is_same_v<Element, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+  const auto operation = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
+  const Index count = groups.count();
+#if CUBLAS_VERSION >= 120500
+  // One call for all groups, where cuBLAS has one for these types.
+  if (std::is_same_v<Element, Out> && count > 1) {
+    const auto n = std::size_t(count);
+    std::vector<cublasOperation_t> of_a(n, operation(p.a.transposed));
+    std::vector<cublasOperation_t> of_b(n, operation(p.b.transposed));
+    std::vector<int> rows(n), cols(n, to_int(p.n)), depth(n), one(n, 1);
+    std::vector<int> lda(n, to_int(p.a.stride)), ldb(n, to_int(p.b.stride)), ldc(n, to_int(p.c.stride));
+    const std::vector<Sum> alpha(n, Sum(1));
+    const std::vector<Sum> beta(n, p.add ? Sum(1) : Sum(0));
+    for (Index g = 0; g < count; ++g) {
+      rows[std::size_t(g)] = to_int(p.rows(groups, g));
+      depth[std::size_t(g)] = to_int(p.depth(groups, g));
+    }
+    const DeviceExec::Frame frame(exec);
+    const void** a = exec.scratch<const void*>(count);
+    const void** b = exec.scratch<const void*>(count);
+    void** c = exec.scratch<void*>(count);
+    exec.for_each(count, Addresses<Element, Out>{p.a, p.b, p.c, groups.device, a, b, c});
+    exec.count_product();
+    check(cublasGemmGroupedBatchedEx(exec.handle(), of_b.data(), of_a.data(), cols.data(), rows.data(), depth.data(),
+                                     alpha.data(), b, type_of<Element>, ldb.data(), a, type_of<Element>, lda.data(),
+                                     beta.data(), c, type_of<Out>, ldc.data(), int(count), one.data(), compute),
+          "cublasGemmGroupedBatchedEx");
+    return;
+  }
+#endif
+  const Sum alpha = 1;
+  const Sum beta = p.add ? 1 : 0;
+  for (Index g = 0; g < count; ++g) {
+    const Index rows = p.rows(groups, g);
+    const Index depth = p.depth(groups, g);
+    if (rows == 0 || (depth == 0 && p.add)) {
+      continue;
+    }
+    const Index first = groups.begin(g);
+    exec.count_product();
+    check(cublasGemmEx(exec.handle(), operation(p.b.transposed), operation(p.a.transposed), to_int(p.n), to_int(rows),
+                       to_int(depth), &alpha, p.b.of(g, first), type_of<Element>, to_int(p.b.stride), p.a.of(g, first),
+                       type_of<Element>, to_int(p.a.stride), &beta, p.c.of(g, first), type_of<Out>, to_int(p.c.stride), compute,
+                       CUBLAS_GEMM_DEFAULT),
+          "cublasGemmEx");
+  }
+}
+
+#else
+
+template <class T>
+struct OnHost {
+  using Type = T;
+};
+template <>
+struct OnHost<BFloat16> {
+  using Type = moxie::BFloat16;
+};
+
+/// By the CPU's kernels. What becomes BFloat16 is rounded from sums in float.
+template <class Element, class Out>
+void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
+  using Host = typename OnHost<Element>::Type;
+  using Sum = std::conditional_t<std::is_same_v<Out, BFloat16>, float, Out>;
+  const auto factor = [](const Series<const Element>& series, Index g, Index first) {
+    return kernel::Operand<Host>{{reinterpret_cast<const Host*>(series.of(g, first)), series.stride}, series.transposed};
+  };
+  exec.count_product();
+  const DeviceExec::Frame frame(exec);
+  const auto product = [&](Index g) {
+    const Index first = groups.begin(g);
+    kernel::Product<Sum, Host> out{
+        .m = p.rows(groups, g), .n = p.n, .k = p.depth(groups, g), .a = factor(p.a, g, first), .b = factor(p.b, g, first)};
+    if constexpr (std::is_same_v<Out, Sum>) {
+      out.c = {{p.c.of(g, first), p.c.stride}, p.add};
+    }
+    return out;
+  };
+  if constexpr (std::is_same_v<Out, Sum>) {
+    kernel::grouped_gemm<Sum>(groups.count(), product, exec.host());
+  } else {
+    expect_value(p.m == p.of_group && p.c.distance == 0 && !p.add, "moxie::cuda::multiply", "BFloat16 is made of whole rows");
+    Sum* sums = exec.scratch<Sum>(groups.rows() * p.n);
+    kernel::grouped_gemm<Sum>(
+        groups.count(),
+        [&](Index g) {
+          auto out = product(g);
+          out.c = {{sums + groups.begin(g) * p.n, p.n}, false};
+          return out;
+        },
+        exec.host());
+    for (Index r = 0; r < groups.rows(); ++r) {
+      for (Index j = 0; j < p.n; ++j) {
+        p.c.data[r * p.c.stride + j] = Out(sums[r * p.n + j]);
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace detail
+
+/// A product for every group. No C may be part of another's. Throws CudaError.
+template <class Element, class Out>
+void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
+  if (groups.count() > 0 && p.m != 0 && p.n != 0) {
+    detail::multiply(exec, groups, p);
+  }
+}
+/// A single product.
+template <class Element, class Out>
+void multiply(DeviceExec& exec, const Product<Element, Out>& p) {
+  const int starts[] = {0, 0};  // nothing of it is by rows
+  multiply(exec, Groups{starts, nullptr}, p);
+}
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/cuda/top_k.hpp>
+
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+namespace detail {
+
+/// The rows of slots: slot n of sequence b is row (n / S · B + b) S + n % S of the experts'.
+struct SlotRow {
+  int sequences;
+  int experts;
+  int slots;         // of an expert
+  int* row_of_slot;  // of (b, n)
+  int* slot_of_row;
+  int* expert_of_row;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const int all = experts * slots;
+    const int b = int(i) / all;
+    const int n = int(i) % all;
+    const int row = (n / slots * sequences + b) * slots + n % slots;
+    row_of_slot[i] = row;
+    slot_of_row[row] = int(i);
+    expert_of_row[row] = n / slots;
+  }
+};
+
+}  // namespace detail
+
+/// A dense plan on the device: weights D and C (T,N) of all tokens and slots, as in `moxie::DensePlan`.
+template <class Scalar>
+class DensePlan {
+ public:
+  /// Sets the shape; the router then fills `dispatch()` and `combine()`.
+  void resize(DeviceExec& exec, const DeviceSequences& sequences, Index experts, Index slots_per_expert) {
+    const Index slots = experts * slots_per_expert;
+    const Index count = sequences.count();
+    const Index rows = detail::to_index("DensePlan", count * slots);
+    dispatch_.resize(exec, sequences.tokens() * slots);
+    combine_.resize(exec, sequences.tokens() * slots);
+    tokens_ = sequences.tokens();
+    slots_ = slots;
+    if (sequences_ == count && Index(starts_.size()) == experts + 1) {
+      return;
+    }
+    sequences_ = count;
+    starts_.clear();
+    for (Index e = 0; e <= experts; ++e) {
+      starts_.push_back(int(e * count * slots_per_expert));
+    }
+    exec.upload(starts_.data(), device_starts_.resize(exec, experts + 1), experts + 1);
+    exec.for_each(rows, detail::SlotRow{int(count), int(experts), int(slots_per_expert), row_of_slot_.resize(exec, rows),
+                                        slot_of_row_.resize(exec, rows), expert_.resize(exec, rows)});
+  }
+
+  Index tokens() const { return tokens_; }
+  Index experts() const { return Index(starts_.size()) - 1; }
+  /// N.
+  Index slots() const { return slots_; }
+  /// B·N.
+  Index rows() const { return starts_.back(); }
+  Groups groups() const { return {starts_, device_starts_.data()}; }
+  const int* expert() const { return expert_.data(); }
+  const int* slot_of_row() const { return slot_of_row_.data(); }
+  const int* row_of_slot() const { return row_of_slot_.data(); }
+  DeviceRows<Scalar> dispatch() { return {dispatch_.data(), tokens_, slots_}; }
+  DeviceRows<Scalar> combine() { return {combine_.data(), tokens_, slots_}; }
+  DeviceRows<const Scalar> dispatch() const { return {dispatch_.data(), tokens_, slots_}; }
+  DeviceRows<const Scalar> combine() const { return {combine_.data(), tokens_, slots_}; }
+
+ private:
+  Index tokens_ = 0;
+  Index slots_ = 0;
+  Index sequences_ = -1;
+  std::vector<int> starts_{0};
+  DeviceBuffer<int> device_starts_, row_of_slot_, slot_of_row_, expert_;
+  DeviceBuffer<Scalar> dispatch_, combine_;
+};
+
+/// v̂ = r v, r = 1 / √(Σ v² + 1e-6).
+template <class Scalar>
+struct NormalizeRow {
+  DeviceRows<const Scalar> v;
+  DeviceRows<Scalar> hat;
+  Scalar* factor;
+
+  MOXIE_CUDA_BOTH void operator()(Index i, Lanes lanes) const {
+    Scalar sum = 0;
+    for (Index d = lanes.first(); d < v.cols; d += lanes.step()) {
+      sum += v(i, d) * v(i, d);
+    }
+    // A norm that overflows is no number to divide by: NaN, which the logits then show.
+    const Scalar squares = lanes.sum(sum) + Scalar(1e-6);
+    const Scalar r = detail::finite(squares) ? Scalar(1) / std::sqrt(squares) : squares - squares;
+    for (Index d = lanes.first(); d < v.cols; d += lanes.step()) {
+      hat(i, d) = r * v(i, d);
+    }
+    if (lanes.first() == 0) {
+      factor[i] = r;
+    }
+  }
+};
+
+/// Its adjoint: dv += scale · r (dv̂ - ⟨dv̂, v̂⟩ v̂); and `dots`, if it is there, gets ⟨dv̂, v̂⟩.
+template <class Scalar>
+struct NormalizeBackwardRow {
+  DeviceRows<const Scalar> hat;
+  DeviceRows<const Scalar> dhat;
+  const Scalar* factor;
+  const Scalar* scale;
+  DeviceRows<Scalar> dv;
+  Scalar* dots;
+
+  MOXIE_CUDA_BOTH void operator()(Index i, Lanes lanes) const {
+    Scalar dot = 0;
+    for (Index d = lanes.first(); d < hat.cols; d += lanes.step()) {
+      dot += hat(i, d) * dhat(i, d);
+    }
+    dot = lanes.sum(dot);
+    for (Index d = lanes.first(); d < hat.cols; d += lanes.step()) {
+      dv(i, d) += *scale * factor[i] * (dhat(i, d) - dot * hat(i, d));
+    }
+    if (dots != nullptr && lanes.first() == 0) {
+      dots[i] = dot;
+    }
+  }
+};
+
+/// A logit, and exp of it less the largest of its column in the sequence.
+template <class Scalar>
+struct SlotLogit {
+  DeviceRows<const Scalar> z;
+  const Scalar* scale;
+
+  MOXIE_CUDA_BOTH Scalar operator()(Index t, Index n) const { return (scale == nullptr ? Scalar(1) : *scale) * z(t, n); }
+};
+template <class Scalar>
+struct SlotExponential {
+  SlotLogit<Scalar> logit;
+  const int* sequence;
+  const Scalar* largest;  // (B,N)
+
+  MOXIE_CUDA_BOTH Scalar operator()(Index t, Index n) const {
+    return std::exp(logit(t, n) - largest[sequence[t] * logit.z.cols + n]);
+  }
+};
+/// d_tn = exp(z_tn - largest) / Σ: the softmax over the tokens of a sequence.
+template <class Scalar>
+struct DispatchRow {
+  SlotExponential<Scalar> exponential;
+  const Scalar* sum;  // (B,N)
+  DeviceRows<Scalar> d;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    for (Index n = lanes.first(); n < d.cols; n += lanes.step()) {
+      d(t, n) = exponential(t, n) / sum[exponential.sequence[t] * d.cols + n];
+    }
+  }
+};
+/// Weights that are not learned: 1 over the tokens of the sequence or the slots, or slot n is token n.
+template <class Scalar>
+struct ConstantRow {
+  bool identity;
+  bool over_tokens;
+  const int* starts;
+  const int* sequence;
+  DeviceRows<Scalar> m;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    const Index first = starts[sequence[t]];
+    const Scalar share = Scalar(1) / Scalar(over_tokens ? starts[sequence[t] + 1] - first : m.cols);
+    for (Index n = lanes.first(); n < m.cols; n += lanes.step()) {
+      m(t, n) = identity ? Scalar(t - first == n ? 1 : 0) : share;
+    }
+  }
+};
+template <class Scalar>
+struct ElementProduct {
+  DeviceRows<const Scalar> a;
+  DeviceRows<const Scalar> b;
+
+  MOXIE_CUDA_BOTH Scalar operator()(Index t, Index n) const { return a(t, n) * b(t, n); }
+};
+/// Both softmaxes back to the logits: dz = C ⊙ (dC - Σ_n dC C) + D ⊙ (dD - Σ_t dD D), of those sides that are learned.
+template <class Scalar>
+struct SoftBackwardRow {
+  DeviceRows<const Scalar> c, dc, d, dd;  // sides that are not learned are null
+  const Scalar* dots;                     // (B,N): Σ_t dD D
+  const int* sequence;
+  DeviceRows<Scalar> dz;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    for (Index n = lanes.first(); n < dz.cols; n += lanes.step()) {
+      dz(t, n) = c.data == nullptr ? Scalar(0) : dc(t, n);
+    }
+    lanes.sync();
+    if (c.data != nullptr) {
+      softmax_backward(c.row(t), dz.row(t), dz.cols, lanes);
+    }
+    if (d.data != nullptr) {
+      for (Index n = lanes.first(); n < dz.cols; n += lanes.step()) {
+        dz(t, n) += d(t, n) * (dd(t, n) - dots[sequence[t] * dz.cols + n]);
+      }
+    }
+  }
+};
+
+/// `moxie::SoftRouter` on the device. Nothing waits for it, so that logits that are not finite are only known when
+/// `Tape::expect_finite` asks.
+template <class Scalar_>
+class SoftRouter {
+ public:
+  using Scalar = Scalar_;
+  using Plan = DensePlan<Scalar>;
+  using Config = SoftRouterConfig;
+
+  class Tape {
+   public:
+    /// Soft MoE needs no balance loss.
+    double balance_loss(DeviceExec& /*exec*/) const { return 0; }
+    /// Throws ValueError naming the first token of the last forward whose logits are not finite. Waits for the device.
+    void expect_finite(DeviceExec& exec) const {
+      int first_bad = detail::all_finite;
+      if (status_.size() > 0) {
+        exec.read(status_.data(), &first_bad, 1);
+      }
+      detail::expect_finite("SoftRouter::route", first_bad);
+    }
+
+   private:
+    friend class SoftRouter;
+    DeviceBuffer<Scalar> x_, phi_, x_factor_, phi_factor_;
+    DeviceBuffer<int> status_;
+  };
+
+  /// Throws what `SoftRouterConfig::expect_valid` throws.
+  explicit SoftRouter(const Config& config) : config_((config.expect_valid("SoftRouter"), config)), layout_(config.layout()) {}
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  Index experts() const { return config_.experts; }
+  Index model_dim() const { return config_.model_dim; }
+
+  /// Throws ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it.
+  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
+             Tape& tape) const {
+    const Index tokens = in.count();
+    const Index slots = config_.slots();
+    const Groups groups = sequences.groups();
+    if (config_.dispatch == Mixing::identity || config_.combine == Mixing::identity) {
+      for (Index b = 0; b < groups.count(); ++b) {
+        if (groups.rows(b) != slots) {
+          throw ShapeError("SoftRouter::route: sequence " + std::to_string(b) + " has " + std::to_string(groups.rows(b)) +
+                           " tokens, expected one for each of the " + std::to_string(slots) + " slots");
+        }
+      }
+    }
+    plan.resize(exec, sequences, config_.experts, config_.slots_per_expert);
+    const DeviceExec::Frame frame(exec);
+    int* status = tape.status_.resize(exec, 1);
+    exec.for_each(1, detail::SetStatus{status});
+    DeviceRows<const Scalar> z;
+    const Scalar* scale = config_.normalized() ? p + layout_.tensors()[1].offset : nullptr;
+    if (config_.learned()) {
+      z = logits(exec, p, in, tape);
+    }
+    if (config_.combine == Mixing::learned) {
+      exec.for_each_row(tokens, SoftmaxRow<Scalar>{z, plan.combine(), scale, status});
+    } else {
+      exec.for_each_row(tokens, ConstantRow<Scalar>{config_.combine == Mixing::identity, false, groups.device,
+                                                    sequences.of_token(), plan.combine()});
+    }
+    if (config_.dispatch == Mixing::learned) {
+      if (config_.combine != Mixing::learned) {  // which else looks at the logits
+        const DeviceRows<Scalar> unused(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+        exec.for_each_row(tokens, SoftmaxRow<Scalar>{z, unused, scale, status});
+      }
+      const SlotLogit<Scalar> logit{z, scale};
+      Scalar* largest = exec.scratch<Scalar>(groups.count() * slots);
+      column_reduce<Largest, Scalar>(exec, groups, slots, logit, largest, slots, false);
+      const SlotExponential<Scalar> exponential{logit, sequences.of_token(), largest};
+      Scalar* sum = exec.scratch<Scalar>(groups.count() * slots);
+      column_reduce<Plus, Scalar>(exec, groups, slots, exponential, sum, slots, false);
+      exec.for_each_row(tokens, DispatchRow<Scalar>{exponential, sum, plan.dispatch()});
+    } else {
+      exec.for_each_row(tokens, ConstantRow<Scalar>{config_.dispatch == Mixing::identity, true, groups.device,
+                                                    sequences.of_token(), plan.dispatch()});
+    }
+  }
+
+  /// From dD and dC (T,N); adds to dx and to the gradients of Φ and the scale.
+  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences,
+                const Plan& plan, DeviceRows<const Scalar> ddispatch, DeviceRows<const Scalar> dcombine, DeviceRows<Scalar> dx,
+                Scalar* grads, const Tape& tape) const {
+    if (!config_.learned()) {
+      return;
+    }
+    const Index tokens = in.count();
+    const Index slots = config_.slots();
+    const Index dim = config_.model_dim;
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+    SoftBackwardRow<Scalar> row{{}, dcombine, {}, ddispatch, nullptr, sequences.of_token(), dz};
+    if (config_.combine == Mixing::learned) {
+      row.c = plan.combine();
+    }
+    if (config_.dispatch == Mixing::learned) {
+      row.d = plan.dispatch();
+      Scalar* dots = exec.scratch<Scalar>(sequences.count() * slots);
+      column_reduce<Plus, Scalar>(exec, sequences.groups(), slots, ElementProduct<Scalar>{row.d, ddispatch}, dots, slots,
+                                  false);
+      row.dots = dots;
+    }
+    exec.for_each_row(tokens, row);
+    if (!config_.normalize) {
+      detail::gate_backward<Scalar>(exec, in, p, dz, dx, grads);
+      return;
+    }
+    const DeviceRows<const Scalar> x_hat(tape.x_.data(), tokens, dim);
+    const DeviceRows<const Scalar> phi_hat(tape.phi_.data(), slots, dim);
+    const DeviceRows<Scalar> dx_hat(exec.scratch<Scalar>(tokens * dim), tokens, dim);
+    const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slots * dim), slots, dim);
+    exec.zero(dx_hat.data, tokens * dim);
+    exec.zero(dphi_hat.data, slots * dim);
+    detail::gate_backward<Scalar>(exec, DeviceTokens<Scalar>(x_hat), phi_hat.data, dz, dx_hat, dphi_hat.data);
+    const Index scale_offset = layout_.tensors()[1].offset;
+    const Scalar* scale = p + scale_offset;
+    Scalar* dots = exec.scratch<Scalar>(slots);
+    const DeviceRows<Scalar> dphi(grads, slots, dim);
+    exec.for_each_row(slots, NormalizeBackwardRow<Scalar>{phi_hat, dphi_hat, tape.phi_factor_.data(), scale, dphi, dots});
+    exec.for_each_row(tokens, NormalizeBackwardRow<Scalar>{x_hat, dx_hat, tape.x_factor_.data(), scale, dx, nullptr});
+    const int whole[] = {0, int(slots)};
+    int* starts = exec.scratch<int>(2);
+    exec.for_each(2, detail::Ends{int(slots), starts});
+    column_reduce<Plus, Scalar>(exec, Groups{whole, starts}, 1,
+                                ElementOf<Scalar, Scalar>{DeviceRows<const Scalar>(dots, slots, 1)}, grads + scale_offset, 1,
+                                true);
+  }
+
+ private:
+  DeviceRows<const Scalar> logits(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Tape& tape) const {
+    const Index slots = config_.slots();
+    const Index dim = config_.model_dim;
+    const DeviceRows<Scalar> z(exec.scratch<Scalar>(in.count() * slots), in.count(), slots);
+    if (!config_.normalize) {
+      detail::gate_logits(exec, in, p, z);
+      return z;
+    }
+    const DeviceRows<Scalar> x_hat(tape.x_.resize(exec, in.count() * dim), in.count(), dim);
+    const DeviceRows<Scalar> phi_hat(tape.phi_.resize(exec, slots * dim), slots, dim);
+    exec.for_each_row(in.count(), NormalizeRow<Scalar>{in.x, x_hat, tape.x_factor_.resize(exec, in.count())});
+    exec.for_each_row(
+        slots, NormalizeRow<Scalar>{DeviceRows<const Scalar>(p, slots, dim), phi_hat, tape.phi_factor_.resize(exec, slots)});
+    detail::gate_logits<Scalar>(exec, DeviceTokens<Scalar>(x_hat), phi_hat.data, z);
+    return z;
+  }
+
+  Config config_;
+  Layout layout_;
+};
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda

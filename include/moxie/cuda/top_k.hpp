@@ -1,0 +1,754 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/cuda/balance.hpp>
+#include <moxie/routing/config.hpp>
+
+namespace moxie::cuda {
+inline namespace MOXIE_CUDA_BACKEND {
+
+namespace detail {
+
+/// Of a row's n candidates, the best one that comes after (value, index) in decreasing order, ties to the lower index, NaN
+/// never: what a selection of the K largest asks K times. Index -1: there is none.
+template <class Scalar, class ValueOf>
+MOXIE_CUDA_BOTH void next_best(int n, const ValueOf& value_of, Lanes lanes, Scalar& value, int& index) {
+  Scalar best = 0;
+  int place = -1;
+  for (int e = lanes.first(); e < n; e += lanes.step()) {
+    const Scalar v = value_of(e);
+    const bool after = v == v && (index < 0 || v < value || (v == value && e > index));
+    if (after && (place < 0 || v > best)) {
+      best = v;
+      place = e;
+    }
+  }
+  lanes.best(best, place);
+  value = best;
+  index = place;
+}
+
+template <class Scalar>
+MOXIE_CUDA_BOTH bool finite(Scalar x) {
+  return x - x == Scalar(0);
+}
+
+}  // namespace detail
+
+/// s = softmax(z) of a row, with its logits checked: `first_bad` becomes the lowest row that is not finite.
+template <class Scalar>
+struct SoftmaxRow {
+  DeviceRows<const Scalar> z;
+  DeviceRows<Scalar> s;
+  const Scalar* scale;  // of the logits, one number; null: 1
+  int* first_bad;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    const Scalar factor = scale == nullptr ? Scalar(1) : *scale;
+    Scalar largest = -detail::infinity<Scalar>;
+    bool ok = true;
+    for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+      const Scalar v = factor * z(t, e);
+      ok = ok && detail::finite(v);
+      largest = v > largest ? v : largest;
+    }
+    if (!ok) {
+      detail::atomic_min(first_bad, int(t));
+    }
+    largest = lanes.max(largest);
+    Scalar sum = 0;
+    for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+      const Scalar v = std::exp(factor * z(t, e) - largest);
+      s(t, e) = v;
+      sum += v;
+    }
+    sum = lanes.sum(sum);
+    for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+      s(t, e) /= sum;
+    }
+  }
+};
+
+/// s = σ(z) of a row, and p = s / (Σ s + 1e-20) where `probability` (T,E) is not null; with the logits checked.
+template <class Scalar>
+struct SigmoidRow {
+  DeviceRows<const Scalar> z;
+  DeviceRows<Scalar> s;
+  Scalar* probability;
+  int* first_bad;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    Scalar sum = 0;
+    bool ok = true;
+    for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+      ok = ok && detail::finite(z(t, e));
+      s(t, e) = Scalar(1) / (Scalar(1) + std::exp(-z(t, e)));
+      sum += s(t, e);
+    }
+    if (!ok) {
+      detail::atomic_min(first_bad, int(t));
+    }
+    if (probability != nullptr) {
+      sum = lanes.sum(sum) + Scalar(1e-20);
+      for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+        probability[t * z.cols + e] = s(t, e) / sum;
+      }
+    }
+  }
+};
+
+/// The softmax's adjoint of a row, in place: dz_e = s_e (ds_e - Σ_i ds_i s_i), the ds of the largest score taken from all
+/// first.
+template <class Scalar>
+MOXIE_CUDA_BOTH void softmax_backward(const Scalar* s, Scalar* ds, Index n, Lanes lanes) {
+  Scalar value = 0;
+  int index = -1;
+  detail::next_best(
+      int(n), [&](int e) { return s[e]; }, lanes, value, index);
+  const Scalar shift = index < 0 ? Scalar(0) : ds[index];
+  lanes.sync();
+  Scalar dot = 0;
+  for (Index e = lanes.first(); e < n; e += lanes.step()) {
+    ds[e] -= shift;
+    dot += ds[e] * s[e];
+  }
+  dot = lanes.sum(dot);
+  for (Index e = lanes.first(); e < n; e += lanes.step()) {
+    ds[e] = s[e] * (ds[e] - dot);
+  }
+}
+
+/// What `moxie::TopKRouter` does with the logits z of a token: scores, the K experts, and their weights.
+template <class Scalar>
+struct TopKRow {
+  int experts = 0;
+  int k = 0;
+  bool softmax = true;
+  bool normalized = false;
+  Scalar scale = 1;
+  int groups = 1;
+  int groups_chosen = 1;
+  bool group_sum = true;         // a group is judged by its two largest scores
+  const Scalar* bias = nullptr;  // E, or null
+  DeviceRows<const Scalar> z = {};
+  DeviceRows<Scalar> s = {};
+  Scalar* group_score = nullptr;  // (T,G), where groups limit
+  Scalar* probability = nullptr;  // (T,E): sigmoid scores over their sum, or null
+  int* chosen = nullptr;          // (T,K)
+  int* best = nullptr;            // (T,K): the largest logits, where others may be chosen; or null
+  Scalar* weight = nullptr;       // (T,K)
+  Scalar* share = nullptr;        // (T,K): normalized weights without the scale
+  int* first_bad = nullptr;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    if (softmax) {
+      SoftmaxRow<Scalar>{z, s, nullptr, first_bad}(t, lanes);
+    } else {
+      SigmoidRow<Scalar>{z, s, probability, first_bad}(t, lanes);
+    }
+    lanes.sync();
+    const bool limited = groups_chosen < groups;
+    if (limited) {
+      choose_groups(t, lanes);
+    }
+    if (limited || bias != nullptr) {
+      const Scalar* open = limited ? group_score + t * groups : nullptr;
+      const int size = experts / groups;
+      select(lanes, chosen + t * k, [&](int e) {
+        return open != nullptr && open[e / size] < 0 ? -detail::infinity<Scalar>
+                                                     : s(t, e) + (bias == nullptr ? Scalar(0) : bias[e]);
+      });
+      if (best != nullptr) {
+        select(lanes, best + t * k, [&](int e) { return z(t, e); });
+      }
+    } else {
+      select(lanes, chosen + t * k, [&](int e) { return z(t, e); });
+    }
+    lanes.sync();
+    weigh(t, lanes);
+  }
+
+ private:
+  /// Sets the scores of groups that may be chosen from to 0, those of others to -1.
+  MOXIE_CUDA_BOTH void choose_groups(Index t, Lanes lanes) const {
+    Scalar* score = group_score + t * groups;
+    const int size = experts / groups;
+    for (int g = lanes.first(); g < groups; g += lanes.step()) {
+      Scalar first = -detail::infinity<Scalar>;
+      Scalar second = first;
+      for (int e = g * size; e < (g + 1) * size; ++e) {
+        const Scalar v = s(t, e) + (bias == nullptr ? Scalar(0) : bias[e]);
+        if (v > first) {
+          second = first;
+          first = v;
+        } else if (v > second) {
+          second = v;
+        }
+      }
+      score[g] = group_sum && size > 1 ? first + second : first;
+    }
+    lanes.sync();
+    // Chosen ones become 0 and others -1 when all have been looked at: marks of each lane's first groups in the bits of a word.
+    unsigned long long open = 0;
+    int turn = 0;
+    for (int g = lanes.first(); g < groups; g += lanes.step(), ++turn) {
+      int before = 0;
+      for (int other = 0; other < groups; ++other) {
+        before += score[other] > score[g] || (score[other] == score[g] && other < g) ? 1 : 0;
+      }
+      open |= (before < groups_chosen ? 1ULL : 0ULL) << unsigned(turn % 64);
+      if (turn % 64 == 63) {
+        break;  // `route` refuses as many groups
+      }
+    }
+    lanes.sync();
+    turn = 0;
+    for (int g = lanes.first(); g < groups; g += lanes.step(), ++turn) {
+      score[g] = (open >> unsigned(turn % 64) & 1ULL) != 0 ? Scalar(0) : Scalar(-1);
+    }
+    lanes.sync();
+  }
+
+  template <class ValueOf>
+  MOXIE_CUDA_BOTH void select(Lanes lanes, int* to, const ValueOf& value_of) const {
+    Scalar value = 0;
+    int index = -1;
+    for (int j = 0; j < k; ++j) {
+      detail::next_best(experts, value_of, lanes, value, index);
+      if (lanes.first() == 0) {
+        to[j] = index < 0 ? 0 : index;  // logits that are not numbers: nothing comes of it, but it must be an expert
+      }
+      if (index < 0) {
+        value = -detail::infinity<Scalar>;
+        index = experts;
+      }
+    }
+  }
+
+  MOXIE_CUDA_BOTH void weigh(Index t, Lanes lanes) const {
+    const int* e = chosen + t * k;
+    Scalar largest = z(t, e[0]);
+    Scalar sum = softmax ? Scalar(0) : Scalar(1e-20);
+    if (normalized) {
+      for (int j = 1; j < k; ++j) {
+        largest = z(t, e[j]) > largest ? z(t, e[j]) : largest;
+      }
+      for (int j = 0; j < k; ++j) {
+        sum += softmax ? std::exp(z(t, e[j]) - largest) : s(t, e[j]);
+      }
+    }
+    for (int j = lanes.first(); j < k; j += lanes.step()) {
+      Scalar w = s(t, e[j]);
+      if (normalized) {
+        w = (softmax ? std::exp(z(t, e[j]) - largest) : w) / sum;
+        share[t * k + j] = w;
+      }
+      weight[t * k + j] = scale * w;
+    }
+  }
+};
+
+/// Its adjoint: dz of a token's logits, from the gradient of its rows' weights and the balance losses.
+template <class Scalar>
+struct TopKBackwardRow {
+  TopKRow<Scalar> row;
+  TokenRows rows_of;
+  const Scalar* dweight = nullptr;        // of each row
+  const int* sequence = nullptr;          // of each token
+  const double* coefficient = nullptr;    // (B,E): ∂loss/∂p, or null
+  DeviceRows<const Scalar> clean_z = {};  // without noise
+  double z_loss = 0;                      // weight over the number of tokens
+  double token_entropy = 0;               // the same
+  DeviceRows<Scalar> dz = {};
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    const int experts = row.experts;
+    Scalar* d = dz.row(t);
+    const Scalar* s = row.s.row(t);
+    const Scalar* p = row.probability == nullptr ? s : row.probability + t * experts;
+    for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+      double sum = coefficient == nullptr ? 0 : coefficient[Index(sequence[t]) * experts + e];
+      if (token_entropy > 0) {
+        const double least = double(detail::smallest<Scalar>);
+        sum -= token_entropy * (std::log(double(p[e]) > least ? double(p[e]) : least) + 1);
+      }
+      d[e] = Scalar(sum);
+    }
+    if (row.probability != nullptr) {
+      probability_backward(s, p, d, lanes);
+    }
+    if (!row.normalized || !row.softmax) {
+      add_weight_gradient(t, s, d, lanes);
+    }
+    lanes.sync();
+    if (row.softmax) {
+      softmax_backward(s, d, experts, lanes);
+    } else {
+      for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+        d[e] *= s[e] * (Scalar(1) - s[e]);
+      }
+    }
+    if (row.normalized && row.softmax) {
+      add_softmax_weight_gradient(t, d, lanes);
+    }
+    if (z_loss > 0) {
+      const double value = log_sum_exp(clean_z.row(t), experts);
+      for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+        d[e] += Scalar(z_loss * 2 * value * std::exp(double(clean_z(t, e)) - value));
+      }
+    }
+  }
+
+ private:
+  /// ∂/∂w_j, of weights without the scale.
+  MOXIE_CUDA_BOTH Scalar dw(Index t, int j) const {
+    const int r = rows_of.rows[t * row.k + j];
+    return r < 0 ? Scalar(0) : row.scale * dweight[r];
+  }
+  /// Adds to what its lane owns.
+  MOXIE_CUDA_BOTH static void add(Scalar* d, int e, Scalar x, Lanes lanes) {
+    if (e % lanes.step() == lanes.first()) {
+      d[e] += x;
+    }
+  }
+  /// p = s / n, n = Σ s + 1e-20: ds_e = (dp_e - Σ dp p) / n, in place.
+  MOXIE_CUDA_BOTH void probability_backward(const Scalar* s, const Scalar* p, Scalar* d, Lanes lanes) const {
+    Scalar n = 0;
+    Scalar dot = 0;
+    for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
+      n += s[e];
+      dot += d[e] * p[e];
+    }
+    n = lanes.sum(n) + Scalar(1e-20);
+    dot = lanes.sum(dot);
+    for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
+      d[e] = (d[e] - dot) / n;
+    }
+  }
+  /// w_j = s_j: ds_j += dw_j; w_j = s_j / n, of sigmoids: ds_j += (dw_j - Σ_i dw_i w_i) / n.
+  MOXIE_CUDA_BOTH void add_weight_gradient(Index t, const Scalar* s, Scalar* d, Lanes lanes) const {
+    const int* chosen = row.chosen + t * row.k;
+    Scalar n = 1;
+    Scalar dot = 0;
+    if (row.normalized) {
+      n = Scalar(1e-20);
+      for (int j = 0; j < row.k; ++j) {
+        n += s[chosen[j]];
+        dot += dw(t, j) * row.share[t * row.k + j];
+      }
+    }
+    for (int j = 0; j < row.k; ++j) {
+      add(d, chosen[j], (dw(t, j) - dot) / n, lanes);
+    }
+  }
+  /// w a softmax over the chosen logits: dz_j += w_j (dw_j - Σ_i dw_i w_i).
+  MOXIE_CUDA_BOTH void add_softmax_weight_gradient(Index t, Scalar* d, Lanes lanes) const {
+    const int* chosen = row.chosen + t * row.k;
+    Scalar dot = 0;
+    for (int j = 0; j < row.k; ++j) {
+      dot += dw(t, j) * row.share[t * row.k + j];
+    }
+    for (int j = 0; j < row.k; ++j) {
+      add(d, chosen[j], row.share[t * row.k + j] * (dw(t, j) - dot), lanes);
+    }
+  }
+};
+
+/// With noise, what importance and load add to the gradient of the logits: those without noise have it in common.
+template <class Scalar>
+struct NoisyBackwardRow {
+  bool softmax;
+  LoadOf<Scalar> load_of;
+  DeviceRows<const Scalar> clean;  // probabilities
+  const int* sequence;
+  const double* importance;  // (B,E), or null
+  const double* load;        // (B,E), or null
+  DeviceRows<Scalar> scratch;
+  DeviceRows<Scalar> dz;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+    const Index experts = dz.cols;
+    if (importance != nullptr) {
+      const double* coefficient = importance + Index(sequence[t]) * experts;
+      Scalar* d = scratch.row(t);
+      for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+        d[e] = Scalar(coefficient[e]);
+      }
+      lanes.sync();
+      softmax ? softmax_backward(clean.row(t), d, experts, lanes) : sigmoid_backward(t, d, lanes);
+      for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+        dz(t, e) += d[e];
+      }
+    }
+    if (load != nullptr) {
+      const double* coefficient = load + Index(sequence[t]) * experts;
+      double sum = 0;
+      for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+        const double d = coefficient[e] * load_of.derivative(t, e);
+        dz(t, e) += Scalar(d);
+        sum += d;
+      }
+      sum = lanes.sum(sum);
+      lanes.sync();
+      if (lanes.first() == 0) {
+        dz(t, load_of.best[(t + 1) * load_of.k - 1]) -= Scalar(sum);
+      }
+    }
+  }
+
+ private:
+  /// Through p = s / (Σ s + 1e-20) and s = σ(z), of the logits without noise.
+  MOXIE_CUDA_BOTH void sigmoid_backward(Index t, Scalar* d, Lanes lanes) const {
+    Scalar n = 0;
+    Scalar dot = 0;
+    for (Index e = lanes.first(); e < dz.cols; e += lanes.step()) {
+      n += Scalar(1) / (Scalar(1) + std::exp(-load_of.z(t, e)));
+      dot += d[e] * clean(t, e);
+    }
+    n = lanes.sum(n) + Scalar(1e-20);
+    dot = lanes.sum(dot);
+    for (Index e = lanes.first(); e < dz.cols; e += lanes.step()) {
+      const Scalar s = Scalar(1) / (Scalar(1) + std::exp(-load_of.z(t, e)));
+      d[e] = (d[e] - dot) / n * s * (Scalar(1) - s);
+    }
+  }
+};
+
+namespace detail {
+
+/// The largest weight of a token.
+template <class Scalar>
+struct PriorityOf {
+  const Scalar* weight;
+  int k;
+  Scalar* priority;
+  int* token;
+
+  MOXIE_CUDA_BOTH void operator()(Index t) const {
+    Scalar most = weight[t * k];
+    for (int j = 1; j < k; ++j) {
+      most = weight[t * k + j] > most ? weight[t * k + j] : most;
+    }
+    priority[t] = most == most ? most : -detail::infinity<Scalar>;
+    token[t] = int(t);
+  }
+};
+struct KeyOf {
+  const int* index;
+  const int* key_of;
+  int* key;
+  MOXIE_CUDA_BOTH void operator()(Index i) const { key[i] = key_of[index[i]]; }
+};
+/// Pairs in the order in which they come to their experts: of each sequence all first choices, then all second ones; with the
+/// sequence and the expert to sort by.
+struct ArrivalOf {
+  const int* order;  // tokens of each sequence, the first to come first
+  const int* sequence;
+  const int* starts;
+  const int* chosen;
+  int k;
+  int experts;
+  int* key;
+  int* pair;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const int b = sequence[i / k];
+    const Index length = starts[b + 1] - starts[b];
+    const Index j = i - Index(starts[b]) * k;
+    const int p = order[starts[b] + j % length] * k + int(j / length);
+    pair[i] = p;
+    key[i] = b * experts + chosen[p];
+  }
+};
+/// A place at the expert for each, and the expert if there is room.
+struct PlaceOf {
+  const int* key;
+  const int* pair;
+  int n;
+  int experts;
+  const int* room;  // of each sequence
+  const int* chosen;
+  int* place;
+  int* assigned;
+
+  MOXIE_CUDA_BOTH void operator()(Index i) const {
+    const int p = pair[i];
+    place[p] = int(i) - lower_bound(key, n, key[i]);
+    assigned[p] = place[p] < room[key[i] / experts] ? chosen[p] : -1;
+  }
+};
+
+/// The logits x Wᵀ of all tokens, into `to` (T,E).
+template <class Scalar>
+void gate_logits(DeviceExec& exec, const DeviceTokens<Scalar>& in, const Scalar* weight, DeviceRows<Scalar> to) {
+  multiply<Scalar, Scalar>(exec, {.m = in.count(),
+                                  .n = to.cols,
+                                  .k = in.x.cols,
+                                  .a = block_of(in.x, 0),
+                                  .b = block_of(DeviceRows<const Scalar>(weight, to.cols, in.x.cols), 0, true),
+                                  .c = block_of(to, 0)});
+}
+/// dW += dzᵀ x, dx += dz W.
+template <class Scalar>
+void gate_backward(DeviceExec& exec, const DeviceTokens<Scalar>& in, const Scalar* weight, DeviceRows<const Scalar> dz,
+                   DeviceRows<Scalar> dx, Scalar* dweight) {
+  multiply<Scalar, Scalar>(exec, {.m = dz.cols,
+                                  .n = in.x.cols,
+                                  .k = in.count(),
+                                  .a = block_of(dz, 0, true),
+                                  .b = block_of(in.x, 0),
+                                  .c = block_of(DeviceRows<Scalar>(dweight, dz.cols, in.x.cols), 0),
+                                  .add = true});
+  multiply<Scalar, Scalar>(exec, {.m = in.count(),
+                                  .n = in.x.cols,
+                                  .k = dz.cols,
+                                  .a = block_of(dz, 0),
+                                  .b = block_of(DeviceRows<const Scalar>(weight, dz.cols, in.x.cols), 0),
+                                  .c = block_of(dx, 0),
+                                  .add = true});
+}
+
+inline void expect_no_jitter(std::string_view where, const GateNoise& noise) {
+  expect_value(noise.jitter == 0, where, "jitter is not there on the device");
+}
+template <class Scalar>
+struct AddNoise {
+  const Scalar* z;
+  const Scalar* noise;
+  Scalar deviation;
+  Scalar* to;
+  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = z[i] + deviation * noise[i]; }
+};
+/// Logits with noise, or as they are where there is none.
+template <class Scalar>
+DeviceRows<const Scalar> with_noise(DeviceExec& exec, const GateNoise& noise, const DeviceTokens<Scalar>& in,
+                                    DeviceRows<Scalar> z, DeviceBuffer<Scalar>& buffer) {
+  if (noise.logits == 0 || in.noise == nullptr) {
+    return z;
+  }
+  const Index n = z.rows * z.cols;
+  const DeviceRows<Scalar> noisy(buffer.resize(exec, n), z.rows, z.cols);
+  exec.for_each(n, AddNoise<Scalar>{z.data, in.noise, Scalar(noise.logits / double(z.cols)), noisy.data});
+  return noisy;
+}
+inline constexpr int all_finite = largest_int;
+struct SetStatus {
+  int* status;
+  MOXIE_CUDA_BOTH void operator()(Index /*one*/) const { *status = all_finite; }
+};
+inline void expect_finite(std::string_view where, int first_bad) {
+  if (first_bad != all_finite) {
+    throw ValueError(std::string(where) + ": the logits of token " + std::to_string(first_bad) + " are not finite");
+  }
+}
+
+}  // namespace detail
+
+/// `moxie::TopKRouter` on the device: the same options but jitter, the same parameters, choices and weights.
+///
+/// `route` waits for the device once: the host must know how many rows each expert has.
+template <class Scalar_>
+class TopKRouter {
+ public:
+  using Scalar = Scalar_;
+  using Plan = SparsePlan<Scalar>;
+  using Config = TopKRouterConfig;
+
+  class Tape {
+   public:
+    /// On the device: scores (T,E), choices and places (T,K); no places without a capacity.
+    const Scalar* scores() const { return scores_.data(); }
+    const int* choices() const { return chosen_.data(); }
+    const int* places() const { return place_.data(); }
+    Index top_k() const { return top_k_; }
+    double balance_loss(DeviceExec& exec) const { return losses_ ? balance_.loss(exec) : 0; }
+
+   private:
+    friend class TopKRouter;
+    Index top_k_ = 0;
+    bool losses_ = false;
+    TopKRow<Scalar> row_;
+    BalanceInput<Scalar> seen_;
+    DeviceBuffer<Scalar> logits_, noisy_, clean_, scores_, probabilities_, weights_, shares_, group_scores_;
+    DeviceBuffer<int> chosen_, best_, place_, assigned_, room_, status_;
+    std::vector<int> rooms_;
+    BalanceTape balance_;
+  };
+
+  /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for jitter and more than 64 groups.
+  explicit TopKRouter(const Config& config) : config_((config.expect_valid("TopKRouter"), config)), layout_(config.layout()) {
+    detail::expect_no_jitter("TopKRouter", config.noise);
+    detail::expect_value(config.groups.count <= 64, "TopKRouter", "more than 64 groups are not there on the device");
+  }
+
+  const Config& config() const { return config_; }
+  const Layout& layout() const { return layout_; }
+  Index experts() const { return config_.experts; }
+  Index model_dim() const { return config_.model_dim; }
+
+  /// Throws ValueError naming the first token whose logits are not finite.
+  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
+             Tape& tape) const {
+    constexpr std::string_view where = "TopKRouter::route";
+    const Index tokens = in.count();
+    const Index experts = config_.experts;
+    const Index k = config_.top_k;
+    const Index pairs = detail::to_index(where, tokens * k);
+    detail::to_index(where, sequences.count() * experts);
+    set_rooms(exec, sequences, tape);
+    const DeviceExec::Frame frame(exec);
+    tape.top_k_ = k;
+    TopKRow<Scalar>& row = tape.row_;
+    row = {.experts = int(experts),
+           .k = int(k),
+           .softmax = config_.score == Score::softmax,
+           .normalized = config_.normalized(),
+           .scale = Scalar(config_.scale),
+           .groups = int(config_.groups.count),
+           .groups_chosen = int(config_.groups.chosen),
+           .group_sum = config_.groups.score == GroupScore::top_2_sum,
+           .bias = config_.selection_bias ? p + layout_.tensors()[1].offset : nullptr};
+    const DeviceRows<Scalar> z(tape.logits_.resize(exec, tokens * experts), tokens, experts);
+    detail::gate_logits(exec, in, p, z);
+    row.z = detail::with_noise(exec, config_.noise, in, z, tape.noisy_);
+    row.s = {tape.scores_.resize(exec, tokens * experts), tokens, experts};
+    row.chosen = tape.chosen_.resize(exec, pairs);
+    row.weight = tape.weights_.resize(exec, pairs);
+    row.first_bad = tape.status_.resize(exec, 1);
+    if (row.normalized) {
+      row.share = tape.shares_.resize(exec, pairs);
+    }
+    if (row.groups_chosen < row.groups) {
+      row.group_score = tape.group_scores_.resize(exec, tokens * row.groups);
+    }
+    const Balance& balance = config_.balance;
+    if (!row.softmax && balance.of_probabilities()) {
+      row.probability = tape.probabilities_.resize(exec, tokens * experts);
+    }
+    if (config_.biased() && balance.any()) {
+      row.best = tape.best_.resize(exec, pairs);
+    }
+    exec.for_each(1, detail::SetStatus{row.first_bad});
+    exec.for_each_row(tokens, row);
+    const int* assigned = row.chosen;
+    if (config_.capacity.limited()) {
+      assigned = assign(exec, sequences, row, tape);
+    }
+    detail::expect_finite(where, plan.build(exec, tokens, experts, k, assigned, row.weight, row.first_bad));
+    tape.losses_ = balance.any();
+    if (tape.losses_) {
+      BalanceInput<Scalar>& seen = tape.seen_;
+      seen = {};
+      seen.top_k = k;
+      seen.probabilities = {row.probability == nullptr ? row.s.data : row.probability, tokens, experts};
+      seen.clean = seen.probabilities;
+      seen.logits = z;
+      seen.noisy_logits = row.z;
+      seen.best = row.best == nullptr ? row.chosen : row.best;
+      seen.counted = balance.count_chosen ? row.chosen : seen.best;
+      if (row.z.data != z.data) {
+        seen.deviation = config_.noise.logits / double(experts);
+        seen.clean = clean_probabilities(exec, z, row, tape);
+      }
+      tape.balance_.set(exec, balance, sequences, seen);
+    }
+  }
+
+  /// From ∂/∂ of the rows' weights; adds to dx and to the gradient of the gate.
+  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences,
+                const Plan& plan, const Scalar* dweight, DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+    const Index tokens = in.count();
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(tokens * config_.experts), tokens, config_.experts);
+    const Balance& balance = config_.balance;
+    TopKBackwardRow<Scalar> row{.row = tape.row_, .rows_of = plan.rows_of_token(), .dweight = dweight};
+    row.sequence = sequences.of_token();
+    row.coefficient = tape.losses_ && balance.of_probabilities() ? tape.balance_.coefficient() : nullptr;
+    row.z_loss = tokens == 0 ? 0 : balance.z / double(tokens);
+    row.token_entropy = tokens == 0 ? 0 : balance.token_entropy / double(tokens);
+    row.clean_z = {tape.logits_.data(), tokens, config_.experts};
+    row.dz = dz;
+    exec.for_each_row(tokens, row);
+    const BalanceInput<Scalar>& seen = tape.seen_;
+    if (tape.losses_ && seen.deviation > 0 && (balance.importance > 0 || balance.load > 0)) {
+      const DeviceRows<Scalar> scratch(exec.scratch<Scalar>(tokens * config_.experts), tokens, config_.experts);
+      exec.for_each_row(tokens,
+                        NoisyBackwardRow<Scalar>{tape.row_.softmax,
+                                                 {seen.logits, seen.noisy_logits, seen.best, tape.row_.k, seen.deviation},
+                                                 seen.clean,
+                                                 sequences.of_token(),
+                                                 balance.importance > 0 ? tape.balance_.importance() : nullptr,
+                                                 balance.load > 0 ? tape.balance_.load() : nullptr,
+                                                 scratch,
+                                                 dz});
+    }
+    detail::gate_backward<Scalar>(exec, in, p, dz, dx, grads);
+  }
+
+ private:
+  /// Probabilities of the logits without noise.
+  DeviceRows<const Scalar> clean_probabilities(DeviceExec& exec, DeviceRows<const Scalar> z, const TopKRow<Scalar>& row,
+                                               Tape& tape) const {
+    const DeviceRows<Scalar> clean(tape.clean_.resize(exec, z.rows * z.cols), z.rows, z.cols);
+    if (row.softmax) {
+      exec.for_each_row(z.rows, SoftmaxRow<Scalar>{z, clean, nullptr, row.first_bad});
+    } else {
+      const DeviceExec::Frame frame(exec);
+      const DeviceRows<Scalar> s(exec.scratch<Scalar>(z.rows * z.cols), z.rows, z.cols);
+      exec.for_each_row(z.rows, SigmoidRow<Scalar>{z, s, clean.data, row.first_bad});
+    }
+    return clean;
+  }
+
+  /// The room of an expert in each sequence, on the device; sent when it changes. Throws ValueError for a capacity below 1.
+  void set_rooms(DeviceExec& exec, const DeviceSequences& sequences, Tape& tape) const {
+    if (!config_.capacity.limited()) {
+      return;
+    }
+    bool same = Index(tape.rooms_.size()) == sequences.count() && tape.room_.size() == sequences.count();
+    std::vector<int> rooms;
+    for (Index b = 0; b < sequences.count(); ++b) {
+      const Index length = sequences.groups().rows(b);
+      const Index room = length == 0 ? 0 : expert_capacity(length * config_.top_k, config_.experts, config_.capacity);
+      rooms.push_back(int(room < length ? room : length));
+      same = same && rooms.back() == tape.rooms_[std::size_t(b)];
+    }
+    if (!same) {
+      tape.rooms_ = std::move(rooms);
+      exec.upload(tape.rooms_.data(), tape.room_.resize(exec, sequences.count()), sequences.count());
+    }
+  }
+
+  /// Places by a sort, as `moxie::assign_places` has them: experts that have room keep who came first.
+  const int* assign(DeviceExec& exec, const DeviceSequences& sequences, const TopKRow<Scalar>& row, Tape& tape) const {
+    const Index tokens = sequences.tokens();
+    const Index pairs = tokens * row.k;
+    const DeviceExec::Frame frame(exec);
+    int* order = exec.scratch<int>(tokens);
+    if (config_.capacity.priority == Priority::weight) {
+      Scalar* priority = exec.scratch<Scalar>(tokens);
+      exec.for_each(tokens, detail::PriorityOf<Scalar>{row.weight, row.k, priority, order});
+      detail::sort_by_key_descending(exec, priority, order, tokens);
+      int* key = exec.scratch<int>(tokens);
+      exec.for_each(tokens, detail::KeyOf{order, sequences.of_token(), key});
+      detail::sort_by_key(exec, key, order, tokens);
+    } else {
+      exec.for_each(tokens, detail::Iota{order});
+    }
+    int* key = exec.scratch<int>(pairs);
+    int* pair = exec.scratch<int>(pairs);
+    exec.for_each(pairs, detail::ArrivalOf{order, sequences.of_token(), sequences.groups().device, row.chosen, row.k,
+                                           row.experts, key, pair});
+    detail::sort_by_key(exec, key, pair, pairs);
+    int* assigned = tape.assigned_.resize(exec, pairs);
+    exec.for_each(pairs, detail::PlaceOf{key, pair, int(pairs), row.experts, tape.room_.data(), row.chosen,
+                                         tape.place_.resize(exec, pairs), assigned});
+    return assigned;
+  }
+
+  Config config_;
+  Layout layout_;
+};
+
+}  // namespace MOXIE_CUDA_BACKEND
+}  // namespace moxie::cuda
