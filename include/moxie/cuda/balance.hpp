@@ -97,7 +97,7 @@ struct BalanceRow {
   double* coefficient = nullptr;        // (B,E)
   double* of_sequence = nullptr;        // B
 
-  MOXIE_CUDA_BOTH void operator()(Index b, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index b, auto lanes) const {
     const double length = double(starts[b + 1] - starts[b]);
     if (length == 0) {
       if (lanes.first() == 0) {
@@ -153,7 +153,7 @@ struct VariationRow {
   double* coefficient;  // (B,E)
   double* of_sequence;  // B
 
-  MOXIE_CUDA_BOTH void operator()(Index b, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index b, auto lanes) const {
     const double* v = numbers + b * experts;
     double mean = 0;
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
@@ -206,7 +206,7 @@ struct BalanceLoss {
   const double* of_tokens = nullptr;  // z-loss and entropy, summed
   double* loss = nullptr;
 
-  MOXIE_CUDA_BOTH void operator()(Index /*one*/, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index /*one*/, auto lanes) const {
     const double n = double(row.starts[row.sequences]);
     double sum = 0;
     for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {

@@ -248,7 +248,11 @@ class DeviceExec {
     detail::run_rows<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream_>>>(rows, f);
     expect_launched();
 #else
+#if defined(MOXIE_CUDA_ROW_LOOP)  // a test's own lanes, several for a row as on a device
+    MOXIE_CUDA_ROW_LOOP(rows, f);
+#else
     thrust::for_each_n(policy(), thrust::counting_iterator<Index>(0), rows, RowLoop<F>{f});
+#endif
 #endif
   }
   /// Counts a call of an algorithm of Thrust: `exec.launch([&](const auto& policy) { thrust::sort(policy, ...); })`.

@@ -72,7 +72,7 @@ struct SoftmaxBackwardRow {
   DeviceRows<const Scalar> s;
   DeviceRows<Scalar> ds;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const { softmax_backward(s.row(t), ds.row(t), s.cols, lanes); }
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const { softmax_backward(s.row(t), ds.row(t), s.cols, lanes); }
 };
 
 /// `moxie::ExpertChoiceRouter` on the device: the same options but jitter. The rows of an expert are sorted by sequence, then

@@ -20,7 +20,7 @@ struct GatherRow {
   const int* index;
   DeviceRows<To> to;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     const Index i = index == nullptr ? r : index[r];
     for (Index d = lanes.first(); d < to.cols; d += lanes.step()) {
       to(r, d) = To(from(i, d));
@@ -46,7 +46,7 @@ struct CombineRow {
   DeviceRows<Scalar> y;
   bool add;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     for (Index d = lanes.first(); d < y.cols; d += lanes.step()) {
       Scalar sum = add ? y(t, d) : Scalar(0);
       for (Index i = rows_of.begin(t); i < rows_of.begin(t + 1); ++i) {
@@ -70,7 +70,7 @@ struct CombineBackwardRow {
   DeviceRows<Element> dh;
   Scalar* dweight;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     const Index t = token[r];
     Scalar dot = 0;
     for (Index d = lanes.first(); d < dy.cols; d += lanes.step()) {
@@ -90,7 +90,7 @@ struct GluRow {
   DeviceRows<const Element> gate_up;
   DeviceRows<Element> hidden;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
       hidden(r, j) = Element(Activation::value(Sum(gate_up(r, j))) * Sum(gate_up(r, hidden.cols + j)));
@@ -106,7 +106,7 @@ struct GluBackwardRow {
   DeviceRows<Element> hidden;
   DeviceRows<Element> dgate_up;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     const Index width = hidden.cols;
     for (Index j = lanes.first(); j < width; j += lanes.step()) {
@@ -138,7 +138,7 @@ struct MlpRow {
   BiasOfRow<const Scalar> bias;
   DeviceRows<Element> hidden;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     for (Index j = lanes.first(); j < a.cols; j += lanes.step()) {
       const auto sum = SumOf<Element>(a(r, j)) + bias.of(r)[j];
       a(r, j) = Element(sum);
@@ -153,7 +153,7 @@ struct AddBiasRow {
   DeviceRows<Scalar> m;
   BiasOfRow<const Scalar> bias;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     for (Index j = lanes.first(); j < m.cols; j += lanes.step()) {
       m(r, j) += bias.of(r)[j];
     }
@@ -168,7 +168,7 @@ struct MlpBackwardRow {
   DeviceRows<Element> hidden;
   DeviceRows<Element> da;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
       const Sum before = Sum(a(r, j));

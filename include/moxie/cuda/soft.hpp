@@ -87,7 +87,7 @@ struct NormalizeRow {
   DeviceRows<Scalar> hat;
   Scalar* factor;
 
-  MOXIE_CUDA_BOTH void operator()(Index i, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index i, auto lanes) const {
     Scalar sum = 0;
     for (Index d = lanes.first(); d < v.cols; d += lanes.step()) {
       sum += v(i, d) * v(i, d);
@@ -114,7 +114,7 @@ struct NormalizeBackwardRow {
   DeviceRows<Scalar> dv;
   Scalar* dots;
 
-  MOXIE_CUDA_BOTH void operator()(Index i, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index i, auto lanes) const {
     Scalar dot = 0;
     for (Index d = lanes.first(); d < hat.cols; d += lanes.step()) {
       dot += hat(i, d) * dhat(i, d);
@@ -154,7 +154,7 @@ struct DispatchRow {
   const Scalar* sum;  // (B,N)
   DeviceRows<Scalar> d;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     for (Index n = lanes.first(); n < d.cols; n += lanes.step()) {
       d(t, n) = exponential(t, n) / sum[exponential.sequence[t] * d.cols + n];
     }
@@ -169,7 +169,7 @@ struct ConstantRow {
   const int* sequence;
   DeviceRows<Scalar> m;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     const Index first = starts[sequence[t]];
     const Scalar share = Scalar(1) / Scalar(over_tokens ? starts[sequence[t] + 1] - first : m.cols);
     for (Index n = lanes.first(); n < m.cols; n += lanes.step()) {
@@ -192,7 +192,7 @@ struct SoftBackwardRow {
   const int* sequence;
   DeviceRows<Scalar> dz;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     for (Index n = lanes.first(); n < dz.cols; n += lanes.step()) {
       dz(t, n) = c.data == nullptr ? Scalar(0) : dc(t, n);
     }

@@ -12,7 +12,7 @@ namespace detail {
 /// Of a row's n candidates, the best one that comes after (value, index) in decreasing order, ties to the lower index, NaN
 /// never: what a selection of the K largest asks K times. Index -1: there is none.
 template <class Scalar, class ValueOf>
-MOXIE_CUDA_BOTH void next_best(int n, const ValueOf& value_of, Lanes lanes, Scalar& value, int& index) {
+MOXIE_CUDA_BOTH void next_best(int n, const ValueOf& value_of, auto lanes, Scalar& value, int& index) {
   Scalar best = 0;
   int place = -1;
   for (int e = lanes.first(); e < n; e += lanes.step()) {
@@ -43,7 +43,7 @@ struct SoftmaxRow {
   const Scalar* scale;  // of the logits, one number; null: 1
   int* first_bad;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     const Scalar factor = scale == nullptr ? Scalar(1) : *scale;
     Scalar largest = -detail::infinity<Scalar>;
     bool ok = true;
@@ -77,7 +77,7 @@ struct SigmoidRow {
   Scalar* probability;
   int* first_bad;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     Scalar sum = 0;
     bool ok = true;
     for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
@@ -100,7 +100,7 @@ struct SigmoidRow {
 /// The softmax's adjoint of a row, in place: dz_e = s_e (ds_e - Σ_i ds_i s_i), the ds of the largest score taken from all
 /// first.
 template <class Scalar>
-MOXIE_CUDA_BOTH void softmax_backward(const Scalar* s, Scalar* ds, Index n, Lanes lanes) {
+MOXIE_CUDA_BOTH void softmax_backward(const Scalar* s, Scalar* ds, Index n, auto lanes) {
   Scalar value = 0;
   int index = -1;
   detail::next_best(
@@ -140,7 +140,7 @@ struct TopKRow {
   Scalar* share = nullptr;        // (T,K): normalized weights without the scale
   int* first_bad = nullptr;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     if (softmax) {
       SoftmaxRow<Scalar>{z, s, nullptr, first_bad}(t, lanes);
     } else {
@@ -170,7 +170,7 @@ struct TopKRow {
 
  private:
   /// Sets the scores of groups that may be chosen from to 0, those of others to -1.
-  MOXIE_CUDA_BOTH void choose_groups(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void choose_groups(Index t, auto lanes) const {
     Scalar* score = group_score + t * groups;
     const int size = experts / groups;
     for (int g = lanes.first(); g < groups; g += lanes.step()) {
@@ -210,7 +210,7 @@ struct TopKRow {
   }
 
   template <class ValueOf>
-  MOXIE_CUDA_BOTH void select(Lanes lanes, int* to, const ValueOf& value_of) const {
+  MOXIE_CUDA_BOTH void select(auto lanes, int* to, const ValueOf& value_of) const {
     Scalar value = 0;
     int index = -1;
     for (int j = 0; j < k; ++j) {
@@ -225,7 +225,7 @@ struct TopKRow {
     }
   }
 
-  MOXIE_CUDA_BOTH void weigh(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void weigh(Index t, auto lanes) const {
     const int* e = chosen + t * k;
     Scalar largest = z(t, e[0]);
     Scalar sum = softmax ? Scalar(0) : Scalar(1e-20);
@@ -261,7 +261,7 @@ struct TopKBackwardRow {
   double token_entropy = 0;               // the same
   DeviceRows<Scalar> dz = {};
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     const int experts = row.experts;
     Scalar* d = dz.row(t);
     const Scalar* s = row.s.row(t);
@@ -306,13 +306,13 @@ struct TopKBackwardRow {
     return r < 0 ? Scalar(0) : row.scale * dweight[r];
   }
   /// Adds to what its lane owns.
-  MOXIE_CUDA_BOTH static void add(Scalar* d, int e, Scalar x, Lanes lanes) {
+  MOXIE_CUDA_BOTH static void add(Scalar* d, int e, Scalar x, auto lanes) {
     if (e % lanes.step() == lanes.first()) {
       d[e] += x;
     }
   }
   /// p = s / n, n = Σ s + 1e-20: ds_e = (dp_e - Σ dp p) / n, in place.
-  MOXIE_CUDA_BOTH void probability_backward(const Scalar* s, const Scalar* p, Scalar* d, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void probability_backward(const Scalar* s, const Scalar* p, Scalar* d, auto lanes) const {
     Scalar n = 0;
     Scalar dot = 0;
     for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
@@ -326,7 +326,7 @@ struct TopKBackwardRow {
     }
   }
   /// w_j = s_j: ds_j += dw_j; w_j = s_j / n, of sigmoids: ds_j += (dw_j - Σ_i dw_i w_i) / n.
-  MOXIE_CUDA_BOTH void add_weight_gradient(Index t, const Scalar* s, Scalar* d, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void add_weight_gradient(Index t, const Scalar* s, Scalar* d, auto lanes) const {
     const int* chosen = row.chosen + t * row.k;
     Scalar n = 1;
     Scalar dot = 0;
@@ -342,7 +342,7 @@ struct TopKBackwardRow {
     }
   }
   /// w a softmax over the chosen logits: dz_j += w_j (dw_j - Σ_i dw_i w_i).
-  MOXIE_CUDA_BOTH void add_softmax_weight_gradient(Index t, Scalar* d, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void add_softmax_weight_gradient(Index t, Scalar* d, auto lanes) const {
     const int* chosen = row.chosen + t * row.k;
     Scalar dot = 0;
     for (int j = 0; j < row.k; ++j) {
@@ -366,7 +366,7 @@ struct NoisyBackwardRow {
   DeviceRows<Scalar> scratch;
   DeviceRows<Scalar> dz;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
     const Index experts = dz.cols;
     if (importance != nullptr) {
       const double* coefficient = importance + Index(sequence[t]) * experts;
@@ -398,7 +398,7 @@ struct NoisyBackwardRow {
 
  private:
   /// Through p = s / (Σ s + 1e-20) and s = σ(z), of the logits without noise.
-  MOXIE_CUDA_BOTH void sigmoid_backward(Index t, Scalar* d, Lanes lanes) const {
+  MOXIE_CUDA_BOTH void sigmoid_backward(Index t, Scalar* d, auto lanes) const {
     Scalar n = 0;
     Scalar dot = 0;
     for (Index e = lanes.first(); e < dz.cols; e += lanes.step()) {
