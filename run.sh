@@ -5,6 +5,7 @@
 #   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
 #   ./run.sh compare [ARGUMENT...]  trains one model with every feed-forward (the arguments go to `compare run`)
 #   ./run.sh sets                 golden files and laws on the other instruction sets: AVX2, AVX-512, none, NEON by qemu
+#   ./run.sh cuda                 tests and measures the CUDA backend: by nvcc and on a device, where they are
 #   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
 # On Debian and its relatives what is missing is installed first.
 set -euo pipefail
@@ -111,13 +112,22 @@ case ${1:-} in
       --benchmark_enable_random_interleaving=true --benchmark_out=out/bench/results.json "${@:2}"
     python3 benchmarks/table.py out/bench/results.json out/bench/peak.png out/bench/scaling.png | tee out/bench/table.md
     ;;
+  cuda)
+    install_missing "${need[@]}" "${need_test[@]}"
+    build dev -- --target cuda_tests cuda_lanes_tests cuda_layers
+    say "testing"
+    ctest --test-dir build/dev -R '^cuda\.' --output-on-failure --no-tests=error
+    say "measuring"
+    mkdir -p out/cuda
+    { build/dev/benchmarks/cuda_layers; bash tests/cuda/nvcc.sh build/dev/tests/nvcc bench || [ $? -eq 77 ]; } | tee out/cuda/table.md
+    ;;
   planted)
     install_missing "${need[@]}" "${need_test[@]}"
     build planted
     ctest --preset planted -j "$(nproc)"
     ;;
   *)
-    sed -n '2,9s/^# \?//p' "$0" >&2
+    sed -n '2,10s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac

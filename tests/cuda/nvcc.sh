@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The tests of the device's layers with nvcc:
-#     nvcc.sh BUILD build OBJECT...    compiles the layers for MOXIE_CUDA_ARCHITECTURES (80 90 100), warnings as errors, and links
-#                                      them with objects of tests, which know no CUDA
+# The device's layers with nvcc:
+#     nvcc.sh BUILD build OBJECT...    compiles them for MOXIE_CUDA_ARCHITECTURES (80 90 100), warnings as errors, and links them
+#                                      with objects of tests, which know no CUDA
 #     nvcc.sh BUILD run                runs these
+#     nvcc.sh BUILD bench              compiles benchmarks/cuda/cuda_layers.cpp, and runs it where there is a device
 # Exits with 77, skipped, where there is no nvcc ($NVCC, or in the PATH) or no device.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/../.." && pwd)
@@ -13,11 +14,14 @@ if [ -z "$nvcc" ]; then
   echo "skipped: there is no nvcc"
   exit 77
 fi
-if [ "$what" = run ]; then
+need_device() {
   if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L | grep -q GPU; then
     echo "skipped: there is no device"
     exit 77
   fi
+}
+if [ "$what" = run ]; then
+  need_device
   exec "$build/device_tests" --no-colors
 fi
 
@@ -40,7 +44,12 @@ if [ -z "$cublas" ] || [ -z "$runtime" ]; then
   echo "there is nvcc, but no libcublas and libcudart beside it" >&2
   exit 1
 fi
+libraries=(-L"$(dirname "$runtime")" -L"$(dirname "$cublas")" "-l:$(basename "$cublas")" -Xlinker "-rpath=$(dirname "$cublas")")
+if [ "$what" = bench ]; then
+  "$nvcc" "${flags[@]}" -x cu "$source/benchmarks/cuda/cuda_layers.cpp" -o "$build/cuda_layers" "${libraries[@]}"
+  need_device
+  exec "$build/cuda_layers"
+fi
 "$nvcc" "${flags[@]}" -x cu -c "$source/tests/cuda/device_layer.cpp" -o "$build/device_layer.o"
-"$nvcc" "$build/device_layer.o" "$@" -o "$build/device_tests" -L"$(dirname "$runtime")" -L"$(dirname "$cublas")" \
-  "-l:$(basename "$cublas")" -Xlinker "-rpath=$(dirname "$cublas")" -Xcompiler -fopenmp
+"$nvcc" "$build/device_layer.o" "$@" -o "$build/device_tests" "${libraries[@]}" -Xcompiler -fopenmp
 echo "compiled and linked for ${architectures[*]}"

@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(256) run_rows(Index rows, F f) {
 /// What calls cost, counted since `reset_counts`.
 struct DeviceCounts {
   std::int64_t launches = 0;          ///< loops and sorts
-  std::int64_t products = 0;          ///< calls of cuBLAS; in the host build what they would be
+  std::int64_t products = 0;          ///< calls of cuBLAS; in the host build one for all groups
   std::int64_t allocations = 0;       ///< of device memory
-  std::int64_t bytes = 0;             ///< that these took
+  std::int64_t bytes = 0;             ///< that these took, without scratch
   std::int64_t synchronizations = 0;  ///< waits of the host for the stream
 };
 
@@ -221,6 +221,9 @@ class DeviceExec {
     cudaFreeHost(staging_);
 #endif
   }
+
+  /// Whether products of all experts may be one call of cuBLAS; false: one expert after the other, to compare.
+  bool group_products = true;
 
   const DeviceCounts& counts() const { return counts_; }
   void reset_counts() { counts_ = {}; }
@@ -312,15 +315,8 @@ class DeviceExec {
 
   /// Memory of the device, uninitialized. Throws CudaError, or std::bad_alloc in the host build.
   void* allocate(std::size_t bytes) {
-    ++counts_.allocations;
     counts_.bytes += std::int64_t(bytes);
-    void* data = nullptr;
-#if defined(__CUDACC__)
-    detail::check(cudaMalloc(&data, bytes), "cudaMalloc");
-#else
-    data = ::operator new (bytes, std::align_val_t{alignment});
-#endif
-    return data;
+    return allocate_block(bytes);
   }
   /// What `allocate` returned, or null.
   static void release(void* data) noexcept {
@@ -344,6 +340,8 @@ class DeviceExec {
     std::size_t used_;
     std::size_t blocks_;
   };
+  /// The most scratch that was taken at once, in bytes.
+  std::int64_t scratch_bytes() const { return std::int64_t(peak_); }
   /// Uninitialized scratch, until the enclosing frame closes. Later work of the stream may get the same memory.
   template <class T>
   T* scratch(Index n) {
@@ -372,6 +370,17 @@ class DeviceExec {
     }
   }
 
+  void* allocate_block(std::size_t bytes) {
+    ++counts_.allocations;
+    void* data = nullptr;
+#if defined(__CUDACC__)
+    detail::check(cudaMalloc(&data, bytes), "cudaMalloc");
+#else
+    data = ::operator new (bytes, std::align_val_t{alignment});
+#endif
+    return data;
+  }
+
   void* take(std::size_t bytes) {
     const std::size_t start = used_;
     used_ += (bytes + alignment - 1) / alignment * alignment;
@@ -382,7 +391,7 @@ class DeviceExec {
     blocks_.push_back({nullptr, 0});
     Block& block = blocks_.back();
     block.size = bytes > alignment ? bytes : alignment;
-    block.data = allocate(block.size);
+    block.data = allocate_block(block.size);
     return block.data;
   }
   void close(std::size_t used, std::size_t blocks) noexcept {
@@ -395,7 +404,7 @@ class DeviceExec {
       release(blocks_.front().data);
       blocks_.clear();
       try {
-        blocks_.push_back({allocate(peak_), peak_});
+        blocks_.push_back({allocate_block(peak_), peak_});
       } catch (const std::exception&) {  // then the next step allocates
       }
     }

@@ -127,7 +127,7 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
   const Index count = groups.count();
 #if CUBLAS_VERSION >= 120500
   // One call for all groups, where cuBLAS has one for these types.
-  if (std::is_same_v<Element, Out> && count > 1) {
+  if (std::is_same_v<Element, Out> && count > 1 && exec.group_products) {
     const auto n = std::size_t(count);
     std::vector<cublasOperation_t> of_a(n, operation(p.a.transposed));
     std::vector<cublasOperation_t> of_b(n, operation(p.b.transposed));
