@@ -99,6 +99,10 @@ int time(Experiment experiment, const fs::path& folder, Index rounds, const Exec
   const dit::DataSet data = dit::load_data_set();
   fit(experiment, data);
   experiment.leave_first_group();
+  std::vector<std::int64_t> memory;
+  for (const Run& run : experiment.runs) {
+    memory.push_back(compare::step_memory(run, data, exec));
+  }
   constexpr Index steps = 10;
   const auto count = std::int64_t(experiment.runs.size());
   dit::Progress progress(
@@ -112,12 +116,13 @@ int time(Experiment experiment, const fs::path& folder, Index rounds, const Exec
   moxie::detail::ReplacementFile file(files("times.jsonl"));
   for (std::size_t i = 0; i < times.size(); ++i) {
     const double median = compare::detail::median(times[i]);
-    std::cout << experiment.runs[i].name << ": " << median << " ms\n";
+    std::cout << experiment.runs[i].name << ": " << median << " ms, " << memory[i] / 1048576 << " MiB\n";
     const nlohmann::json entry{{"name", experiment.runs[i].name},
                                {"group", experiment.runs[i].group},
                                {"config", experiment.runs[i].config},
                                {"step_milliseconds", median},
                                {"rounds", times[i]},
+                               {"peak_memory", memory[i]},
                                {"data", data.origin},
                                {"threads", exec.thread_count()},
                                {"instructions", moxie::kernel::built_for().name}};

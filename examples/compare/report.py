@@ -10,7 +10,7 @@ There need be no times.jsonl.
 
 In a page a table stands between `<!-- report: KIND GROUP -->` and `<!-- end -->`; the kinds are "table", "routing",
 "claims" and "bits".
-A mean over seeds is followed by ± half of its 95% interval by Student's t, with the variance between seeds pooled over the runs
+A mean over seeds is followed by its range, or by ± half of its 95% interval by Student's t, with the variance between seeds pooled over the runs
 of the group; that of a difference pairs runs of one seed, and pools what is left when each run's and each seed's mean is taken
 away. The plots need gnuplot.
 """
@@ -38,6 +38,10 @@ class Metric:
     def show(self, x, half=math.nan, sign=False):
         text = f"{x:+.{self.digits}f}" if sign else f"{x:.{self.digits}f}"
         return text if math.isnan(half) else f"{text} ± {half:.{self.digits}f}"
+
+    def show_range(self, values):
+        low, middle, high = (self.show(f(values)) for f in (min, statistics.fmean, max))
+        return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def of_blocks(key, factor=1):
@@ -128,33 +132,34 @@ def loss_at(result, seconds, milliseconds):
     return curve[-1][1] if math.isclose(seconds, curve[-1][0]) else None
 
 
-def table(group, times):
-    times = {name: times[name] for name in group.runs if name in times} if set(group.runs) <= set(times) else {}
+def table(group, timed):
+    """Rows of cells, the first of them the headings. `timed`: name -> line of times.jsonl."""
+    timed = timed if set(group.runs) <= set(timed) else {}
+    times = {name: timed[name]["step_milliseconds"] for name in group.runs if timed}
     metrics = list(QUALITY)
     if times:
         same = min(r["steps"] * times[name] / 1e3 for name, by_seed in group.runs.items() for r in by_seed.values())
         of_name = {id(r): name for name, by_seed in group.runs.items() for r in by_seed.values()}
         metrics.insert(1, Metric(f"loss after {same:.0f} s", lambda r: loss_at(r, same, times[of_name[id(r)]]), 4, -1))
     metrics = [m for m in metrics if group.values(m)]
-    heads = ["run", "seeds", "parameters, M", "activated, M", "multiply-adds, M"] + (["ms a step"] if times else [])
-    rows = [heads + [m.name for m in metrics] + ["memory, MiB"]]
+    heads = ["run", "seeds", "parameters, M", "activated, M", "multiply-adds, M"] + (["ms a step", "memory, MiB"] if times else [])
+    rows = [heads + [m.name for m in metrics]]
     means = [group.means(m) for m in metrics]
     for name, by_seed in group.runs.items():
         one = next(iter(by_seed.values()))
         row = [name, str(len(by_seed))]
         row += [f"{one[key] / 1e6:.2f}" for key in ("parameters", "activated_parameters", "multiply_adds")]
-        row += [f"{times[name]:.0f}"] if times else []
-        row += [m.show(*mean[name]) if name in mean else "" for m, mean in zip(metrics, means)]
-        rows.append(row + [f"{statistics.median(r['peak_memory'] for r in by_seed.values()) / 2**20:.0f}"])
+        row += [f"{times[name]:.0f}", f"{timed[name]['peak_memory'] / 2**20:.0f}"] if times else []
+        rows.append(row + [m.show(*mean[name]) if name in mean else "" for m, mean in zip(metrics, means)])
     return rows
 
 
 def routing(group):
     rows = [["run", *(m.name for m in ROUTING)]]
-    means = [group.means(m) for m in ROUTING]
+    values = [group.values(m) for m in ROUTING]
     for name in group.runs:
-        if name in means[0]:
-            rows.append([name, *(m.show(*mean[name]) for m, mean in zip(ROUTING, means))])
+        if name in values[0]:
+            rows.append([name, *(m.show_range(v[name].values()) for m, v in zip(ROUTING, values))])
     return rows
 
 
@@ -215,11 +220,11 @@ def quoted(name):
     return "'" + name.replace("'", "''") + "'"
 
 
-def plot_curves(path, group, times):
+def plot_curves(path, group, timed):
     """Validation loss by steps, and by seconds where the steps were timed."""
     panels = [("steps", dict.fromkeys(group.runs, 1.0))]
-    if set(group.runs) <= set(times):
-        panels.append(("seconds", {name: times[name] / 1e3 for name in group.runs}))
+    if set(group.runs) <= set(timed):
+        panels.append(("seconds", {name: timed[name]["step_milliseconds"] / 1e3 for name in group.runs}))
     script = f"set multiplot layout 1,{len(panels)}\nset ylabel 'validation loss'\nset key top right\n"
     for axis, scale in panels:
         curves = []
@@ -336,7 +341,7 @@ def main():
         experiment = json.loads(options.experiment.read_text(encoding="utf-8"))
         results = lines_of(options.folder / "results.jsonl")
         timed = options.folder / "times.jsonl"
-        times = {t["name"]: t["step_milliseconds"] for t in lines_of(timed)} if timed.exists() else {}
+        times = {t["name"]: t for t in lines_of(timed)} if timed.exists() else {}
     except (OSError, ValueError) as error:
         sys.exit(f"report.py: {error}")
     groups = [group for group in (Group(results, g) for g in experiment["groups"]) if group.runs]

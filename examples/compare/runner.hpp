@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <compare/classifier.hpp>
 #include <compare/distance.hpp>
@@ -187,6 +190,45 @@ std::vector<std::vector<double>> step_times(std::span<const Run> runs, const dit
   return times;
 }
 
+/// Bytes that the process takes for three steps of a run, at most at once, beside what it has: measured in a child of this
+/// process, so that what others left behind does not count. No thread may have been started before (a child has none of them).
+/// 0 where the system does not say.
+inline std::int64_t step_memory(const Run& run, const dit::DataSet& data, const Exec& exec) {
+  std::array<int, 2> pipe{};
+  if (::pipe(pipe.data()) != 0) {
+    return 0;
+  }
+  const pid_t child = ::fork();
+  if (child == 0) {
+    std::int64_t bytes = 0;
+    try {
+      const bool counts = detail::reset_peak_memory();
+      const std::int64_t before = detail::memory("VmRSS:");
+      dit::with_model(run.config, [&](const auto& model) {
+        dit::Training training(run.config, model, data);
+        for (int step = 0; step < 3; ++step) {
+          training.step(exec);
+        }
+      });
+      bytes = counts ? detail::memory("VmHWM:") - before : 0;
+    } catch (const std::exception&) {  // then it is not known
+    }
+    const bool written = ::write(pipe[1], &bytes, sizeof bytes) == ssize_t{sizeof bytes};
+    std::_Exit(written ? 0 : 1);
+  }
+  ::close(pipe[1]);
+  std::int64_t bytes = 0;
+  if (child < 0 || ::read(pipe[0], &bytes, sizeof bytes) != ssize_t{sizeof bytes}) {
+    bytes = 0;
+  }
+  ::close(pipe[0]);
+  if (child > 0) {
+    int status = 0;
+    ::waitpid(child, &status, 0);
+  }
+  return bytes;
+}
+
 /// Trains a run, measures it, and returns its line of the results; of one that diverges, with an "error".
 /// `observe(step)` is called after each step, and may throw.
 template <class Observe>
@@ -194,8 +236,6 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
                        const Judge& judge_of, const Exec& exec, Observe&& observe) {
   return dit::with_model(run.config, [&]<class AnyModel>(const AnyModel& model) {
     const dit::ModelConfig& shape = model.config();
-    const bool counts_memory = detail::reset_peak_memory();
-    const std::int64_t memory_before = detail::memory("VmRSS:");
     dit::Training training(run.config, model, data);
     const Validation validation(run.config, test, measures.validation, exec);
     auto tape = model.make_tape(moxie::Keep::nothing);
@@ -225,7 +265,6 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
         validate([](double, const auto&) {});
       }
     }
-    result["peak_memory"] = counts_memory ? detail::memory("VmHWM:") - memory_before : 0;
     double training_loss = 0;
     const auto& history = training.history();
     const std::size_t last = std::min<std::size_t>(history.size(), 100);

@@ -91,6 +91,18 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
   }
 }
 
+TEST_CASE("step_memory: is at least the weights, gradients, moments and averages, and of a larger model more") {
+  const dit::DataSet data = dit::generated_shapes(60, Rng(1));
+  compare::Run run = small("top-k");
+  run.config.hidden_dim = 4096;
+  const auto parameters = dit::with_model(run.config, [](const auto& model) { return model.layout().parameter_count(); });
+  const std::int64_t bytes = compare::step_memory(run, data, Exec{1});
+  CHECK(bytes >= 5 * 4 * parameters);
+  CHECK(bytes < 10 * 4 * parameters + (Index{1} << 26));
+  run.config.hidden_dim = 16384;
+  CHECK(compare::step_memory(run, data, Exec{1}) > 2 * bytes);
+}
+
 TEST_CASE("step_times: a time for every run in every round") {
   const dit::DataSet data = dit::generated_shapes(60, Rng(1));
   const std::vector<compare::Run> runs = {small("dense"), small("soft")};
