@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <memory>
 #include <moxie/cuda/cuda.hpp>
 #include <support.hpp>
 
@@ -55,13 +56,13 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   };
   CHECK(forward(in.middle_cols(0, 7), out) == "TopKMoE::forward: x has 7 columns, expected 8");
   CHECK(forward(in, out.middle_rows(0, 5)) == "TopKMoE::forward: y is (5,8), expected (60,8)");
-  CHECK(forward(in, in) == "TopKMoE::forward: y overlaps x");
+  CHECK(forward(in, in) == "TopKMoE::forward: y overlaps x or the parameters");
   CHECK(moxie::test::contains(forward({in, 7}, out), "60 tokens do not divide into sequences of 7"));
   CHECK(moxie::test::contains(forward({in, 2}, out), "rounds to a capacity of 0"));
   const TopKMoE<float> wider({.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 16}});
   DeviceParameters<float> other(exec, wider.layout());
   CHECK(moxie::test::contains(message_of<moxie::ShapeError>([&] { layer.forward(exec, other, in, out, tape); }),
-                              "the layer's layout has"));
+                              "have another layout than the layer"));
   const auto backward = [&](const DeviceTokens<float>& tokens, DeviceRows<float> dy, DeviceRows<float> dx,
                             DeviceParameters<float>& to) {
     return message_of<std::exception>([&] { layer.backward(exec, p, tokens, dy, dx, to, tape); });
@@ -72,8 +73,8 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   CHECK(backward(in, dy, out, grads) == no_forward);
   layer.forward(exec, p, in, out, tape);
   CHECK(backward({in, 30}, dy, out, grads) == no_forward);
-  CHECK(backward(in, dy, dy, grads) == "TopKMoE::backward: dx overlaps x or dy");
-  CHECK(backward(in, dy, out, p) == "TopKMoE::backward: the gradients are the parameters");
+  CHECK(backward(in, dy, dy, grads) == "TopKMoE::backward: dx overlaps x, dy or the parameters");
+  CHECK(backward(in, dy, out, p) == "TopKMoE::backward: the gradients overlap what they are computed from, or dx");
   CHECK(backward(in, dy.middle_rows(0, 3), out, grads) == "TopKMoE::backward: dy is (3,8), expected (60,8)");
   CHECK(backward(in, dy, out, grads) == "nothing was thrown");
   CHECK(forward({in, 2}, out) != "nothing was thrown");  // after a forward that threw there is none
@@ -84,6 +85,85 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   CHECK(message_of<moxie::ShapeError>([&] {
           soft.forward(exec, soft_p, {in, 5}, out, soft_tape);
         }) == "SoftRouter::route: sequence 0 has 5 tokens, expected one for each of the 4 slots");
+}
+
+TEST_CASE(
+    "device: overlapping and repeated rows, other blocks of the same size, and tapes of layers that are gone are refused") {
+  DeviceExec exec;
+  const moxie::TopKMoEConfig<moxie::HiddenConfig> config{
+      .model_dim = 4, .experts = 2, .top_k = 1, .expert = {.hidden_dim = 32}};
+  auto layer = std::make_unique<TopKMoE<float>>(config);
+  DeviceParameters<float> p(exec, layer->layout());
+  Matrix<float> x = Matrix<float>::Ones(6, 4);
+  Matrix<float> y(6, 4);
+  auto tape = layer->make_tape();
+  const auto forward = [&](const DeviceTokens<float>& tokens, DeviceRows<float> to, const DeviceParameters<float>& block) {
+    return message_of<std::exception>([&] { layer->forward(exec, block, tokens, to, tape); });
+  };
+  const DeviceRows<float> in(x.data(), 6, 4);
+  const DeviceRows<float> out(y.data(), 6, 4);
+  CHECK(forward(DeviceRows<float>(x.data(), 5, 4), DeviceRows<float>(x.data() + 4, 5, 4), p) ==
+        "TopKMoE::forward: y overlaps x or the parameters");
+  CHECK(forward(DeviceRows<float>(x.data(), 6, 4, 0), out, p) == "TopKMoE::forward: the rows of x overlap");
+  CHECK(forward(in, DeviceRows<float>(y.data(), 6, 4, 3), p) == "TopKMoE::forward: the rows of y overlap");
+  DeviceTokens<float> undivided(in);
+  undivided.sequences = moxie::Sequences(3);
+  CHECK(moxie::test::contains(forward(undivided, out, p), "the sequences divide 0 tokens, expected 6"));
+  const TopKMoE<float> same_size({.model_dim = 4, .experts = 4, .top_k = 1, .expert = {.hidden_dim = 16}});
+  REQUIRE(same_size.layout().parameter_count() - 16 + 8 == layer->layout().parameter_count());
+  CHECK(moxie::test::contains(forward(in, out, DeviceParameters<float>(exec, same_size.layout())), "another layout"));
+  DeviceParameters<float> moved = std::move(p);
+  CHECK(moxie::test::contains(forward(in, out, p), "another layout"));
+  CHECK(forward(in, out, moved) == "nothing was thrown");
+  layer.reset();
+  const TopKMoE<float> next(config);
+  DeviceParameters<float> grads(exec, next.layout());
+  Matrix<float> dx(6, 4);
+  CHECK(moxie::test::contains(message_of<moxie::ValueError>([&] {
+                                next.backward(exec, moved, in, out, DeviceRows<float>(dx.data(), 6, 4), grads, tape);
+                              }),
+                              "holds no forward of this layer"));
+}
+
+TEST_CASE("device: parts that do not fit, a scale and a selection bias that are not finite") {
+  const auto message = [](Index experts, Index dim, Index shared_experts) {
+    return message_of<moxie::ValueError>([&] {
+      Moe<TopKRouter<float>, SwiGluExperts<float>> layer(
+          TopKRouter<float>({.model_dim = 8, .experts = 4}), SwiGluExperts<float>(experts, dim, {8}),
+          SwiGluExperts<float>(shared_experts, 8, {8}, {"shared_experts"}), "Moe");
+    });
+  };
+  CHECK(message(4, 8, 1) == "nothing was thrown");
+  CHECK(moxie::test::contains(message(5, 8, 1), "other experts or another width"));
+  CHECK(moxie::test::contains(message(4, 9, 1), "other experts or another width"));
+  CHECK(moxie::test::contains(message(4, 8, 2), "a bank of one expert"));
+  CHECK_THROWS_AS(TopKRouter<float>({.model_dim = 8, .experts = 4, .scale = 1e300}), moxie::ValueError);
+
+  DeviceExec exec;
+  const TopKMoE<float> layer({.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 8}, .selection_bias = true});
+  DeviceParameters<float> p(exec, layer.layout());
+  const auto& bias = layer.layout().tensors()[1];
+  p.data()[bias.offset + 2] = std::numeric_limits<float>::quiet_NaN();  // the host build's memory is the host's
+  Matrix<float> x = Matrix<float>::Ones(3, 8);
+  Matrix<float> y(3, 8);
+  auto tape = layer.make_tape();
+  CHECK(message_of<moxie::ValueError>([&] {
+          layer.forward(exec, p, DeviceRows<float>(x.data(), 3, 8), DeviceRows<float>(y.data(), 3, 8), tape);
+        }) == "TopKRouter::route: the selection bias is not finite");
+}
+
+TEST_CASE("device: one tape serves layers of other slots, one after the other") {
+  DeviceExec exec;
+  auto x = moxie::test::random<float>(10, 4, 1);
+  Matrix<float> y(10, 4);
+  const DeviceRows<float> in(x.data(), 10, 4);
+  auto tape = SoftMoE<float>({.model_dim = 4, .experts = 3, .expert = {.hidden_dim = 8}}).make_tape();
+  for (const Index slots : {1, 4, 2}) {
+    const SoftMoE<float> layer({.model_dim = 4, .experts = 3, .slots_per_expert = slots, .expert = {.hidden_dim = 8}});
+    DeviceParameters<float> p(exec, layer.layout());
+    layer.forward(exec, p, {in, 5}, DeviceRows<float>(y.data(), 10, 4), tape);
+    CHECK(tape.plan().rows() == 2 * 3 * slots);
+  }
 }
 
 }  // namespace

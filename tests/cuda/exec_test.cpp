@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <moxie/cuda/exec.hpp>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -93,6 +95,23 @@ TEST_CASE("exec: a buffer grows, keeps what it has when it shrinks, and moves") 
   DeviceBuffer<int> other = std::move(buffer);
   CHECK(other.data() == data);
   CHECK(other.size() == 10);
+}
+
+TEST_CASE("exec: after a request that no memory can serve, others are served, and it is not asked for again") {
+  DeviceExec exec;
+  const auto huge = Index{1} << 60;
+  const auto ask = [&](Index n) {
+    const DeviceExec::Frame frame(exec);
+    std::fill_n(exec.scratch<char>(n), std::min<Index>(n, 10), 'x');
+  };
+  CHECK_THROWS_AS(ask(huge), std::bad_alloc);  // the very first request
+  ask(512);
+  CHECK_THROWS_AS(ask(huge), std::bad_alloc);
+  ask(512);
+  exec.reset_counts();
+  ask(512);
+  CHECK(exec.counts().allocations == 0);
+  CHECK(exec.scratch_bytes() < huge);
 }
 
 }  // namespace

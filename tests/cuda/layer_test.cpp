@@ -315,6 +315,27 @@ TEST_CASE("device: steps after the first allocate nothing, and token choice alon
   check(OnDevice<moxie::SoftMoE<float>>({.model_dim = 8, .experts = 4, .expert = {.hidden_dim = 8}}), 0);
 }
 
+TEST_CASE("device: nothing is allocated where a capacity drops other choices from step to step, either") {
+  OnDevice<moxie::TopKMoE<float, moxie::GeluTanhExperts<float>>> layer(
+      {.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 8}, .capacity = {.factor = 1}});
+  layer.initialize(Rng(1));
+  auto tape = layer.make_tape();
+  auto grads = layer.parameters().zeros_like();
+  Matrix<float> y(400, 8), dx(400, 8);
+  for (int step = 0; step < 6; ++step) {
+    // All tokens alike first, so that most choices are dropped and one expert is full; then ever more different ones.
+    const Matrix<float> x = Matrix<float>::Ones(400, 8) + float(step) * moxie::random_normal<float>(400, 8, Rng(2));
+    layer.forward({x}, y, tape);
+    const auto forward = tape.device().cost();
+    layer.backward({x}, x, dx, grads, tape);
+    const auto backward = tape.device().cost();
+    if (step > 0) {
+      CHECK(forward.allocations == 0);
+      CHECK(backward.allocations == 0);
+    }
+  }
+}
+
 TEST_CASE("device: logits that are not finite are told by the token") {
   const auto message = [](auto layer) {
     using S = typename decltype(layer)::Scalar;

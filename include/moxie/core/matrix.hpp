@@ -2,9 +2,9 @@
 #pragma once
 
 #include <Eigen/Core>
-#include <cstdint>
 #include <moxie/config.hpp>
 #include <moxie/core/error.hpp>
+#include <moxie/core/extent.hpp>
 #include <type_traits>
 
 namespace moxie {
@@ -89,22 +89,7 @@ namespace detail {
 /// Whether two views share an element. Views of other strides count as sharing what lies between their rows.
 template <class A, class B>
 bool overlaps(const RowView<A>& a, const RowView<B>& b) {
-  if (a.size() == 0 || b.size() == 0) {
-    return false;
-  }
-  const auto begin = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.data()); };
-  const auto end = [](const auto& v) { return reinterpret_cast<std::uintptr_t>(v.row(v.rows() - 1) + v.cols()); };
-  if (begin(a) >= end(b) || begin(b) >= end(a)) {
-    return false;
-  }
-  if (a.stride() * Index{sizeof(A)} != b.stride() * Index{sizeof(B)} || a.stride() <= 0) {
-    return true;
-  }
-  // Columns of one matrix: where b begins in a's rows.
-  const auto stride = a.stride() * Index{sizeof(A)};
-  const auto shift = (Index(begin(b)) - Index(begin(a))) % stride;
-  const auto start = shift < 0 ? shift + stride : shift;
-  return start < a.cols() * Index{sizeof(A)} || start + b.cols() * Index{sizeof(B)} > stride;
+  return overlaps(Extent(a.data(), a.rows(), a.cols(), a.stride()), Extent(b.data(), b.rows(), b.cols(), b.stride()));
 }
 
 /// Whether the rows of a view share elements, so that nothing can be written to it.

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <moxie/core/error.hpp>
+#include <moxie/core/extent.hpp>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -16,6 +17,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <thrust/system/cuda/execution_policy.h>
+#include <thrust/system_error.h>
 /// Runs on the host and on the device.
 #define MOXIE_CUDA_BOTH __host__ __device__
 /// Code that nvcc compiles and code that it does not are different entities of one program.
@@ -40,12 +42,13 @@
 /// the host, loops by Thrust's OpenMP system (or its C++ one), products by the CPU's kernels. It is how the backend is tested
 /// where there is no GPU.
 namespace moxie::cuda {
-inline namespace MOXIE_CUDA_BACKEND {
 
-/// A call of CUDA or cuBLAS failed; the message names it. Errors of kernels are those of an earlier call, too.
+/// A call of CUDA, cuBLAS or Thrust failed; the message names it. Errors of kernels are those of an earlier call, too.
 struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+inline namespace MOXIE_CUDA_BACKEND {
 
 /// Of the host build: whether this is it.
 #if defined(__CUDACC__)
@@ -69,6 +72,7 @@ inline constexpr int largest_int = std::numeric_limits<int>::max();
 #if defined(__CUDACC__)
 inline void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be taken for the culprit
     throw CudaError(std::string(call) + ": " + cudaGetErrorString(error));
   }
 }
@@ -173,7 +177,8 @@ struct DeviceCounts {
 /// Where device work runs: a stream and a cuBLAS handle, which are the caller's, and scratch memory, which all layers that use
 /// one `DeviceExec` share. Calls on it must not overlap in time. In the host build it is made of an `Exec`.
 ///
-/// Nothing waits for the device but `read`, and nothing is allocated after the first step of a shape.
+/// Each needs a handle of its own, and the stream's device must be the current one. Nothing waits for the device but `read`,
+/// the growth of memory, and the copy of a new division into sequences; memory grows in the first step of a shape.
 class DeviceExec {
 #if defined(__CUDACC__)
   /// Thrust's temporary memory, from the scratch.
@@ -184,7 +189,16 @@ class DeviceExec {
     void deallocate(char* /*data*/, std::size_t /*n*/) const {}
   };
   auto policy() { return thrust::cuda::par_nosync(Allocator{this}).on(stream_); }
-  void expect_launched() { detail::check(cudaGetLastError(), "a kernel's launch"); }
+  template <class Call>
+  static void launched(Call&& call) {
+    try {
+      call();
+    } catch (const thrust::system_error& error) {
+      cudaGetLastError();
+      throw CudaError(std::string("Thrust: ") + error.what());
+    }
+    detail::check(cudaGetLastError(), "a kernel's launch");
+  }
 #else
   template <class F>
   struct RowLoop {
@@ -196,17 +210,29 @@ class DeviceExec {
 #else
   static auto policy() { return thrust::cpp::par; }
 #endif
-  static void expect_launched() {}
+  template <class Call>
+  static void launched(Call&& call) {
+    call();
+  }
 #endif
 
  public:
 #if defined(__CUDACC__)
-  /// Throws CudaError if the handle does not take the stream.
+  /// Gives the handle the stream, and factors of products that are the host's. Throws CudaError.
   DeviceExec(cudaStream_t stream, cublasHandle_t handle) : stream_(stream), handle_(handle) {
     detail::check(cublasSetStream(handle, stream), "cublasSetStream");
+    detail::check(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_HOST), "cublasSetPointerMode");
   }
   cudaStream_t stream() const { return stream_; }
-  cublasHandle_t handle() const { return handle_; }
+  /// Throws CudaError if it has been given another stream meanwhile: then nothing would be in order.
+  cublasHandle_t handle() const {
+    cudaStream_t now = nullptr;
+    detail::check(cublasGetStream(handle_, &now), "cublasGetStream");
+    if (now != stream_) {
+      throw CudaError("DeviceExec: the cuBLAS handle has another stream; every DeviceExec needs a handle of its own");
+    }
+    return handle_;
+  }
 #else
   explicit DeviceExec(const Exec& exec = {}) : exec_(exec) {}
   const Exec& host() const { return exec_; }
@@ -234,8 +260,7 @@ class DeviceExec {
   void for_each(Index n, F f) {
     if (n > 0) {
       ++counts_.launches;
-      thrust::for_each_n(policy(), thrust::counting_iterator<Index>(0), n, f);
-      expect_launched();
+      launched([&] { thrust::for_each_n(policy(), thrust::counting_iterator<Index>(0), n, f); });
     }
   }
   /// `f(row, lanes)` for row = 0, ..., rows-1, lanes sharing a row.
@@ -248,8 +273,7 @@ class DeviceExec {
 #if defined(__CUDACC__)
     constexpr Index rows_of_block = 8;
     const Index blocks = (rows + rows_of_block - 1) / rows_of_block;
-    detail::run_rows<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream_>>>(rows, f);
-    expect_launched();
+    launched([&] { detail::run_rows<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream_>>>(rows, f); });
 #else
 #if defined(MOXIE_CUDA_ROW_LOOP)  // a test's own lanes, several for a row as on a device
     MOXIE_CUDA_ROW_LOOP(rows, f);
@@ -262,8 +286,7 @@ class DeviceExec {
   template <class Call>
   void launch(Call&& call) {
     ++counts_.launches;
-    call(policy());
-    expect_launched();
+    launched([&] { call(policy()); });
   }
 
   /// Bytes of zero.
@@ -284,7 +307,8 @@ class DeviceExec {
   void copy(const T* from, T* to, Index n) {
     transfer(from, to, n, false);
   }
-  /// From the host; what is there may change when the call returns.
+  /// From the host. What is there may change when the call returns, but for pinned memory, which must stay as it is until the
+  /// stream has come here.
   template <class T>
   void upload(const T* from, T* to, Index n) {
     transfer(from, to, n, true);
@@ -295,19 +319,24 @@ class DeviceExec {
     static_assert(std::is_trivially_copyable_v<T>);
     ++counts_.synchronizations;
 #if defined(__CUDACC__)
+    // By pieces of pinned memory, which never grows.
+    constexpr std::size_t piece = std::size_t{1} << 22;
+    if (staging_ == nullptr) {
+      detail::check(cudaMallocHost(&staging_, piece), "cudaMallocHost");
+    }
     const std::size_t bytes = std::size_t(n) * sizeof(T);
-    if (bytes > staging_size_) {
-      detail::check(cudaFreeHost(staging_), "cudaFreeHost");
-      staging_ = nullptr;
-      staging_size_ = 0;
-      detail::check(cudaMallocHost(&staging_, bytes), "cudaMallocHost");
-      staging_size_ = bytes;
-    }
-    if (bytes > 0) {
-      detail::check(cudaMemcpyAsync(staging_, from, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
-    }
-    detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-    std::memcpy(to, staging_, bytes);
+    std::size_t done = 0;
+    do {
+      const std::size_t part = bytes - done < piece ? bytes - done : piece;
+      if (part > 0) {
+        detail::check(
+            cudaMemcpyAsync(staging_, reinterpret_cast<const char*>(from) + done, part, cudaMemcpyDeviceToHost, stream_),
+            "cudaMemcpyAsync");
+      }
+      detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+      std::memcpy(reinterpret_cast<char*>(to) + done, staging_, part);
+      done += part;
+    } while (done < bytes);
 #else
     std::memcpy(to, from, std::size_t(n) * sizeof(T));
 #endif
@@ -383,16 +412,19 @@ class DeviceExec {
 
   void* take(std::size_t bytes) {
     const std::size_t start = used_;
-    used_ += (bytes + alignment - 1) / alignment * alignment;
-    peak_ = used_ > peak_ ? used_ : peak_;
-    if (blocks_.size() == 1 && used_ <= blocks_.front().size) {
-      return static_cast<char*>(blocks_.front().data) + start;
+    const std::size_t end = used_ + (bytes + alignment - 1) / alignment * alignment;
+    void* data = nullptr;
+    if (blocks_.size() == 1 && end <= blocks_.front().size) {
+      data = static_cast<char*>(blocks_.front().data) + start;
+    } else {
+      blocks_.reserve(blocks_.size() + 1);
+      const std::size_t size = bytes > alignment ? bytes : alignment;
+      data = allocate_block(size);
+      blocks_.push_back({data, size});
     }
-    blocks_.push_back({nullptr, 0});
-    Block& block = blocks_.back();
-    block.size = bytes > alignment ? bytes : alignment;
-    block.data = allocate_block(block.size);
-    return block.data;
+    used_ = end;
+    peak_ = used_ > peak_ ? used_ : peak_;
+    return data;
   }
   void close(std::size_t used, std::size_t blocks) noexcept {
     used_ = used;
@@ -405,7 +437,8 @@ class DeviceExec {
       blocks_.clear();
       try {
         blocks_.push_back({allocate_block(peak_), peak_});
-      } catch (const std::exception&) {  // then the next step allocates
+      } catch (const std::exception&) {  // then the next step allocates, and finds out anew how much it needs
+        peak_ = 0;
       }
     }
   }
@@ -414,7 +447,6 @@ class DeviceExec {
   cudaStream_t stream_;
   cublasHandle_t handle_;
   void* staging_ = nullptr;
-  std::size_t staging_size_ = 0;
 #else
   Exec exec_;
 #endif
@@ -436,14 +468,16 @@ class DeviceBuffer {
   }
   ~DeviceBuffer() { DeviceExec::release(data_); }
 
-  /// n elements; what was there is lost where it grows.
-  T* resize(DeviceExec& exec, Index n) {
+  /// n elements; what was there is lost where it grows. Where n changes from step to step, `room` is the most that it can be.
+  T* resize(DeviceExec& exec, Index n, Index room = 0) {
     if (n > capacity_) {
+      const Index most = room > n ? room : n;
       DeviceExec::release(data_);
       data_ = nullptr;
+      size_ = 0;
       capacity_ = 0;
-      data_ = static_cast<T*>(exec.allocate(std::size_t(n) * sizeof(T)));
-      capacity_ = n;
+      data_ = static_cast<T*>(exec.allocate(std::size_t(most) * sizeof(T)));
+      capacity_ = most;
     }
     size_ = n;
     return data_;
@@ -481,6 +515,7 @@ struct DeviceRows {
 
   MOXIE_CUDA_BOTH T* row(Index i) const { return data + i * stride; }
   MOXIE_CUDA_BOTH T& operator()(Index i, Index j) const { return data[i * stride + j]; }
+  moxie::detail::Extent extent() const { return {data, rows, cols, stride}; }
   DeviceRows middle_rows(Index first, Index count) const { return {row(first), count, cols, stride}; }
   DeviceRows middle_cols(Index first, Index count) const { return {data + first, rows, count, stride}; }
 };

@@ -124,13 +124,15 @@ class ExpertChoiceRouter {
     const Index tokens = in.count();
     const Index experts = config_.experts;
     const Index n = detail::to_index("ExpertChoiceRouter::route", tokens * experts);
+    detail::to_index("ExpertChoiceRouter::route", sequences.count() * experts);
     std::vector<int> firsts{0};
     for (Index b = 0; b < sequences.count(); ++b) {
       firsts.push_back(firsts.back() + int(config_.room(sequences.groups().rows(b))));
     }
     if (firsts != tape.firsts_) {
-      tape.firsts_ = firsts;
+      tape.firsts_.clear();  // nothing is known if this throws
       exec.upload(firsts.data(), tape.first_.resize(exec, Index(firsts.size())), Index(firsts.size()));
+      tape.firsts_ = firsts;
     }
     tape.starts_.clear();
     for (Index e = 0; e <= experts; ++e) {

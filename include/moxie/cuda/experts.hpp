@@ -15,8 +15,11 @@ struct GroupedRows {
   DeviceRows<const Scalar> x;
   const int* index = nullptr;
   const int* expert = nullptr;
+  Index most = 0;  ///< rows that there may be in other steps of the same shape
 
   Index count() const { return groups.rows(); }
+  /// What memory is taken for, so that it does not grow from step to step.
+  Index room() const { return most > count() ? most : count(); }
 };
 
 namespace detail {
@@ -82,7 +85,7 @@ DeviceRows<const Element> gathered(DeviceExec& exec, const GroupedRows<Scalar>& 
       return in.x;
     }
   }
-  const DeviceRows<Element> rows(tape.rows.resize(exec, in.count() * in.x.cols), in.count(), in.x.cols);
+  const DeviceRows<Element> rows(tape.rows.resize(exec, in.count() * in.x.cols, in.room() * in.x.cols), in.count(), in.x.cols);
   exec.for_each_row(in.count(), GatherRow<Scalar, Element>{in.x, in.index, rows});
   return rows;
 }
@@ -131,7 +134,7 @@ class GluExperts {
     const DeviceExec::Frame frame(exec);
     const Element* weights = detail::as_elements<Element>(exec, p, layout_.size());
     const DeviceRows<const Element> x = detail::gathered(exec, in, tape);
-    const DeviceRows<Element> gate_up(tape.before.resize(exec, rows * 2 * hidden_), rows, 2 * hidden_);
+    const DeviceRows<Element> gate_up(tape.before.resize(exec, rows * 2 * hidden_, in.room() * 2 * hidden_), rows, 2 * hidden_);
     for_each_half(gate_up, [&](const detail::BankTensor& weight, DeviceRows<Element> part) {
       multiply<Element, Element>(exec, in.groups,
                                  {.m = of_group,
@@ -141,7 +144,7 @@ class GluExperts {
                                   .b = weight.series(weights, true),
                                   .c = rows_of(part)});
     });
-    const DeviceRows<Element> hidden(exec.scratch<Element>(rows * hidden_), rows, hidden_);
+    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
     exec.for_each_row(rows, GluRow<Activation, Element>{gate_up, hidden});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = of_group,
@@ -161,9 +164,9 @@ class GluExperts {
     const Element* weights = detail::as_elements<Element>(exec, p, layout_.size());
     const DeviceRows<const Element> x = detail::kept_rows(in, tape);
     const DeviceRows<const Element> gate_up(tape.before.data(), rows, 2 * hidden_);
-    const DeviceRows<Sum> dhidden(exec.scratch<Sum>(rows * hidden_), rows, hidden_);
-    const DeviceRows<Element> hidden(exec.scratch<Element>(rows * hidden_), rows, hidden_);
-    const DeviceRows<Element> dgate_up(exec.scratch<Element>(rows * 2 * hidden_), rows, 2 * hidden_);
+    const DeviceRows<Sum> dhidden(exec.scratch<Sum>(in.room() * hidden_), rows, hidden_);
+    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
+    const DeviceRows<Element> dgate_up(exec.scratch<Element>(in.room() * 2 * hidden_), rows, 2 * hidden_);
     multiply<Element, Sum>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(dh), .b = down_.series(weights), .c = rows_of(dhidden)});
@@ -248,11 +251,11 @@ class MlpExperts {
     const DeviceExec::Frame frame(exec);
     const Element* weights = detail::as_elements<Element>(exec, p, layout_.size());
     const DeviceRows<const Element> x = detail::gathered(exec, in, tape);
-    const DeviceRows<Element> a(tape.before.resize(exec, rows * hidden_), rows, hidden_);
+    const DeviceRows<Element> a(tape.before.resize(exec, rows * hidden_, in.room() * hidden_), rows, hidden_);
     multiply<Element, Element>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(x), .b = fc1_.series(weights, true), .c = rows_of(a)});
-    const DeviceRows<Element> hidden(exec.scratch<Element>(rows * hidden_), rows, hidden_);
+    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
     exec.for_each_row(rows, MlpRow<Activation, Element, Scalar>{a, bias_of_row(p, bias1_, in), hidden});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = of_group,
@@ -272,9 +275,9 @@ class MlpExperts {
     const Element* weights = detail::as_elements<Element>(exec, p, layout_.size());
     const DeviceRows<const Element> x = detail::kept_rows(in, tape);
     const DeviceRows<const Element> a(tape.before.data(), rows, hidden_);
-    const DeviceRows<Sum> dhidden(exec.scratch<Sum>(rows * hidden_), rows, hidden_);
-    const DeviceRows<Element> hidden(exec.scratch<Element>(rows * hidden_), rows, hidden_);
-    const DeviceRows<Element> da(exec.scratch<Element>(rows * hidden_), rows, hidden_);
+    const DeviceRows<Sum> dhidden(exec.scratch<Sum>(in.room() * hidden_), rows, hidden_);
+    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
+    const DeviceRows<Element> da(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
     multiply<Element, Sum>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(dh), .b = fc2_.series(weights), .c = rows_of(dhidden)});
@@ -299,8 +302,10 @@ class MlpExperts {
                                .b = rows_of(x),
                                .c = fc1_.series(grads),
                                .add = true});
-    column_sums<Sum>(exec, in.groups, hidden_, ElementOf<Sum, Element>{da}, grads + bias1_.offset, bias1_.distance, true);
-    column_sums<Sum>(exec, in.groups, model_dim(), ElementOf<Sum, Element>{dh}, grads + bias2_.offset, bias2_.distance, true);
+    column_sums<Sum>(exec, in.groups, hidden_, ElementOf<Sum, Element>{da}, grads + bias1_.offset, bias1_.distance, true,
+                     in.room());
+    column_sums<Sum>(exec, in.groups, model_dim(), ElementOf<Sum, Element>{dh}, grads + bias2_.offset, bias2_.distance, true,
+                     in.room());
   }
 
  private:

@@ -210,25 +210,44 @@ struct Largest {
 
 namespace detail {
 
+/// Pieces of `rows` rows: those of group g are numbered from starts[g] / rows + g on, which leaves room for all of them, and of
+/// all groups together there are no more than rows / 64 + groups.
+struct Pieces {
+  static constexpr Index rows = 64;
+
+  const int* starts;
+  Index groups;
+
+  MOXIE_CUDA_BOTH Index first(Index g) const { return starts[g] / rows + g; }
+  MOXIE_CUDA_BOTH Index count(Index g) const { return (starts[g + 1] - starts[g] + rows - 1) / rows; }
+  /// The group whose piece this number may be: the last one that does not begin after it.
+  MOXIE_CUDA_BOTH Index group(Index piece) const {
+    Index low = 0;
+    Index high = groups;
+    while (high - low > 1) {
+      const Index middle = (low + high) / 2;
+      (first(middle) <= piece ? low : high) = middle;
+    }
+    return low;
+  }
+};
+
 /// What a piece of a group's rows makes of each of its columns.
 template <class Op, class T, class Value>
 struct ReducePiece {
-  static constexpr Index rows = 64;
-
   Value value;
-  const int* starts;
-  Index pieces;
+  Pieces pieces;
   Index cols;
-  T* out;  // (groups, pieces, cols)
+  T* out;  // (pieces, cols)
 
   MOXIE_CUDA_BOTH void operator()(Index i) const {
     const Index j = i % cols;
-    const Index piece = i / cols % pieces;
-    const Index g = i / cols / pieces;
-    const Index first = starts[g] + piece * rows;
-    const Index last = first + rows < starts[g + 1] ? first + rows : starts[g + 1];
+    const Index piece = i / cols;
+    const Index g = pieces.group(piece);
+    const Index begin = pieces.starts[g] + (piece - pieces.first(g)) * Pieces::rows;
+    const Index end = begin + Pieces::rows < pieces.starts[g + 1] ? begin + Pieces::rows : pieces.starts[g + 1];
     T all = Op::template first<T>();
-    for (Index r = first; r < last; ++r) {
+    for (Index r = begin; r < end; ++r) {
       all = Op::of(all, value(r, j));
     }
     out[i] = all;
@@ -239,7 +258,7 @@ struct ReducePiece {
 template <class Op, class T, class Out>
 struct ReducePieces {
   const T* parts;
-  Index pieces;
+  Pieces pieces;
   Index cols;
   Out* out;
   Index distance;  // from one group's row to the next one's
@@ -249,8 +268,8 @@ struct ReducePieces {
     const Index g = i / cols;
     const Index j = i % cols;
     T all = Op::template first<T>();
-    for (Index piece = 0; piece < pieces; ++piece) {
-      all = Op::of(all, parts[(g * pieces + piece) * cols + j]);
+    for (Index piece = pieces.first(g); piece < pieces.first(g) + pieces.count(g); ++piece) {
+      all = Op::of(all, parts[piece * cols + j]);
     }
     Out& to = out[g * distance + j];
     to = Out(add ? T(to) + all : all);
@@ -260,23 +279,25 @@ struct ReducePieces {
 }  // namespace detail
 
 /// For every group and column: out_gj = value(r, j) of all rows r of g, taken together by `Op`; or added to what is there. Row
-/// g of out is `distance` elements after row g-1. Pieces of 64 rows first, then these: in the same order always.
+/// g of out is `distance` elements after row g-1. Pieces of 64 rows first, then these: in the same order always. `room`: how
+/// many rows there may be in other steps, so that scratch does not grow.
 template <class Op, class T, class Value, class Out>
-void column_reduce(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add) {
-  Index most = 1;
-  for (Index g = 0; g < groups.count(); ++g) {
-    most = groups.rows(g) > most ? groups.rows(g) : most;
+void column_reduce(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add,
+                   Index room = 0) {
+  if (groups.count() <= 0) {
+    return;
   }
-  constexpr Index piece = detail::ReducePiece<Op, T, Value>::rows;
-  const Index pieces = (most + piece - 1) / piece;
+  const auto numbers = [&](Index rows) { return rows / detail::Pieces::rows + groups.count(); };
+  const detail::Pieces pieces{groups.device, groups.count()};
   const DeviceExec::Frame frame(exec);
-  T* parts = exec.scratch<T>(groups.count() * pieces * cols);
-  exec.for_each(groups.count() * pieces * cols, detail::ReducePiece<Op, T, Value>{value, groups.device, pieces, cols, parts});
+  T* parts = exec.scratch<T>(numbers(room > groups.rows() ? room : groups.rows()) * cols);
+  exec.for_each(numbers(groups.rows()) * cols, detail::ReducePiece<Op, T, Value>{value, pieces, cols, parts});
   exec.for_each(groups.count() * cols, detail::ReducePieces<Op, T, Out>{parts, pieces, cols, out, distance, add});
 }
 template <class Sum, class Value, class Out>
-void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add) {
-  column_reduce<Plus, Sum>(exec, groups, cols, value, out, distance, add);
+void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add,
+                 Index room = 0) {
+  column_reduce<Plus, Sum>(exec, groups, cols, value, out, distance, add, room);
 }
 
 }  // namespace MOXIE_CUDA_BACKEND

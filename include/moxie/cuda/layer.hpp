@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <functional>
+#include <initializer_list>
 #include <memory>
 #include <moxie/cuda/expert_choice.hpp>
 #include <moxie/cuda/experts.hpp>
@@ -12,27 +14,46 @@
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
+namespace detail {
+
+/// A number that layouts of other names or shapes do not share.
+inline std::size_t fingerprint(const Layout& layout) {
+  std::size_t hash = std::hash<Index>()(layout.size());
+  const auto mix = [&hash](std::size_t x) { hash ^= x + 0x9e3779b97f4a7c15U + (hash << 6U) + (hash >> 2U); };
+  for (const TensorInfo& t : layout.tensors()) {
+    mix(std::hash<std::string>()(t.name));
+    for (const Index n : t.shape) {
+      mix(std::hash<Index>()(n));
+    }
+  }
+  return hash;
+}
+
+}  // namespace detail
+
 /// A block of parameters or gradients on the device: the same layout as on the host, so that one copy takes it there.
 template <class Scalar>
 class DeviceParameters {
  public:
   /// Zeros.
-  DeviceParameters(DeviceExec& exec, const Layout& layout) : size_(layout.size()) {
-    block_.resize(exec, size_);
+  DeviceParameters(DeviceExec& exec, const Layout& layout) : layout_(detail::fingerprint(layout)) {
+    block_.resize(exec, layout.size());
     set_zero(exec);
   }
 
   /// From and to a block of `layout().size()` numbers of the host: `parameters.view().data()`. `download` waits for the device.
-  void upload(DeviceExec& exec, const Scalar* block) { exec.upload(block, block_.data(), size_); }
-  void download(DeviceExec& exec, Scalar* block) const { exec.read(block_.data(), block, size_); }
-  void set_zero(DeviceExec& exec) { exec.zero(block_.data(), size_); }
+  void upload(DeviceExec& exec, const Scalar* block) { exec.upload(block, block_.data(), size()); }
+  void download(DeviceExec& exec, Scalar* block) const { exec.read(block_.data(), block, size()); }
+  void set_zero(DeviceExec& exec) { exec.zero(block_.data(), size()); }
 
   Scalar* data() { return block_.data(); }
   const Scalar* data() const { return block_.data(); }
-  Index size() const { return size_; }
+  Index size() const { return block_.size(); }
+  /// Whether it was made for this layout, and not moved away since.
+  bool is_of(std::size_t layout) const { return layout == layout_ && data() != nullptr; }
 
  private:
-  Index size_;
+  std::size_t layout_;
   DeviceBuffer<Scalar> block_;
 };
 
@@ -40,7 +61,8 @@ class DeviceParameters {
 ///
 ///     y = combine(experts(dispatch(x))) [+ shared(x)]
 ///
-/// Parameters, gradients, x, y, dy and dx are the device's; rows of x may have any stride. `forward` and `backward` queue work
+/// Parameters, gradients, x, y, dy and dx are the device's; rows may be any distance apart that is at least
+/// their length. `forward` and `backward` queue work
 /// on the stream and return; token choice waits for the device once, in the middle of `forward`. The same bits from run to run.
 template <class Router_, class Experts_>
 class Moe {
@@ -60,7 +82,7 @@ class Moe {
 
    private:
     friend class Moe;
-    const Layout* layer_ = nullptr;  // that a forward was of
+    std::shared_ptr<const Layout> layer_;  // that a forward was of
     DeviceSequences sequences_;
     DeviceSequences whole_;  // all tokens as the rows of one expert
     Plan plan_;
@@ -70,8 +92,15 @@ class Moe {
     DeviceBuffer<Scalar> slots_;  // X̃, in the same order
   };
 
+  /// Throws ValueError if the parts differ in experts or width.
   Moe(Router_ router, Experts_ experts, std::optional<Experts_> shared, std::string name)
       : name_(std::move(name)), router_(std::move(router)), experts_(std::move(experts)), shared_(std::move(shared)) {
+    detail::expect_value(router_.experts() == experts_.experts() && router_.model_dim() == experts_.model_dim(), name_,
+                         "the router is for other experts or another width than the bank");
+    if (shared_) {
+      detail::expect_value(shared_->experts() == 1 && shared_->model_dim() == experts_.model_dim(), name_,
+                           "shared experts are a bank of one expert of the same width");
+    }
     auto layout = std::make_shared<Layout>();
     router_offset_ = layout->add_part("", router_.layout());
     experts_offset_ = layout->add_part("", experts_.layout());
@@ -79,6 +108,7 @@ class Moe {
       shared_offset_ = layout->add_part("", shared_->layout());
     }
     layout_ = std::move(layout);
+    fingerprint_ = detail::fingerprint(*layout_);
   }
 
   const Router_& router() const { return router_; }
@@ -90,15 +120,16 @@ class Moe {
 
   /// y (T,D) from x (T,D), overwritten. T = 0 is legal.
   ///
-  /// Throws ShapeError for other shapes or parameters, ValueError if y is x, and with token choice if a logit is not finite,
-  /// before y is written. CudaError where a call fails.
+  /// Throws ShapeError for other shapes or parameters, ValueError if y overlaps x or the parameters, or rows overlap, and with
+  /// token choice if a logit is not finite, before y is written. CudaError where a call fails.
   void forward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
                DeviceRows<Scalar> y, Tape& tape) const {
     const std::string where = name_ + "::forward";
     detail::expect_tokens(where, in, model_dim());
+    expect_rows(where, "x", in.x, in);
     expect_rows(where, "y", y, in);
-    expect_size(where, parameters);
-    detail::expect_value(y.data != in.x.data || in.count() == 0, where, "y overlaps x");
+    expect_layout(where, parameters);
+    expect_apart(where, "y overlaps x or the parameters", y.extent(), {in.x.extent(), memory_of(parameters)});
     tape.layer_ = nullptr;
     const Scalar* p = parameters.data();
     tape.sequences_.set(exec, in.sequences);
@@ -110,26 +141,30 @@ class Moe {
       }
     }
     run_experts(exec, p + experts_offset_, in, y, tape);
-    tape.layer_ = layout_.get();
+    tape.layer_ = layout_;
   }
 
   /// From the x of a forward and its tape: overwrites dx (T,D), adds to the gradients of all parameters: of ⟨y, dy⟩ +
   /// balance_loss.
   ///
   /// Throws ShapeError for other shapes, parameters or gradients, ValueError if the tape holds no forward of this layer and
-  /// sequences, or dx is x or dy, before anything is written. CudaError where a call fails.
+  /// sequences, rows overlap, or what is written overlaps what is read, before anything is written. CudaError where a call
+  /// fails.
   void backward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
                 DeviceRows<const Scalar> dy, DeviceRows<Scalar> dx, DeviceParameters<Scalar>& grads, const Tape& tape) const {
     const std::string where = name_ + "::backward";
     detail::expect_tokens(where, in, model_dim());
     expect_rows(where, "dy", dy, in);
     expect_rows(where, "dx", dx, in);
-    expect_size(where, parameters);
-    expect_size(where, grads);
-    detail::expect_value(tape.layer_ == layout_.get() && tape.sequences_ == in.sequences, where,
+    expect_rows(where, "x", in.x, in);
+    expect_layout(where, parameters);
+    expect_layout(where, grads);
+    detail::expect_value(tape.layer_ == layout_ && tape.sequences_ == in.sequences, where,
                          "the tape holds no forward of this layer and these sequences");
-    detail::expect_value(in.count() == 0 || (dx.data != in.x.data && dx.data != dy.data), where, "dx overlaps x or dy");
-    detail::expect_value(grads.data() != parameters.data(), where, "the gradients are the parameters");
+    expect_apart(where, "dx overlaps x, dy or the parameters", dx.extent(),
+                 {in.x.extent(), dy.extent(), memory_of(parameters)});
+    expect_apart(where, "the gradients overlap what they are computed from, or dx", memory_of(grads),
+                 {in.x.extent(), dy.extent(), dx.extent(), memory_of(parameters)});
     const Scalar* p = parameters.data();
     const DeviceExec::Frame frame(exec);
     if (shared_ && in.count() > 0) {
@@ -149,11 +184,20 @@ class Moe {
       throw ShapeError(where + ": " + what + " is " + moxie::detail::dimensions(m.rows, m.cols) + ", expected " +
                        moxie::detail::dimensions(in.count(), model_dim()));
     }
+    if (m.rows > 1 && m.stride < m.cols) {
+      throw ShapeError(where + ": the rows of " + what + " overlap");
+    }
   }
-  void expect_size(const std::string& where, const DeviceParameters<Scalar>& block) const {
-    if (block.size() != layout_->size()) {
-      throw ShapeError(where + ": the parameters or gradients have " + std::to_string(block.size()) +
-                       " numbers, the layer's layout has " + std::to_string(layout_->size()));
+  void expect_layout(const std::string& where, const DeviceParameters<Scalar>& block) const {
+    if (!block.is_of(fingerprint_)) {
+      throw ShapeError(where + ": the parameters or gradients have another layout than the layer");
+    }
+  }
+  static moxie::detail::Extent memory_of(const DeviceParameters<Scalar>& block) { return {block.data(), 1, block.size(), 0}; }
+  static void expect_apart(const std::string& where, const char* message, const moxie::detail::Extent& written,
+                           std::initializer_list<moxie::detail::Extent> read) {
+    for (const moxie::detail::Extent& other : read) {
+      detail::expect_value(!moxie::detail::overlaps(written, other), where, message);
     }
   }
 
@@ -177,14 +221,24 @@ class Moe {
     return block_of(m, slots * m.cols, transposed);
   }
 
+  /// Rows that there may be in another step of the same shape: where a capacity drops some, how many changes.
+  static Index most_rows(const Tape& tape) {
+    if constexpr (sparse) {
+      return tape.plan_.proposed();
+    } else {
+      return tape.plan_.rows();
+    }
+  }
+
   /// y += combine of what the experts make of the rows; y = where there is no shared expert.
   void run_experts(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
     const Index rows = tape.plan_.rows();
     const Index dim = model_dim();
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> kept(tape.h_.resize(exec, rows * dim), rows, dim);
+    const DeviceRows<Scalar> kept(tape.h_.resize(exec, rows * dim, most_rows(tape) * dim), rows, dim);
     if constexpr (sparse) {
-      experts_.forward(exec, p, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert()}, kept, tape.experts_);
+      experts_.forward(exec, p, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), most_rows(tape)}, kept,
+                       tape.experts_);
       exec.for_each_row(in.count(),
                         CombineRow<Scalar>{tape.plan_.rows_of_token(), tape.plan_.weight(), kept, y, shared_.has_value()});
     } else {
@@ -217,14 +271,15 @@ class Moe {
     const Index rows = tape.plan_.rows();
     const Index dim = model_dim();
     const DeviceRows<const Scalar> kept(tape.h_.data(), rows, dim);
-    const DeviceRows<Scalar> drows(exec.scratch<Scalar>(rows * dim), rows, dim);
+    const DeviceRows<Scalar> drows(exec.scratch<Scalar>(most_rows(tape) * dim), rows, dim);
     if constexpr (sparse) {
-      Scalar* dweight = exec.scratch<Scalar>(rows);
-      const DeviceRows<Element> dh(exec.scratch<Element>(rows * dim), rows, dim);
+      Scalar* dweight = exec.scratch<Scalar>(most_rows(tape));
+      const DeviceRows<Element> dh(exec.scratch<Element>(most_rows(tape) * dim), rows, dim);
       exec.for_each_row(rows,
                         CombineBackwardRow<Scalar, Element>{tape.plan_.token(), tape.plan_.weight(), kept, dy, dh, dweight});
-      experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert()}, dh,
-                        drows, grads + experts_offset_, tape.experts_);
+      experts_.backward(exec, p + experts_offset_,
+                        {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), most_rows(tape)}, dh, drows,
+                        grads + experts_offset_, tape.experts_);
       exec.for_each_row(in.count(), CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
       router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, dweight, dx, grads + router_offset_,
                        tape.router_);
@@ -275,6 +330,7 @@ class Moe {
   Index experts_offset_ = 0;
   Index shared_offset_ = 0;
   std::shared_ptr<const Layout> layout_;  // what tapes know the layer by; copies of the layer share it
+  std::size_t fingerprint_ = 0;           // what blocks know it by
 };
 
 /// `moxie::TopKMoE` on the device.

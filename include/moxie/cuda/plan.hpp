@@ -36,6 +36,10 @@ void expect_tokens(std::string_view where, const DeviceTokens<Scalar>& in, Index
                      std::to_string(model_dim));
   }
   expect_at_least(where, "the number of rows of x", in.count(), 0);
+  if (in.sequences.tokens() != in.count()) {
+    throw ShapeError(std::string(where) + ": the sequences divide " + std::to_string(in.sequences.tokens()) +
+                     " tokens, expected " + std::to_string(in.count()) + "; make them with .over(T)");
+  }
   in.sequences.expect_valid(where);
 }
 /// Throws ValueError for what an index of 31 bits cannot count.
@@ -229,6 +233,7 @@ class SparsePlan {
     k_ = 0;
     int* device = device_starts_.resize(exec, experts + 2);
     if (starts != starts_ || device != uploaded_) {
+      uploaded_ = nullptr;
       starts_ = starts;
       exec.upload(starts_.data(), device, experts + 1);
       uploaded_ = device;

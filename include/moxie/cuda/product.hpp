@@ -54,7 +54,7 @@ Series<T> rows_of(DeviceRows<T> m, bool transposed = false) {
 /// A block of each group, the first of them `m`.
 template <class T>
 Series<T> block_of(DeviceRows<T> m, Index distance, bool transposed = false) {
-  return {m.data, m.stride, distance == 0 ? Index{1} : distance, transposed};  // of a single group any distance will do
+  return {m.data, m.stride, distance == 0 ? Index{16} : distance, transposed};  // of a single group any distance will do
 }
 
 /// How rows divide into groups (of experts, or sequences): offsets of the first rows and the end, known to both sides.
@@ -106,17 +106,36 @@ struct Addresses {
   Series<const Element> a, b;
   Series<Out> c;
   const int* starts;
+  bool by_rows;  // groups without rows have no place
   const void** to_a;
   const void** to_b;
   void** to_c;
 
   MOXIE_CUDA_BOTH void operator()(Index g) const {
     const Index first = starts == nullptr ? 0 : starts[g];
-    to_a[g] = a.of(g, first);
-    to_b[g] = b.of(g, first);
-    to_c[g] = c.of(g, first);
+    Index place = g;
+    if (by_rows) {
+      if (starts[g + 1] == starts[g]) {
+        return;
+      }
+      for (Index before = 0; before < g; ++before) {
+        place -= starts[before + 1] == starts[before] ? 1 : 0;
+      }
+    }
+    to_a[place] = a.of(g, first);
+    to_b[place] = b.of(g, first);
+    to_c[place] = c.of(g, first);
   }
 };
+
+/// Whether every group's matrices begin where a call for all groups of 16-bit numbers may read them: at multiples of 16 bytes.
+template <class Element, class Out>
+bool aligned(const Product<Element, Out>& p) {
+  const auto fits = [](const auto& series) {
+    return reinterpret_cast<std::uintptr_t>(series.data) % 16 == 0 && series.stride % 8 == 0 && series.distance % 8 == 0;
+  };
+  return sizeof(Element) > 2 || (fits(p.a) && fits(p.b) && fits(p.c));
+}
 
 /// Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
 template <class Element, class Out>
@@ -125,29 +144,45 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
   constexpr cublasComputeType_t compute = std::is_same_v<Element, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   const auto operation = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
   const Index count = groups.count();
+  const bool by_rows = p.m == p.of_group || p.k == p.of_group;
+  if (p.k == p.of_group && !p.add) {
+    for (Index g = 0; g < count; ++g) {
+      if (groups.rows(g) == 0) {  // a sum of nothing
+        check(cudaMemset2DAsync(p.c.of(g, groups.begin(g)), std::size_t(p.c.stride) * sizeof(Out), 0,
+                                std::size_t(p.n) * sizeof(Out), std::size_t(p.m), exec.stream()),
+              "cudaMemset2DAsync");
+      }
+    }
+  }
 #if CUBLAS_VERSION >= 120500
-  // One call for all groups, where cuBLAS has one for these types.
-  if (std::is_same_v<Element, Out> && count > 1 && exec.group_products) {
-    const auto n = std::size_t(count);
-    std::vector<cublasOperation_t> of_a(n, operation(p.a.transposed));
-    std::vector<cublasOperation_t> of_b(n, operation(p.b.transposed));
-    std::vector<int> rows(n), cols(n, to_int(p.n)), depth(n), one(n, 1);
-    std::vector<int> lda(n, to_int(p.a.stride)), ldb(n, to_int(p.b.stride)), ldc(n, to_int(p.c.stride));
+  // One call for all groups that have something to do, where cuBLAS has one for these types.
+  if (std::is_same_v<Element, Out> && count > 1 && exec.group_products && aligned(p)) {
+    std::vector<int> rows, depth;
+    for (Index g = 0; g < count; ++g) {
+      if (!by_rows || groups.rows(g) > 0) {
+        rows.push_back(to_int(p.rows(groups, g)));
+        depth.push_back(to_int(p.depth(groups, g)));
+      }
+    }
+    const std::size_t n = rows.size();
+    if (n == 0) {
+      return;
+    }
+    const std::vector<cublasOperation_t> of_a(n, operation(p.a.transposed));
+    const std::vector<cublasOperation_t> of_b(n, operation(p.b.transposed));
+    const std::vector<int> cols(n, to_int(p.n)), one(n, 1);
+    const std::vector<int> lda(n, to_int(p.a.stride)), ldb(n, to_int(p.b.stride)), ldc(n, to_int(p.c.stride));
     const std::vector<Sum> alpha(n, Sum(1));
     const std::vector<Sum> beta(n, p.add ? Sum(1) : Sum(0));
-    for (Index g = 0; g < count; ++g) {
-      rows[std::size_t(g)] = to_int(p.rows(groups, g));
-      depth[std::size_t(g)] = to_int(p.depth(groups, g));
-    }
     const DeviceExec::Frame frame(exec);
     const void** a = exec.scratch<const void*>(count);
     const void** b = exec.scratch<const void*>(count);
     void** c = exec.scratch<void*>(count);
-    exec.for_each(count, Addresses<Element, Out>{p.a, p.b, p.c, groups.device, a, b, c});
+    exec.for_each(count, Addresses<Element, Out>{p.a, p.b, p.c, groups.device, by_rows, a, b, c});
     exec.count_product();
     check(cublasGemmGroupedBatchedEx(exec.handle(), of_b.data(), of_a.data(), cols.data(), rows.data(), depth.data(),
                                      alpha.data(), b, type_of<Element>, ldb.data(), a, type_of<Element>, lda.data(),
-                                     beta.data(), c, type_of<Out>, ldc.data(), int(count), one.data(), compute),
+                                     beta.data(), c, type_of<Out>, ldc.data(), int(n), one.data(), compute),
           "cublasGemmGroupedBatchedEx");
     return;
   }
@@ -157,7 +192,7 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
   for (Index g = 0; g < count; ++g) {
     const Index rows = p.rows(groups, g);
     const Index depth = p.depth(groups, g);
-    if (rows == 0 || (depth == 0 && p.add)) {
+    if (rows == 0 || depth == 0) {
       continue;
     }
     const Index first = groups.begin(g);

@@ -42,11 +42,12 @@ class DensePlan {
     dispatch_.resize(exec, sequences.tokens() * slots);
     combine_.resize(exec, sequences.tokens() * slots);
     tokens_ = sequences.tokens();
+    const bool same = sequences_ == count && slots_ == slots && Index(starts_.size()) == experts + 1;
     slots_ = slots;
-    if (sequences_ == count && Index(starts_.size()) == experts + 1) {
+    if (same) {
       return;
     }
-    sequences_ = count;
+    sequences_ = -1;  // nothing is known if this throws
     starts_.clear();
     for (Index e = 0; e <= experts; ++e) {
       starts_.push_back(int(e * count * slots_per_expert));
@@ -54,6 +55,7 @@ class DensePlan {
     exec.upload(starts_.data(), device_starts_.resize(exec, experts + 1), experts + 1);
     exec.for_each(rows, detail::SlotRow{int(count), int(experts), int(slots_per_expert), row_of_slot_.resize(exec, rows),
                                         slot_of_row_.resize(exec, rows), expert_.resize(exec, rows)});
+    sequences_ = count;
   }
 
   Index tokens() const { return tokens_; }

@@ -33,6 +33,10 @@ MOXIE_CUDA_BOTH bool finite(Scalar x) {
   return x - x == Scalar(0);
 }
 
+// What a status is, but the first token whose logits are not finite.
+inline constexpr int all_finite = largest_int;
+inline constexpr int bad_bias = -1;
+
 }  // namespace detail
 
 /// s = softmax(z) of a row, with its logits checked: `first_bad` becomes the lowest row that is not finite.
@@ -145,6 +149,11 @@ struct TopKRow {
       SoftmaxRow<Scalar>{z, s, nullptr, first_bad}(t, lanes);
     } else {
       SigmoidRow<Scalar>{z, s, probability, first_bad}(t, lanes);
+    }
+    for (int e = lanes.first(); bias != nullptr && e < experts; e += lanes.step()) {
+      if (!detail::finite(bias[e])) {
+        detail::atomic_min(first_bad, detail::bad_bias);
+      }
     }
     lanes.sync();
     const bool limited = groups_chosen < groups;
@@ -531,12 +540,12 @@ DeviceRows<const Scalar> with_noise(DeviceExec& exec, const GateNoise& noise, co
   exec.for_each(n, AddNoise<Scalar>{z.data, in.noise, Scalar(noise.logits / double(z.cols)), noisy.data});
   return noisy;
 }
-inline constexpr int all_finite = largest_int;
 struct SetStatus {
   int* status;
   MOXIE_CUDA_BOTH void operator()(Index /*one*/) const { *status = all_finite; }
 };
 inline void expect_finite(std::string_view where, int first_bad) {
+  expect_value(first_bad != bad_bias, where, "the selection bias is not finite");
   if (first_bad != all_finite) {
     throw ValueError(std::string(where) + ": the logits of token " + std::to_string(first_bad) + " are not finite");
   }
@@ -559,7 +568,7 @@ class TopKRouter {
     /// On the device: scores (T,E), choices and places (T,K); no places without a capacity.
     const Scalar* scores() const { return scores_.data(); }
     const int* choices() const { return chosen_.data(); }
-    const int* places() const { return place_.data(); }
+    const int* places() const { return placed_ ? place_.data() : nullptr; }
     Index top_k() const { return top_k_; }
     double balance_loss(DeviceExec& exec) const { return losses_ ? balance_.loss(exec) : 0; }
 
@@ -567,6 +576,7 @@ class TopKRouter {
     friend class TopKRouter;
     Index top_k_ = 0;
     bool losses_ = false;
+    bool placed_ = false;
     TopKRow<Scalar> row_;
     BalanceInput<Scalar> seen_;
     DeviceBuffer<Scalar> logits_, noisy_, clean_, scores_, probabilities_, weights_, shares_, group_scores_;
@@ -578,6 +588,7 @@ class TopKRouter {
   /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for jitter and more than 64 groups.
   explicit TopKRouter(const Config& config) : config_((config.expect_valid("TopKRouter"), config)), layout_(config.layout()) {
     detail::expect_no_jitter("TopKRouter", config.noise);
+    detail::expect_value(std::isfinite(Scalar(config.scale)), "TopKRouter", "scale is not finite");
     detail::expect_value(config.groups.count <= 64, "TopKRouter", "more than 64 groups are not there on the device");
   }
 
@@ -631,7 +642,8 @@ class TopKRouter {
     exec.for_each(1, detail::SetStatus{row.first_bad});
     exec.for_each_row(tokens, row);
     const int* assigned = row.chosen;
-    if (config_.capacity.limited()) {
+    tape.placed_ = config_.capacity.limited();
+    if (tape.placed_) {
       assigned = assign(exec, sequences, row, tape);
     }
     detail::expect_finite(where, plan.build(exec, tokens, experts, k, assigned, row.weight, row.first_bad));
@@ -714,8 +726,9 @@ class TopKRouter {
       same = same && rooms.back() == tape.rooms_[std::size_t(b)];
     }
     if (!same) {
+      tape.rooms_.clear();  // nothing is known if this throws
+      exec.upload(rooms.data(), tape.room_.resize(exec, sequences.count()), sequences.count());
       tape.rooms_ = std::move(rooms);
-      exec.upload(tape.rooms_.data(), tape.room_.resize(exec, sequences.count()), sequences.count());
     }
   }
 
