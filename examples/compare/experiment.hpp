@@ -151,7 +151,7 @@ struct Experiment {
   static T understood(const nlohmann::json& patch, const std::string& what) {
     nlohmann::json merged = T{};
     merged.merge_patch(patch);
-    const T value = merged.get<T>();
+    T value = merged.get<T>();
     for (const nlohmann::json& change : nlohmann::json::diff(merged, value)) {
       throw moxie::ValueError(what + ": " + change["path"].get<std::string>() + " is not understood");
     }

@@ -14,11 +14,11 @@ struct Extent {
   Index stride = 0;
 
   template <class T>
-  Extent(const T* data, Index rows_, Index cols, Index stride_)
+  Extent(const T* data, Index count, Index cols, Index distance)
       : begin(reinterpret_cast<std::uintptr_t>(data)),
-        rows(rows_),
+        rows(count),
         width(cols * Index{sizeof(T)}),
-        stride(stride_ * Index{sizeof(T)}) {}
+        stride(distance * Index{sizeof(T)}) {}
 
   bool empty() const { return rows == 0 || width == 0; }
   std::uintptr_t end() const { return std::uintptr_t(Index(begin) + (rows - 1) * stride + width); }

@@ -507,8 +507,8 @@ struct DeviceRows {
   Index stride = 0;
 
   DeviceRows() = default;
-  DeviceRows(T* data_, Index rows_, Index cols_, Index stride_) : data(data_), rows(rows_), cols(cols_), stride(stride_) {}
-  DeviceRows(T* data_, Index rows_, Index cols_) : DeviceRows(data_, rows_, cols_, cols_) {}
+  DeviceRows(T* first, Index height, Index width, Index distance) : data(first), rows(height), cols(width), stride(distance) {}
+  DeviceRows(T* first, Index height, Index width) : DeviceRows(first, height, width, width) {}
   template <class U>
   requires std::is_same_v<const U, T> DeviceRows(const DeviceRows<U>& other)
       : DeviceRows(other.data, other.rows, other.cols, other.stride) {}

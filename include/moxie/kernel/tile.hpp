@@ -126,7 +126,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, S
   const Run run = ahead.run();
   auto line = reinterpret_cast<std::uintptr_t>(run.from);
   multiply_to(std::min(whole, p + run.lines), [&](Index /*step*/) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr): may be beyond
     line += std::uintptr_t(run.pitch);
   });
   multiply_to(whole, [](Index /*step*/) {});
