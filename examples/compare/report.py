@@ -10,9 +10,9 @@ There need be no times.jsonl.
 
 In a page a table stands between `<!-- report: KIND GROUP -->` and `<!-- end -->`; the kinds are "table", "routing",
 "claims" and "bits".
-A mean over seeds is followed by its range, or by ± half of its 95% interval by Student's t, with the variance between seeds pooled over the runs
-of the group; that of a difference pairs runs of one seed, and pools what is left when each run's and each seed's mean is taken
-away. The plots need gnuplot.
+A mean over seeds is followed by its range, or by ± half of its 95% interval by Student's t, with the variance between seeds
+pooled over all runs of as many steps; that of a difference pairs runs of one seed, and pools what is left when each run's and each
+seed's mean is taken away. The plots need gnuplot.
 """
 import argparse
 import html
@@ -73,8 +73,8 @@ class Group:
     def __init__(self, results, description):
         self.name = description["name"]
         beside = {run: here for here, run in description.get("beside", {}).items()}
-        own = {run["name"] for run in description["runs"]}
-        self.runs = {}
+        own = [run["name"] for run in description["runs"]]
+        self.runs = {name: {} for name in [*beside.values(), *own]}  # the rows of the tables, in this order
         self.errors = []
         for r in results:
             name = r["name"] if r["name"] in own else beside.get(r["name"])
@@ -83,7 +83,10 @@ class Group:
             if "error" in r:
                 self.errors.append(f"{name}, seed {seed_of(r)}: {r['error']}")
             else:
-                self.runs.setdefault(name, {})[seed_of(r)] = r
+                self.runs[name][seed_of(r)] = r
+        self.runs = {name: dict(sorted(by_seed.items())) for name, by_seed in self.runs.items() if by_seed}
+        steps = next((r["steps"] for by_seed in self.runs.values() for r in by_seed.values()), 0)
+        self.pool = Pool(results, steps)
 
     def values(self, metric):
         """name -> seed -> value, of the runs that have it."""
@@ -92,26 +95,52 @@ class Group:
 
     def means(self, metric):
         """name -> (mean, half of its interval)."""
-        values = {name: list(v.values()) for name, v in self.values(metric).items()}
-        freedom = sum(len(v) - 1 for v in values.values())
-        spread = sum((len(v) - 1) * statistics.variance(v) for v in values.values() if len(v) > 1)
-        return {name: (statistics.fmean(v), half_interval(spread, freedom, 1 / len(v))) for name, v in values.items()}
+        spread, freedom = self.pool.between_seeds(metric)
+        return {name: (statistics.fmean(v.values()), half_interval(spread, freedom, 1 / len(v)))
+                for name, v in self.values(metric).items()}
 
     def difference(self, metric, better, than):
-        """(mean of better - than, half of its interval), over the seeds that all runs have; None if a run is missing."""
+        """(mean of better - than, half of its interval), over the seeds that both have; None if a run is missing."""
         values = self.values(metric)
         if better not in values or than not in values:
             return None
-        seeds = sorted(set.intersection(*(set(v) for v in values.values())))
-        if not seeds:
+        differences = [x - values[than][s] for s, x in values[better].items() if s in values[than]]
+        if not differences:
             return None
-        table = [[v[s] for s in seeds] for v in values.values()]
+        left, freedom = self.pool.beside_seeds(metric)
+        return statistics.fmean(differences), half_interval(left, freedom, 2 / len(differences))
+
+
+class Pool:
+    """All runs of as many steps: what deviations are estimated by."""
+
+    def __init__(self, results, steps):
+        self.runs = {}
+        for r in results:
+            if r["steps"] == steps and "error" not in r:
+                self.runs.setdefault(r["name"], {})[seed_of(r)] = r
+
+    def values(self, metric):
+        values = [{s: metric.value(r) for s, r in by_seed.items()} for by_seed in self.runs.values()]
+        return [v for v in values if None not in v.values() and len(v) > 1]
+
+    def between_seeds(self, metric):
+        """Squares of the deviations from each run's mean, and degrees of freedom."""
+        values = self.values(metric)
+        return (sum((len(v) - 1) * statistics.variance(v.values()) for v in values), sum(len(v) - 1 for v in values))
+
+    def beside_seeds(self, metric):
+        """The same from each run's and each seed's mean, of the runs that have all seeds that most have."""
+        values = self.values(metric)
+        if not values:
+            return 0, 0
+        seeds = max((tuple(sorted(v)) for v in values), key=lambda s: (len(s), [tuple(sorted(v)) for v in values].count(s)))
+        table = [[v[s] for s in seeds] for v in values if set(seeds) <= set(v)]
         rows = [statistics.fmean(row) for row in table]
         columns = [statistics.fmean(column) for column in zip(*table)]
         all_of_it = statistics.fmean(rows)
         left = sum((x - rows[i] - columns[j] + all_of_it) ** 2 for i, row in enumerate(table) for j, x in enumerate(row))
-        half = half_interval(left, (len(rows) - 1) * (len(seeds) - 1), 2 / len(seeds))
-        return statistics.fmean(values[better][s] - values[than][s] for s in seeds), half
+        return left, (len(rows) - 1) * (len(seeds) - 1)
 
 
 def seed_of(result):
