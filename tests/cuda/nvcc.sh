@@ -1,67 +1,55 @@
-#!/ usr / bin / env bash
-#The device's layers with nvcc:
-#nvcc.sh BUILD build OBJECT... compiles them for MOXIE_CUDA_ARCHITECTURES(80 90 100), warnings as errors, and links them
-#with objects of tests, which know no CUDA
-#nvcc.sh BUILD run runs these
-#nvcc.sh BUILD bench compiles benchmarks / cuda / cuda_layers.cpp, and runs it where there is a device
-#Exits with 77, skipped, where there is no nvcc($NVCC, or in the PATH) or no device.
-set - euo pipefail source = $(cd "$(dirname " $0 ")/../.." && pwd) build = $1 what = $2 shift 2 nvcc = $ {
-NVCC:
-  -$(command - v nvcc || true)
+#!/usr/bin/env bash
+# The device's layers with nvcc:
+#     nvcc.sh BUILD build OBJECT...    compiles them for MOXIE_CUDA_ARCHITECTURES (80 90 100), warnings as errors, and links them
+#                                      with objects of tests, which know no CUDA
+#     nvcc.sh BUILD run                runs these
+#     nvcc.sh BUILD bench              compiles benchmarks/cuda/cuda_layers.cpp, and runs it where there is a device
+# Exits with 77, skipped, where there is no nvcc ($NVCC, or in the PATH) or no device.
+set -euo pipefail
+source=$(cd "$(dirname "$0")/../.." && pwd)
+build=$1 what=$2
+shift 2
+nvcc=${NVCC:-$(command -v nvcc || true)}
+if [ -z "$nvcc" ]; then
+  echo "skipped: there is no nvcc"
+  exit 77
+fi
+need_device() {
+  if ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L | grep -q GPU; then
+    echo "skipped: there is no device"
+    exit 77
+  fi
 }
-if
-  [-z "$nvcc"];
-then echo "skipped: there is no nvcc" exit 77 fi need_device() {
-  if
-    !command - v nvidia - smi > / dev / null || !nvidia - smi - L | grep - q GPU;
-  then echo "skipped: there is no device" exit 77 fi
-}
-if
-  ["$what" = run]; then
+if [ "$what" = run ]; then
   need_device
   exec "$build/device_tests" --no-colors
 fi
 
 "$nvcc" --version | grep release
 mkdir -p "$build"
-#A toolkit, or the folders of its packages from PyPI.
+# A toolkit, or the folders of its packages from PyPI.
 root=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
 flags=(-std=c++20 -O2 --threads 0 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -I"$source/include")
-for folder in "$root"/include "$root"/include/cccl "$root"/../{cublas,cuda_runtime,cuda_cccl}/include;
-do
-  if
-    [-d "$folder"];
-then flags += (-isystem "$folder"); fi
+for folder in "$root"/include "$root"/include/cccl "$root"/../{cublas,cuda_runtime,cuda_cccl}/include; do
+  if [ -d "$folder" ]; then flags+=(-isystem "$folder"); fi
 done
 read -ra architectures <<<"${MOXIE_CUDA_ARCHITECTURES:-80 90 100}"
-for a in "${architectures[@]}";
-do flags += (-gencode "arch=compute_$a,code=sm_$a")done library() {
-    find "$root" / lib * "$root" / targets "$root" /../ {cublas, cuda_runtime} / lib - name "$1" 2 > / dev / null | sort |
-            head - 1 ||
-        true;
-  }
-cublas = $(library 'libcublas.so*') runtime = $(library 'libcudart_static.a') if[-z "$cublas"] || [-z "$runtime"];
-then echo "there is nvcc, but no libcublas and libcudart beside it" > & 2 exit 1 fi libraries =
-    (-L"$(dirname " $runtime ")" -
-     L"$(dirname " $cublas
-     ")"
-     "-l:$(basename " $cublas ")" -
-     Xlinker "-rpath=$(dirname " $cublas ")") if["$what" = bench];
-then "$nvcc"
-     "${flags[@]}" -
-    x cu "$source/benchmarks/cuda/cuda_layers.cpp" -
-    o
-    "$build/cuda_layers"
-    "${libraries[@]}" need_device exec "$build/cuda_layers" fi
-    "$nvcc"
-    "${flags[@]}" -
-    x cu - c "$source/tests/cuda/device_layer.cpp" -
-    o
-    "$build/device_layer.o"
-    "$nvcc"
-    "$build/device_layer.o"
-    "$@" -
-    o
-    "$build/device_tests"
-    "${libraries[@]}" -
-    Xcompiler - fopenmp echo "compiled and linked for ${architectures[*]}"
+for a in "${architectures[@]}"; do
+  flags+=(-gencode "arch=compute_$a,code=sm_$a")
+done
+library() { find "$root"/lib* "$root"/targets "$root"/../{cublas,cuda_runtime}/lib -name "$1" 2>/dev/null | sort | head -1 || true; }
+cublas=$(library 'libcublas.so*')
+runtime=$(library 'libcudart_static.a')
+if [ -z "$cublas" ] || [ -z "$runtime" ]; then
+  echo "there is nvcc, but no libcublas and libcudart beside it" >&2
+  exit 1
+fi
+libraries=(-L"$(dirname "$runtime")" -L"$(dirname "$cublas")" "-l:$(basename "$cublas")" -Xlinker "-rpath=$(dirname "$cublas")")
+if [ "$what" = bench ]; then
+  "$nvcc" "${flags[@]}" -x cu "$source/benchmarks/cuda/cuda_layers.cpp" -o "$build/cuda_layers" "${libraries[@]}"
+  need_device
+  exec "$build/cuda_layers"
+fi
+"$nvcc" "${flags[@]}" -x cu -c "$source/tests/cuda/device_layer.cpp" -o "$build/device_layer.o"
+"$nvcc" "$build/device_layer.o" "$@" -o "$build/device_tests" "${libraries[@]}" -Xcompiler -fopenmp
+echo "compiled and linked for ${architectures[*]}"

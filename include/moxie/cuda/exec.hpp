@@ -334,11 +334,15 @@ class DeviceExec {
             "cudaMemcpyAsync");
       }
       detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
-      std::memcpy(reinterpret_cast<char*>(to) + done, staging_, part);
+      if (part > 0) {
+        std::memcpy(reinterpret_cast<char*>(to) + done, staging_, part);
+      }
       done += part;
     } while (done < bytes);
 #else
-    std::memcpy(to, from, std::size_t(n) * sizeof(T));
+    if (n > 0) {
+      std::memcpy(to, from, std::size_t(n) * sizeof(T));
+    }
 #endif
   }
 
