@@ -16,6 +16,9 @@ moxie_test(package.install
           -P ${package_dir}/install.cmake
   PROPERTIES FIXTURES_SETUP installed)
 moxie_package_test(find_package find_package OPTIONS -DCOMPONENTS=io PROPERTIES FIXTURES_REQUIRED installed)
+if(TARGET moxie::cuda)
+  moxie_package_test(find_package_cuda find_package OPTIONS -DCOMPONENTS=cuda PROPERTIES FIXTURES_REQUIRED installed)
+endif()
 moxie_package_test(find_package_without_options find_package
   OPTIONS -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON -DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=ON
   PROPERTIES FIXTURES_REQUIRED installed)
