@@ -14,7 +14,6 @@
 
 #if defined(__CUDACC__)
 #include <cublas_v2.h>
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <thrust/system/cuda/execution_policy.h>
 #include <thrust/system_error.h>

@@ -91,18 +91,12 @@ class ExpertChoiceRouter {
     /// Balanced by construction.
     double balance_loss(DeviceExec& /*exec*/) const { return 0; }
     /// Throws ValueError naming the first token of the last forward whose logits are not finite. Waits for the device.
-    void expect_finite(DeviceExec& exec) const {
-      int first_bad = detail::all_finite;
-      if (status_.size() > 0) {
-        exec.read(status_.data(), &first_bad, 1);
-      }
-      detail::expect_finite("ExpertChoiceRouter::route", first_bad);
-    }
+    void expect_finite(DeviceExec& exec) const { status_.expect_finite(exec, "ExpertChoiceRouter::route"); }
 
    private:
     friend class ExpertChoiceRouter;
     DeviceBuffer<Scalar> scores_, noisy_;
-    DeviceBuffer<int> status_;
+    detail::LogitStatus status_;
     std::vector<int> firsts_;  // the first of an expert's rows in each sequence
     std::vector<int> starts_;
     DeviceBuffer<int> first_;
@@ -141,8 +135,7 @@ class ExpertChoiceRouter {
     const DeviceExec::Frame frame(exec);
     const DeviceRows<Scalar> z(exec.scratch<Scalar>(n), tokens, experts);
     const DeviceRows<Scalar> s(tape.scores_.resize(exec, n), tokens, experts);
-    int* status = tape.status_.resize(exec, 1);
-    exec.for_each(1, detail::SetStatus{status});
+    int* status = tape.status_.reset(exec);
     detail::gate_logits(exec, in, p, z);
     exec.for_each_row(tokens,
                       SoftmaxRow<Scalar>{detail::with_noise(exec, config_.noise, in, z, tape.noisy_), s, nullptr, status});

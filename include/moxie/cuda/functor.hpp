@@ -131,7 +131,7 @@ struct BiasOfRow {
   MOXIE_CUDA_BOTH T* of(Index r) const { return data + (expert == nullptr ? 0 : expert[r] * distance); }
 };
 
-/// Perceptron: a = before + b, hidden = act(a). Without `hidden`, m_r += b alone.
+/// Perceptron: a = before + b, hidden = act(a).
 template <class Activation, class Element, class Scalar>
 struct MlpRow {
   DeviceRows<Element> a;

@@ -224,18 +224,12 @@ class SoftRouter {
     /// Soft MoE needs no balance loss.
     double balance_loss(DeviceExec& /*exec*/) const { return 0; }
     /// Throws ValueError naming the first token of the last forward whose logits are not finite. Waits for the device.
-    void expect_finite(DeviceExec& exec) const {
-      int first_bad = detail::all_finite;
-      if (status_.size() > 0) {
-        exec.read(status_.data(), &first_bad, 1);
-      }
-      detail::expect_finite("SoftRouter::route", first_bad);
-    }
+    void expect_finite(DeviceExec& exec) const { status_.expect_finite(exec, "SoftRouter::route"); }
 
    private:
     friend class SoftRouter;
     DeviceBuffer<Scalar> x_, phi_, x_factor_, phi_factor_;
-    DeviceBuffer<int> status_;
+    detail::LogitStatus status_;
   };
 
   /// Throws what `SoftRouterConfig::expect_valid` throws.
@@ -262,8 +256,7 @@ class SoftRouter {
     }
     plan.resize(exec, sequences, config_.experts, config_.slots_per_expert);
     const DeviceExec::Frame frame(exec);
-    int* status = tape.status_.resize(exec, 1);
-    exec.for_each(1, detail::SetStatus{status});
+    int* status = tape.status_.reset(exec);
     DeviceRows<const Scalar> z;
     const Scalar* scale = config_.normalized() ? p + layout_.tensors()[1].offset : nullptr;
     if (config_.learned()) {

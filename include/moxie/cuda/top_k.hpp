@@ -551,6 +551,28 @@ inline void expect_finite(std::string_view where, int first_bad) {
   }
 }
 
+/// What a forward found of its logits, on the device.
+class LogitStatus {
+ public:
+  /// Where the rows of the next forward tell it: all is finite so far.
+  int* reset(DeviceExec& exec) {
+    int* status = status_.resize(exec, 1);
+    exec.for_each(1, SetStatus{status});
+    return status;
+  }
+  /// Throws ValueError naming the first token whose logits are not finite. Waits for the device.
+  void expect_finite(DeviceExec& exec, std::string_view where) const {
+    int first_bad = all_finite;
+    if (status_.size() > 0) {
+      exec.read(status_.data(), &first_bad, 1);
+    }
+    detail::expect_finite(where, first_bad);
+  }
+
+ private:
+  DeviceBuffer<int> status_;
+};
+
 }  // namespace detail
 
 /// `moxie::TopKRouter` on the device: the same options but jitter, the same parameters, choices and weights.
@@ -580,7 +602,8 @@ class TopKRouter {
     TopKRow<Scalar> row_;
     BalanceInput<Scalar> seen_;
     DeviceBuffer<Scalar> logits_, noisy_, clean_, scores_, probabilities_, weights_, shares_, group_scores_;
-    DeviceBuffer<int> chosen_, best_, place_, assigned_, room_, status_;
+    DeviceBuffer<int> chosen_, best_, place_, assigned_, room_;
+    detail::LogitStatus status_;
     std::vector<int> rooms_;
     BalanceTape balance_;
   };
@@ -625,7 +648,7 @@ class TopKRouter {
     row.s = {tape.scores_.resize(exec, tokens * experts), tokens, experts};
     row.chosen = tape.chosen_.resize(exec, pairs);
     row.weight = tape.weights_.resize(exec, pairs);
-    row.first_bad = tape.status_.resize(exec, 1);
+    row.first_bad = tape.status_.reset(exec);
     if (row.normalized) {
       row.share = tape.shares_.resize(exec, pairs);
     }
@@ -639,7 +662,6 @@ class TopKRouter {
     if (config_.biased() && balance.any()) {
       row.best = tape.best_.resize(exec, pairs);
     }
-    exec.for_each(1, detail::SetStatus{row.first_bad});
     exec.for_each_row(tokens, row);
     const int* assigned = row.chosen;
     tape.placed_ = config_.capacity.limited();
