@@ -74,7 +74,7 @@ struct Input {
 };
 
 TEST_CASE_TEMPLATE("device: token choice is what the CPU computes, whatever the options", S, float, double) {
-  const double tolerance = std::is_same_v<S, double> ? 1e-13 : 2e-5;
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
   const Input<S> input;
   using Layer = moxie::TopKMoE<S>;
   typename Layer::Config c{.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 10}};
@@ -140,11 +140,11 @@ TEST_CASE("device: noise on the logits, and the losses that look at it") {
                                    .noise = {.logits = 2}};
   SUBCASE("softmax") {}
   SUBCASE("sigmoid") { c.score = moxie::Score::sigmoid; }
-  check_same_step<moxie::TopKMoE<double>>(c, in, 1e-12);
+  check_same_step<moxie::TopKMoE<double>>(c, in, 1e-11);
 }
 
 TEST_CASE_TEMPLATE("device: shared experts, every kind of expert", S, float, double) {
-  const double tolerance = std::is_same_v<S, double> ? 1e-13 : 2e-5;
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
   const Input<S> input;
   const auto check = [&]<class Experts>(std::type_identity<Experts>) {
     for (const Index hidden : {Index{10}, Index{16}}) {  // gate and up apart, and side by side
@@ -167,7 +167,7 @@ TEST_CASE_TEMPLATE("device: shared experts, every kind of expert", S, float, dou
 }
 
 TEST_CASE_TEMPLATE("device: expert choice", S, float, double) {
-  const double tolerance = std::is_same_v<S, double> ? 1e-13 : 2e-5;
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
   const Input<S> input;
   Tokens<S> in = input.tokens();
   typename moxie::ExpertChoiceMoE<S>::Config c{
@@ -182,7 +182,7 @@ TEST_CASE_TEMPLATE("device: expert choice", S, float, double) {
 
 TEST_CASE_TEMPLATE("device: Soft MoE, and its ablations", S, float, double) {
   using moxie::Mixing;
-  const double tolerance = std::is_same_v<S, double> ? 1e-13 : 2e-5;
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
   const Input<S> input;
   typename moxie::SoftMoE<S>::Config c{.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 10}};
   Tokens<S> in = input.tokens();
