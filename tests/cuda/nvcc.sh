@@ -4,7 +4,7 @@
 #                                      with objects of tests, which know no CUDA
 #     nvcc.sh BUILD run                runs these
 #     nvcc.sh BUILD bench              compiles benchmarks/cuda/cuda_layers.cpp, and runs it where there is a device
-# Exits with 77, skipped, where there is no nvcc ($NVCC, or in the PATH) or no device.
+# Exits with 77, skipped, where there is no nvcc ($NVCC, or in the PATH), no cuBLAS beside it, or no device.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/../.." && pwd)
 build=$1 what=$2
@@ -27,8 +27,11 @@ fi
 
 "$nvcc" --version | grep release
 mkdir -p "$build"
-# A toolkit, or the folders of its packages from PyPI.
-root=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
+# Where nvcc itself says that it lives (the one in the PATH may be a script that calls it): a toolkit, or a folder of its packages
+# from PyPI.
+touch "$build/nothing.cu"
+root=$("$nvcc" -dryrun "$build/nothing.cu" 2>&1 | sed -n 's/^#$ TOP=//p')
+root=$(cd "$root" && pwd -P)
 flags=(-std=c++20 -O2 --threads 0 -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror -I"$source/include")
 for folder in "$root"/include "$root"/include/cccl "$root"/../{cublas,cuda_runtime,cuda_cccl}/include; do
   if [ -d "$folder" ]; then flags+=(-isystem "$folder"); fi
@@ -37,12 +40,15 @@ read -ra architectures <<<"${MOXIE_CUDA_ARCHITECTURES:-80 90 100}"
 for a in "${architectures[@]}"; do
   flags+=(-gencode "arch=compute_$a,code=sm_$a")
 done
-library() { find "$root"/lib* "$root"/targets "$root"/../{cublas,cuda_runtime}/lib -name "$1" 2>/dev/null | sort | head -1 || true; }
+library() {
+  find -L "$root"/lib* "$root"/targets "$root"/../{cublas,cuda_runtime}/lib /usr/lib/*-linux-gnu -maxdepth 3 -name "$1" 2>/dev/null |
+    head -1 || true
+}
 cublas=$(library 'libcublas.so*')
 runtime=$(library 'libcudart_static.a')
 if [ -z "$cublas" ] || [ -z "$runtime" ]; then
-  echo "there is nvcc, but no libcublas and libcudart beside it" >&2
-  exit 1
+  echo "skipped: there is nvcc, but no libcublas and libcudart in its toolkit, $root"
+  exit 77
 fi
 libraries=(-L"$(dirname "$runtime")" -L"$(dirname "$cublas")" "-l:$(basename "$cublas")" -Xlinker "-rpath=$(dirname "$cublas")")
 if [ "$what" = bench ]; then
