@@ -21,8 +21,8 @@ TEST_CASE("device: options that no layer has are refused") {
   CHECK(message(c) == "TopKRouter: top_k is 5, expected at most the 4 experts");
   c.top_k = 2;
   CHECK(message(c) == "nothing was thrown");
-  c.noise.jitter = 0.1;
-  CHECK(message(c) == "TopKRouter: jitter is not there on the device");
+  c.noise.jitter = 1.5;
+  CHECK(message(c) == "TopKRouter: noise.jitter must be between 0 and 1");
   c.noise = {};
   c.expert.hidden_dim = 0;
   CHECK(message(c) == "GluExperts: hidden_dim is 0, expected at least 1");
@@ -56,7 +56,19 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   };
   CHECK(forward(in.middle_cols(0, 7), out) == "TopKMoE::forward: x has 7 columns, expected 8");
   CHECK(forward(in, out.middle_rows(0, 5)) == "TopKMoE::forward: y is (5,8), expected (60,8)");
-  CHECK(forward(in, in) == "TopKMoE::forward: y overlaps x or the parameters");
+  CHECK(forward(in, in) == "TopKMoE::forward: y overlaps x");
+  CHECK(message_of<moxie::ValueError>([&] { layer.forward(exec, p, in, DeviceRows<float>(p.data(), 60, 8), tape); }) ==
+        "TopKMoE::forward: y overlaps the parameters");
+  DeviceTokens<float> other_tokens(in);
+  const std::vector<std::uint8_t> mask(59, 1);
+  other_tokens.mask = mask;
+  CHECK(forward(other_tokens, out) ==
+        "TopKMoE::forward: there are 59 elements of the mask, expected one for each of 60 tokens");
+  other_tokens.mask = {};
+  other_tokens.top_k = 5;
+  CHECK(forward(other_tokens, out) == "TopKRouter::route: top_k is 5, expected at most the 4 experts");
+  other_tokens.top_k = -1;
+  CHECK(forward(other_tokens, out) == "TopKMoE::forward: top_k must not be negative");
   CHECK(moxie::test::contains(forward({in, 7}, out), "60 tokens do not divide into sequences of 7"));
   CHECK(moxie::test::contains(forward({in, 2}, out), "rounds to a capacity of 0"));
   const TopKMoE<float> wider({.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 16}});
@@ -69,10 +81,23 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   };
   Matrix<float> d = Matrix<float>::Ones(60, 8);
   const DeviceRows<float> dy(d.data(), 60, 8);
-  const std::string no_forward = "TopKMoE::backward: the tape holds no forward of this layer and these sequences";
+  const std::string no_forward = "TopKMoE::backward: the tape holds no forward of this layer, these sequences and this mask";
   CHECK(backward(in, dy, out, grads) == no_forward);
   layer.forward(exec, p, in, out, tape);
   CHECK(backward({in, 30}, dy, out, grads) == no_forward);
+  other_tokens.top_k = 0;
+  std::vector<std::uint8_t> whole(60, 1);
+  other_tokens.mask = whole;
+  CHECK(backward(other_tokens, dy, out, grads) == no_forward);
+  layer.forward(exec, p, other_tokens, out, tape);
+  CHECK(backward(in, dy, out, grads) == no_forward);
+  whole[7] = 0;
+  CHECK(backward(other_tokens, dy, out, grads) == no_forward);
+  layer.forward(exec, p, in, out, tape);
+  const auto frozen = wider.freeze(exec, other);
+  CHECK(message_of<moxie::ValueError>([&] { layer.forward(exec, frozen, in, out, tape); }) ==
+        "TopKMoE::forward: the weights were not frozen by this layer");
+  CHECK(moxie::test::contains(message_of<moxie::ShapeError>([&] { layer.freeze(exec, other); }), "another layout"));
   CHECK(backward(in, dy, dy, grads) == "TopKMoE::backward: dx overlaps x, dy or the parameters");
   CHECK(backward(in, dy, out, p) == "TopKMoE::backward: the gradients overlap what they are computed from, or dx");
   CHECK(backward(in, dy.middle_rows(0, 3), out, grads) == "TopKMoE::backward: dy is (3,8), expected (60,8)");
@@ -85,6 +110,10 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   CHECK(message_of<moxie::ShapeError>([&] {
           soft.forward(exec, soft_p, {in, 5}, out, soft_tape);
         }) == "SoftRouter::route: sequence 0 has 5 tokens, expected one for each of the 4 slots");
+  other_tokens = {in, 4};
+  other_tokens.top_k = 1;
+  CHECK(message_of<moxie::ValueError>([&] { soft.forward(exec, soft_p, other_tokens, out, soft_tape); }) ==
+        "SoftRouter::route: every token uses all slots, so there is no top_k to set");
 }
 
 TEST_CASE(
@@ -103,7 +132,7 @@ TEST_CASE(
   const DeviceRows<float> in(x.data(), 6, 4);
   const DeviceRows<float> out(y.data(), 6, 4);
   CHECK(forward(DeviceRows<float>(x.data(), 5, 4), DeviceRows<float>(x.data() + 4, 5, 4), p) ==
-        "TopKMoE::forward: y overlaps x or the parameters");
+        "TopKMoE::forward: y overlaps x");
   CHECK(forward(DeviceRows<float>(x.data(), 6, 4, 0), out, p) == "TopKMoE::forward: the rows of x overlap");
   CHECK(forward(in, DeviceRows<float>(y.data(), 6, 4, 3), p) == "TopKMoE::forward: the rows of y overlap");
   DeviceTokens<float> undivided(in);

@@ -45,26 +45,32 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
 
   const Layout& layout() const override { return layer_.layout(); }
 
-  void forward(const Scalar* p, const Scalar* x, const Sequences& sequences, const Scalar* noise, Scalar* y) override {
+  void forward(const Scalar* p, const DeviceInput<Scalar>& input, Scalar* y, bool frozen) override {
     auto& exec = device();
-    const Index tokens = sequences.tokens();
+    const Index tokens = input.sequences.tokens();
     weights_.upload(exec, p);
-    const auto in = tokens_of(x, sequences, noise);
+    const auto in = tokens_of(input);
     const cuda::DeviceRows<Scalar> out(y_.resize(exec, tokens * dim()), tokens, dim());
     exec.upload(y, out.data, tokens * dim());  // what must not be read
-    exec.reset_counts();
-    layer_.forward(exec, weights_, in, out, tape_);
+    if (frozen) {
+      const auto packed = layer_.freeze(exec, weights_);
+      weights_.set_zero(exec);  // nothing refers to these
+      exec.reset_counts();
+      layer_.forward(exec, packed, in, out, tape_);
+    } else {
+      exec.reset_counts();
+      layer_.forward(exec, weights_, in, out, tape_);
+    }
     take_cost();
     exec.read(out.data, y, tokens * dim());
   }
 
-  void backward(const Scalar* p, const Scalar* x, const Sequences& sequences, const Scalar* noise, const Scalar* dy, Scalar* dx,
-                Scalar* grads) override {
+  void backward(const Scalar* p, const DeviceInput<Scalar>& input, const Scalar* dy, Scalar* dx, Scalar* grads) override {
     auto& exec = device();
-    const Index tokens = sequences.tokens();
+    const Index tokens = input.sequences.tokens();
     weights_.upload(exec, p);
     grads_.upload(exec, grads);
-    const auto in = tokens_of(x, sequences, noise);
+    const auto in = tokens_of(input);
     const cuda::DeviceRows<Scalar> to(y_.resize(exec, tokens * dim()), tokens, dim());
     exec.upload(dx, to.data, tokens * dim());
     const cuda::DeviceRows<Scalar> from(dy_.resize(exec, tokens * dim()), tokens, dim());
@@ -87,6 +93,10 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
   DeviceRouting<Scalar> routing() override {
     DeviceRouting<Scalar> out;
     const auto& plan = tape_.plan();
+    out.tokens = plan.tokens();
+    for (Index t = 0; t < plan.tokens(); ++t) {
+      out.row.push_back(tape_.row(t));
+    }
     if constexpr (requires { plan.slots(); }) {
       read(plan.dispatch().data, plan.tokens() * plan.slots(), out.dispatch);
       read(plan.combine().data, plan.tokens() * plan.slots(), out.combine);
@@ -112,14 +122,18 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
  private:
   Index dim() const { return layer_.model_dim(); }
 
-  cuda::DeviceTokens<Scalar> tokens_of(const Scalar* x, const Sequences& sequences, const Scalar* noise) {
+  cuda::DeviceTokens<Scalar> tokens_of(const DeviceInput<Scalar>& input) {
     auto& exec = device();
-    const Index tokens = sequences.tokens();
-    exec.upload(x, x_.resize(exec, tokens * dim()), tokens * dim());
-    cuda::DeviceTokens<Scalar> in(cuda::DeviceRows<const Scalar>(x_.data(), tokens, dim()), sequences);
-    if (noise != nullptr) {
+    const Index tokens = input.sequences.tokens();
+    exec.upload(input.x, x_.resize(exec, tokens * dim()), tokens * dim());
+    cuda::DeviceTokens<Scalar> in(cuda::DeviceRows<const Scalar>(x_.data(), tokens, dim()), input.sequences);
+    in.mask = input.mask;
+    in.training = input.training;
+    in.rng = cuda::DeviceRng(input.seed, input.stream);
+    in.top_k = input.top_k;
+    if (input.noise != nullptr) {
       const Index n = tokens * layer_.router().experts();
-      exec.upload(noise, noise_.resize(exec, n), n);
+      exec.upload(input.noise, noise_.resize(exec, n), n);
       in.noise = noise_.data();
     }
     return in;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <moxie/core/sequences.hpp>
 #include <moxie/expert/config.hpp>
 #include <moxie/layer/config.hpp>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -19,9 +21,24 @@ enum class DeviceExperts { swiglu, geglu_tanh, geglu_erf, reglu, gelu_tanh, gelu
 using DeviceConfig = std::variant<TopKMoEConfig<HiddenConfig>, SharedExpertMoEConfig<HiddenConfig>,
                                   ExpertChoiceMoEConfig<HiddenConfig>, SoftMoEConfig<HiddenConfig>>;
 
-/// Where tokens went.
+/// What a layer is given, in memory of the host.
+template <class Scalar>
+struct DeviceInput {
+  const Scalar* x = nullptr;  // (T,D)
+  Sequences sequences;
+  std::span<const std::uint8_t> mask = {};
+  bool training = false;
+  std::uint64_t seed = 0;
+  std::uint64_t stream = 0;
+  const Scalar* noise = nullptr;  // (T,E)
+  Index top_k = 0;
+};
+
+/// Where tokens went; those that a mask leaves.
 template <class Scalar>
 struct DeviceRouting {
+  Index tokens = 0;
+  std::vector<Index> row;            // of each token in x
   std::vector<Index> token, expert;  // of the rows
   std::vector<Scalar> weight;
   std::vector<Index> row_of_pair, choices, places;  // of token choice
@@ -43,11 +60,10 @@ class DeviceLayer {
  public:
   virtual ~DeviceLayer() = default;
   virtual const Layout& layout() const = 0;
-  /// y (T,D) from x (T,D) and a block p; noise (T,E) or null.
-  virtual void forward(const Scalar* p, const Scalar* x, const Sequences& sequences, const Scalar* noise, Scalar* y) = 0;
+  /// y (T,D) from x (T,D) and a block p, which `freeze` packs first with `frozen`.
+  virtual void forward(const Scalar* p, const DeviceInput<Scalar>& in, Scalar* y, bool frozen = false) = 0;
   /// dx from dy; adds to the block of gradients.
-  virtual void backward(const Scalar* p, const Scalar* x, const Sequences& sequences, const Scalar* noise, const Scalar* dy,
-                        Scalar* dx, Scalar* grads) = 0;
+  virtual void backward(const Scalar* p, const DeviceInput<Scalar>& in, const Scalar* dy, Scalar* dx, Scalar* grads) = 0;
   virtual double balance_loss() = 0;
   virtual DeviceRouting<Scalar> routing() = 0;
   /// Throws if logits of the last forward were not finite, where forward itself did not.

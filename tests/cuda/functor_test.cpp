@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <moxie/core/random.hpp>
 #include <moxie/cuda/activation.hpp>
 #include <moxie/cuda/expert_choice.hpp>
 #include <moxie/cuda/soft.hpp>
@@ -21,6 +22,17 @@ using moxie::cuda::Groups;
 template <class S>
 DeviceRows<S> view(Matrix<S>& m) {
   return {m.data(), m.rows(), m.cols()};
+}
+
+TEST_CASE("random: the numbers of the CPU's streams") {
+  const moxie::Rng host = moxie::Rng(0x123456789abcdefULL, 77).split(3);
+  const moxie::cuda::DeviceRng device = moxie::cuda::DeviceRng(0x123456789abcdefULL, 77).split(3);
+  CHECK(device.seed() == host.seed());
+  CHECK(device.stream() == host.stream());
+  for (const std::uint64_t i : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{1000}, ~std::uint64_t{0}}) {
+    CHECK(device.uniform(i) == host.uniform(i));
+    CHECK(device.normal(i) == doctest::Approx(host.normal(i)).epsilon(1e-14));
+  }
 }
 
 TEST_CASE("activation: values are the CPU's, derivatives their difference quotients") {

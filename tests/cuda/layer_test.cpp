@@ -66,6 +66,8 @@ void check_same_step(const typename Host::Config& config, Tokens<typename Host::
 }
 
 const std::vector<Index> ragged{0, 5, 5, 12, 20, 24};
+const std::vector<std::uint8_t> mask{1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 255, 1, 1, 0};
+const std::vector<std::uint8_t> nothing(24, 0);
 
 template <class S>
 struct Input {
@@ -120,11 +122,20 @@ TEST_CASE_TEMPLATE("device: token choice is what the CPU computes, whatever the 
     c.balance = {.expert_level = 0.3};
   }
   SUBCASE("capacity by weight") { c.capacity = {.factor = 0.5, .priority = moxie::Priority::weight}; }
-  SUBCASE("Switch: one expert, with room") {
+  Tokens<S> in = input.tokens();
+  SUBCASE("Switch: one expert, with room, jitter") {
     c.top_k = 1;
     c.capacity = {.factor = 1.25};
+    c.noise = {.jitter = 0.2};
+    in.training = true;
+    in.rng = Rng(7, 1);
   }
-  check_same_step<Layer>(c, input.tokens(), tolerance);
+  SUBCASE("another K for this call, with room") {
+    in.top_k = 3;
+    c.capacity = {.factor = 0.6};
+    c.balance = {.expert_level = 0.3};
+  }
+  check_same_step<Layer>(c, in, tolerance);
 }
 
 TEST_CASE("device: noise on the logits, and the losses that look at it") {
@@ -138,8 +149,19 @@ TEST_CASE("device: noise on the logits, and the losses that look at it") {
                                    .expert = {.hidden_dim = 10},
                                    .balance = {.importance = 0.3, .load = 0.5, .z = 0.1},
                                    .noise = {.logits = 2}};
+  const Matrix<double> given = moxie::random_normal<double>(24, 6, Rng(6));
   SUBCASE("softmax") {}
   SUBCASE("sigmoid") { c.score = moxie::Score::sigmoid; }
+  SUBCASE("noise that is given") { in.noise = given; }
+  SUBCASE("jitter too, and a mask") {
+    c.noise.jitter = 0.3;
+    in.mask = mask;
+  }
+  SUBCASE("noise that is given, and a mask") {
+    in.noise = given;
+    in.mask = mask;
+  }
+  SUBCASE("no training") { in.training = false; }
   check_same_step<moxie::TopKMoE<double>>(c, in, 1e-11);
 }
 
@@ -210,6 +232,74 @@ TEST_CASE("device: products of BFloat16 are within a hundredth of those of float
       {.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 16}}, input.tokens(), 0.02);
 }
 
+TEST_CASE_TEMPLATE("device: masked tokens take no part, in any layer", S, float, double) {
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
+  Input<S> input;
+  for (std::size_t t = 0; t < mask.size(); ++t) {
+    if (mask[t] == 0) {
+      input.x.row(Index(t)).setConstant(std::numeric_limits<S>::quiet_NaN());
+    }
+  }
+  const auto check = [&]<class Layer>(std::type_identity<Layer>, typename Layer::Config config) {
+    for (const auto* m : {&mask, &nothing}) {
+      Tokens<S> in = input.tokens();
+      in.mask = *m;
+      check_same_step<Layer>(config, in, tolerance);
+    }
+  };
+  check(std::type_identity<moxie::TopKMoE<S>>(), {.model_dim = 8,
+                                                  .experts = 6,
+                                                  .top_k = 2,
+                                                  .expert = {.hidden_dim = 10},
+                                                  .balance = {.expert_level = 0.1, .sequence_level = 0.2, .z = 0.1},
+                                                  .capacity = {.factor = 0.6}});
+  check(std::type_identity<moxie::SharedExpertMoE<S>>(),
+        {.model_dim = 8, .experts = 5, .top_k = 2, .expert = {.hidden_dim = 10}, .shared = {.hidden_dim = 12}});
+  check(std::type_identity<moxie::ExpertChoiceMoE<S>>(),
+        {.model_dim = 8, .experts = 4, .expert = {.hidden_dim = 10}, .capacity = {.factor = 2}});
+  check(std::type_identity<moxie::SoftMoE<S>>(),
+        {.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 10}});
+}
+
+TEST_CASE("device: frozen weights give the same bits, and a tape without a backward") {
+  const Input<float> input;
+  const auto check = [&](auto layer, bool masked) {
+    layer.initialize(Rng(3));
+    moxie::test::randomize(layer.parameters(), 8, 0.3);
+    Tokens<float> in = input.tokens();
+    if (masked) {
+      in.mask = mask;
+    }
+    Matrix<float> y(24, 8), frozen(24, 8), dx(24, 8);
+    auto tape = layer.make_tape();
+    layer.forward(in, y, tape);
+    const auto launches = tape.device().cost().launches;
+    layer.forward(layer.parameters(), in, frozen, tape, {}, true);
+    CHECK(tape.device().cost().launches <= launches);
+    CHECK(frozen == y);
+    CHECK(y.cwiseAbs().maxCoeff() > 0);
+    auto grads = layer.parameters().zeros_like();
+    CHECK(
+        moxie::test::contains(moxie::test::message_of<moxie::ValueError>([&] { layer.backward(in, input.x, dx, grads, tape); }),
+                              "the tape holds no forward of this layer"));
+  };
+  using moxie::BFloat16;
+  check(OnDevice<moxie::TopKMoE<float>>({.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 10}}), true);
+  check(OnDevice<moxie::TopKMoE<float, moxie::SwiGluExperts<float, BFloat16>>>(
+            {.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 10}}),
+        false);
+  check(OnDevice<moxie::SharedExpertMoE<float, moxie::GeluTanhExperts<float, BFloat16>>>(
+            {.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 10}, .shared = {.hidden_dim = 12}}),
+        false);
+  check(OnDevice<moxie::SharedExpertMoE<float, moxie::GeluTanhExperts<float>>>(
+            {.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 10}, .shared = {.hidden_dim = 12}}),
+        true);
+  check(OnDevice<moxie::ExpertChoiceMoE<float>>({.model_dim = 8, .experts = 4, .expert = {.hidden_dim = 10}}), false);
+  check(OnDevice<moxie::SoftMoE<float, moxie::GeluTanhExperts<float, BFloat16>>>(
+            {.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 10}}),
+        true);
+}
+
 template <class Host>
 void check_laws_and_gradients(const typename Host::Config& config, bool permute = true) {
   OnDevice<Host> layer(config);
@@ -225,6 +315,7 @@ void check_laws_and_gradients(const typename Host::Config& config, bool permute 
   laws.push_back(moxie::testing::bits_do_not_depend_on_threads(layer, in, dy));
   laws.push_back(moxie::testing::backward_is_linear(layer, in));
   laws.push_back(moxie::testing::backward_overwrites_dx_and_adds_to_gradients(layer, in, dy));
+  laws.push_back(moxie::testing::masked_tokens_change_nothing(layer, in, dy));
   if (permute) {
     laws.push_back(moxie::testing::permuting_tokens_permutes_outputs(layer, in, dy));
   }

@@ -78,6 +78,7 @@ class OnDevice {
     const Plan& plan() const { return plan_; }
     const Router& router() const { return router_; }
     double balance_loss() const { return balance_loss_; }
+    Index row(Index token) const { return rows_[std::size_t(token)]; }
     DeviceLayer<Scalar>& device() const { return *device_; }
 
    private:
@@ -85,6 +86,7 @@ class OnDevice {
     std::shared_ptr<DeviceLayer<Scalar>> device_;
     Plan plan_;
     Router router_;
+    std::vector<Index> rows_;
     double balance_loss_ = 0;
   };
   Tape make_tape(Index /*max_tokens*/ = 0, Keep /*keep*/ = Keep::activations) const {
@@ -100,11 +102,10 @@ class OnDevice {
     forward(parameters(), in, y, tape, exec);
   }
   void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
-               const Exec& /*exec*/ = {}) const {
-    const Matrix<Scalar> x = in.x.eigen();
-    const Matrix<Scalar> noise = noise_of(in);
+               const Exec& /*exec*/ = {}, bool frozen = false) const {
+    const Input input(in);
     Matrix<Scalar> out = y.eigen();
-    tape.device_->forward(p.data(), x.data(), in.sequences, noise.size() == 0 ? nullptr : noise.data(), out.data());
+    tape.device_->forward(p.data(), input.numbers, out.data(), frozen);
     tape.device_->expect_finite();
     y.eigen() = out;
     tape.balance_loss_ = tape.device_->balance_loss();
@@ -118,42 +119,50 @@ class OnDevice {
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
                 const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape,
                 const Exec& /*exec*/ = {}) const {
-    const Matrix<Scalar> x = in.x.eigen();
-    const Matrix<Scalar> noise = noise_of(in);
+    const Input input(in);
     const Matrix<Scalar> from = dy.eigen();
     Matrix<Scalar> dx = din.x.eigen();
-    tape.device_->backward(p.data(), x.data(), in.sequences, noise.size() == 0 ? nullptr : noise.data(), from.data(), dx.data(),
-                           grads.data());
+    tape.device_->backward(p.data(), input.numbers, from.data(), dx.data(), grads.data());
     din.x.eigen() = dx;
   }
 
  private:
-  /// The noise that is given, or that the CPU's gate would draw.
-  Matrix<Scalar> noise_of(const Tokens<Scalar>& in) const {
-    Matrix<Scalar> noise;
-    if constexpr (requires { host_.router().config().noise; }) {
-      if (in.training && host_.router().config().noise.logits > 0) {
-        noise.resize(in.count(), host_.router().experts());
-        const Rng rng = in.rng.split(1);
-        for (Index i = 0; i < noise.size(); ++i) {
-          noise.data()[i] =
-              in.noise.rows() != 0 ? in.noise(i / noise.cols(), i % noise.cols()) : Scalar(rng.normal(std::uint64_t(i)));
-        }
-      }
+  /// The same tokens as rows without gaps.
+  struct Input {
+    Matrix<Scalar> x, noise;
+    DeviceInput<Scalar> numbers;
+
+    explicit Input(const Tokens<Scalar>& in) : x(in.x.eigen()), noise(in.noise.eigen()) {
+      numbers = {.x = x.data(),
+                 .sequences = in.sequences,
+                 .mask = in.mask,
+                 .training = in.training,
+                 .seed = in.rng.seed(),
+                 .stream = in.rng.stream(),
+                 .noise = noise.size() == 0 ? nullptr : noise.data(),
+                 .top_k = in.top_k};
     }
-    return noise;
-  }
+  };
 
   /// Plan and routing as the CPU has them.
   void look(const Tokens<Scalar>& in, Tape& tape) const {
     const DeviceRouting<Scalar> seen = tape.device_->routing();
     const Index experts = host_.router().experts();
+    tape.rows_ = seen.row;
+    std::vector<Index> starts{0};  // of what the mask leaves
+    in.sequences.for_each([&](Index, Index begin, Index end) {
+      starts.push_back(starts.back());
+      for (Index t = begin; t < end; ++t) {
+        starts.back() += in.mask.empty() || in.mask[std::size_t(t)] != 0 ? 1 : 0;
+      }
+    });
+    const Sequences sequences = Sequences(starts).over(seen.tokens);
     if constexpr (requires { tape.plan_.slots(); }) {
-      tape.plan_.resize(in.sequences, experts, host_.router().slots() / experts);
+      tape.plan_.resize(sequences, experts, host_.router().slots() / experts);
       std::copy(seen.dispatch.begin(), seen.dispatch.end(), tape.plan_.dispatch().data());
       std::copy(seen.combine.begin(), seen.combine.end(), tape.plan_.combine().data());
     } else {
-      tape.router_.all_scores = Eigen::Map<const Matrix<Scalar>>(seen.scores.data(), in.count(), experts);
+      tape.router_.all_scores = Eigen::Map<const Matrix<Scalar>>(seen.scores.data(), seen.tokens, experts);
       tape.router_.all_choices = seen.choices;
       tape.router_.all_places = seen.places;
       std::vector<Index> expert, token;
@@ -165,13 +174,13 @@ class OnDevice {
       };
       if constexpr (requires { host_.router().config().top_k; }) {
         for (std::size_t p = 0; p < seen.row_of_pair.size(); ++p) {
-          propose(Index(p) / host_.router().config().top_k, seen.row_of_pair[p]);
+          propose(Index(p) * seen.tokens / Index(seen.row_of_pair.size()), seen.row_of_pair[p]);
         }
       } else {
         // Pairs count sequences, then experts; rows count experts, then sequences.
         const Index rows = Index(seen.token.size()) / experts;
         Index first = 0;
-        in.sequences.for_each([&](Index, Index begin, Index end) {
+        sequences.for_each([&](Index, Index begin, Index end) {
           const Index room = host_.router().capacity(end - begin);
           for (Index e = 0; e < experts; ++e) {
             for (Index row = e * rows + first; row < e * rows + first + room; ++row) {
@@ -183,7 +192,7 @@ class OnDevice {
         });
       }
       tape.plan_.build(
-          in.count(), experts, [&](Index p) { return token[std::size_t(p)]; }, expert, weight);
+          seen.tokens, experts, [&](Index p) { return token[std::size_t(p)]; }, expert, weight);
     }
   }
 

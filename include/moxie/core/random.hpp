@@ -21,6 +21,9 @@ class Rng {
 
   explicit Rng(std::uint64_t seed, std::uint64_t stream = 0) : seed_(seed), stream_(stream) {}
 
+  std::uint64_t seed() const { return seed_; }
+  std::uint64_t stream() const { return stream_; }
+
   /// The stream of a child: the same seed, a stream that depends on this one and on `key`.
   Rng split(std::uint64_t key) const { return Rng(seed_, mix(stream_ + mix(key + 1))); }
 

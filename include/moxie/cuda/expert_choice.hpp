@@ -75,7 +75,7 @@ struct SoftmaxBackwardRow {
   MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const { softmax_backward(s.row(t), ds.row(t), s.cols, lanes); }
 };
 
-/// `moxie::ExpertChoiceRouter` on the device: the same options but jitter. The rows of an expert are sorted by sequence, then
+/// `moxie::ExpertChoiceRouter` on the device: the same options. The rows of an expert are sorted by sequence, then
 /// by score. Nothing waits for the device, so that logits that are not finite are only known when `Tape::expect_finite` asks.
 template <class Scalar_>
 class ExpertChoiceRouter {
@@ -95,30 +95,34 @@ class ExpertChoiceRouter {
 
    private:
     friend class ExpertChoiceRouter;
-    DeviceBuffer<Scalar> scores_, noisy_;
+    typename Gate<Scalar>::Tape gate_;
+    DeviceBuffer<Scalar> scores_;
     detail::LogitStatus status_;
     std::vector<int> firsts_;  // the first of an expert's rows in each sequence
     std::vector<int> starts_;
     DeviceBuffer<int> first_;
   };
 
-  /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws, and ValueError for jitter.
+  /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
   explicit ExpertChoiceRouter(const Config& config)
-      : config_((config.expect_valid("ExpertChoiceRouter"), config)), layout_(config.layout()) {
-    detail::expect_no_jitter("ExpertChoiceRouter", config.noise);
-  }
+      : config_((config.expect_valid("ExpertChoiceRouter"), config)),
+        layout_(config.layout()),
+        gate_(config.model_dim, config.experts, config.noise) {}
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
 
+  /// Throws ValueError for `in.top_k`, which experts do not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
              Tape& tape) const {
+    constexpr std::string_view where = "ExpertChoiceRouter::route";
+    detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
     const Index tokens = in.count();
     const Index experts = config_.experts;
-    const Index n = detail::to_index("ExpertChoiceRouter::route", tokens * experts);
-    detail::to_index("ExpertChoiceRouter::route", sequences.count() * experts);
+    const Index n = detail::to_index(where, tokens * experts);
+    detail::to_index(where, sequences.count() * experts);
     std::vector<int> firsts{0};
     for (Index b = 0; b < sequences.count(); ++b) {
       firsts.push_back(firsts.back() + int(config_.room(sequences.groups().rows(b))));
@@ -133,12 +137,10 @@ class ExpertChoiceRouter {
       tape.starts_.push_back(int(e) * firsts.back());
     }
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> z(exec.scratch<Scalar>(n), tokens, experts);
     const DeviceRows<Scalar> s(tape.scores_.resize(exec, n), tokens, experts);
-    int* status = tape.status_.reset(exec);
-    detail::gate_logits(exec, in, p, z);
-    exec.for_each_row(tokens,
-                      SoftmaxRow<Scalar>{detail::with_noise(exec, config_.noise, in, z, tape.noisy_), s, nullptr, status});
+    int* status = tape.status_.reset(exec, in);
+    gate_.forward(exec, p, in, tape.gate_);
+    exec.for_each_row(tokens, SoftmaxRow<Scalar>{tape.gate_.noisy_logits(), s, nullptr, status});
     // By score, then by expert and sequence: a stable sort keeps the scores' order.
     Scalar* score = exec.scratch<Scalar>(n);
     int* place = exec.scratch<int>(n);
@@ -162,12 +164,13 @@ class ExpertChoiceRouter {
     exec.zero(dz.data, tokens * config_.experts);
     exec.for_each(plan.rows(), detail::ScatterWeight<Scalar>{plan.token(), plan.expert(), dweight, dz});
     exec.for_each_row(tokens, SoftmaxBackwardRow<Scalar>{DeviceRows<const Scalar>(tape.scores(), tokens, config_.experts), dz});
-    detail::gate_backward<Scalar>(exec, in, p, dz, dx, grads);
+    gate_.backward(exec, p, in, dz, dx, grads, tape.gate_);
   }
 
  private:
   Config config_;
   Layout layout_;
+  Gate<Scalar> gate_;
 };
 
 }  // namespace MOXIE_CUDA_BACKEND

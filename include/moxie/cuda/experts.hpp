@@ -54,6 +54,15 @@ struct Convert {
   To* to;
   MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = To(from[i]); }
 };
+/// A vector of each expert, from equal distances to one after the other.
+template <class T>
+struct CopyVectors {
+  const T* from;
+  Index distance;
+  Index size;
+  T* to;
+  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = from[i / size * distance + i % size]; }
+};
 /// A block as Elements: itself, or rounded into scratch.
 template <class Element, class Scalar>
 const Element* as_elements(DeviceExec& exec, const Scalar* block, Index size) {
@@ -128,31 +137,25 @@ class GluExperts {
   Index model_dim() const { return down_.rows; }
   Index hidden_dim() const { return hidden_; }
 
+  /// Weights as products read them: half the memory with BFloat16.
+  class Frozen {
+    friend class GluExperts;
+    DeviceBuffer<Element> weights_;
+  };
+  Frozen freeze(DeviceExec& exec, const Scalar* p) const {
+    Frozen frozen;
+    exec.for_each(layout_.size(), detail::Convert<Scalar, Element>{p, frozen.weights_.resize(exec, layout_.size())});
+    return frozen;
+  }
+
   /// h (R,D) of the rows, overwritten.
   void forward(DeviceExec& exec, const Scalar* p, const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
-    const Index rows = in.count();
     const DeviceExec::Frame frame(exec);
-    const Element* weights = detail::as_elements<Element>(exec, p, layout_.size());
-    const DeviceRows<const Element> x = detail::gathered(exec, in, tape);
-    const DeviceRows<Element> gate_up(tape.before.resize(exec, rows * 2 * hidden_, in.room() * 2 * hidden_), rows, 2 * hidden_);
-    for_each_half(gate_up, [&](const detail::BankTensor& weight, DeviceRows<Element> part) {
-      multiply<Element, Element>(exec, in.groups,
-                                 {.m = of_group,
-                                  .n = part.cols,
-                                  .k = model_dim(),
-                                  .a = rows_of(x),
-                                  .b = weight.series(weights, true),
-                                  .c = rows_of(part)});
-    });
-    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
-    exec.for_each_row(rows, GluRow<Activation, Element>{gate_up, hidden});
-    multiply<Element, Scalar>(exec, in.groups,
-                              {.m = of_group,
-                               .n = model_dim(),
-                               .k = hidden_,
-                               .a = rows_of(DeviceRows<const Element>(hidden)),
-                               .b = down_.series(weights, true),
-                               .c = rows_of(h)});
+    run(exec, detail::as_elements<Element>(exec, p, layout_.size()), in, h, tape);
+  }
+  /// The same bits. Nothing for a backward: the tape is scratch.
+  void forward(DeviceExec& exec, const Frozen& frozen, const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
+    run(exec, frozen.weights_.data(), in, h, tape);
   }
 
   /// drows (R,D), overwritten; gradients of the parameters are added. From the dh (R,D) of a forward's h, and its tape.
@@ -204,6 +207,31 @@ class GluExperts {
  private:
   static constexpr Index of_group = Product<Element, Scalar>::of_group;
 
+  void run(DeviceExec& exec, const Element* weights, const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
+    const Index rows = in.count();
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<const Element> x = detail::gathered(exec, in, tape);
+    const DeviceRows<Element> gate_up(tape.before.resize(exec, rows * 2 * hidden_, in.room() * 2 * hidden_), rows, 2 * hidden_);
+    for_each_half(gate_up, [&](const detail::BankTensor& weight, DeviceRows<Element> part) {
+      multiply<Element, Element>(exec, in.groups,
+                                 {.m = of_group,
+                                  .n = part.cols,
+                                  .k = model_dim(),
+                                  .a = rows_of(x),
+                                  .b = weight.series(weights, true),
+                                  .c = rows_of(part)});
+    });
+    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
+    exec.for_each_row(rows, GluRow<Activation, Element>{gate_up, hidden});
+    multiply<Element, Scalar>(exec, in.groups,
+                              {.m = of_group,
+                               .n = model_dim(),
+                               .k = hidden_,
+                               .a = rows_of(DeviceRows<const Element>(hidden)),
+                               .b = down_.series(weights, true),
+                               .c = rows_of(h)});
+  }
+
   /// Gate and up as one matrix where they touch, else one after the other.
   template <class F>
   void for_each_half(DeviceRows<Element> both, const F& f) const {
@@ -246,25 +274,32 @@ class MlpExperts {
   Index model_dim() const { return fc2_.rows; }
   Index hidden_dim() const { return hidden_; }
 
+  /// Weights as products read them, and biases as they are.
+  class Frozen {
+    friend class MlpExperts;
+    DeviceBuffer<Element> weights_;
+    DeviceBuffer<Scalar> bias1_, bias2_;
+  };
+  Frozen freeze(DeviceExec& exec, const Scalar* p) const {
+    Frozen frozen;
+    exec.for_each(layout_.size(), detail::Convert<Scalar, Element>{p, frozen.weights_.resize(exec, layout_.size())});
+    const auto copy = [&](const detail::BankTensor& bias, Index size, DeviceBuffer<Scalar>& to) {
+      exec.for_each(experts_ * size,
+                    detail::CopyVectors<Scalar>{p + bias.offset, bias.distance, size, to.resize(exec, experts_ * size)});
+    };
+    copy(bias1_, hidden_, frozen.bias1_);
+    copy(bias2_, model_dim(), frozen.bias2_);
+    return frozen;
+  }
+
   void forward(DeviceExec& exec, const Scalar* p, const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
-    const Index rows = in.count();
     const DeviceExec::Frame frame(exec);
-    const Element* weights = detail::as_elements<Element>(exec, p, layout_.size());
-    const DeviceRows<const Element> x = detail::gathered(exec, in, tape);
-    const DeviceRows<Element> a(tape.before.resize(exec, rows * hidden_, in.room() * hidden_), rows, hidden_);
-    multiply<Element, Element>(
-        exec, in.groups,
-        {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(x), .b = fc1_.series(weights, true), .c = rows_of(a)});
-    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
-    exec.for_each_row(rows, MlpRow<Activation, Element, Scalar>{a, bias_of_row(p, bias1_, in), hidden});
-    multiply<Element, Scalar>(exec, in.groups,
-                              {.m = of_group,
-                               .n = model_dim(),
-                               .k = hidden_,
-                               .a = rows_of(DeviceRows<const Element>(hidden)),
-                               .b = fc2_.series(weights, true),
-                               .c = rows_of(h)});
-    exec.for_each_row(rows, AddBiasRow<Scalar>{h, bias_of_row(p, bias2_, in)});
+    run(exec, detail::as_elements<Element>(exec, p, layout_.size()), {p + bias1_.offset, bias1_.distance, in.expert},
+        {p + bias2_.offset, bias2_.distance, in.expert}, in, h, tape);
+  }
+  void forward(DeviceExec& exec, const Frozen& frozen, const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
+    run(exec, frozen.weights_.data(), {frozen.bias1_.data(), hidden_, in.expert},
+        {frozen.bias2_.data(), model_dim(), in.expert}, in, h, tape);
   }
 
   void backward(DeviceExec& exec, const Scalar* p, const GroupedRows<Scalar>& in, DeviceRows<const Element> dh,
@@ -311,8 +346,25 @@ class MlpExperts {
  private:
   static constexpr Index of_group = Product<Element, Scalar>::of_group;
 
-  static BiasOfRow<const Scalar> bias_of_row(const Scalar* p, const detail::BankTensor& bias, const GroupedRows<Scalar>& in) {
-    return {p + bias.offset, bias.distance, in.expert};
+  void run(DeviceExec& exec, const Element* weights, const BiasOfRow<const Scalar>& bias1, const BiasOfRow<const Scalar>& bias2,
+           const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
+    const Index rows = in.count();
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<const Element> x = detail::gathered(exec, in, tape);
+    const DeviceRows<Element> a(tape.before.resize(exec, rows * hidden_, in.room() * hidden_), rows, hidden_);
+    multiply<Element, Element>(
+        exec, in.groups,
+        {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(x), .b = fc1_.series(weights, true), .c = rows_of(a)});
+    const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
+    exec.for_each_row(rows, MlpRow<Activation, Element, Scalar>{a, bias1, hidden});
+    multiply<Element, Scalar>(exec, in.groups,
+                              {.m = of_group,
+                               .n = model_dim(),
+                               .k = hidden_,
+                               .a = rows_of(DeviceRows<const Element>(hidden)),
+                               .b = fc2_.series(weights, true),
+                               .c = rows_of(h)});
+    exec.for_each_row(rows, AddBiasRow<Scalar>{h, bias2});
   }
 
   Index experts_;

@@ -28,6 +28,21 @@ struct GatherRow {
   }
 };
 
+/// Back to where a gather took rows from: to_t = from_i, i = place[t]; zeros where there is none, below 0.
+template <class Scalar>
+struct RestoreRow {
+  DeviceRows<const Scalar> from;
+  const int* place;
+  DeviceRows<Scalar> to;
+
+  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+    const Index i = place[t];
+    for (Index d = lanes.first(); d < to.cols; d += lanes.step()) {
+      to(t, d) = i < 0 ? Scalar(0) : from(i, d);
+    }
+  }
+};
+
 /// The rows of every token, in the order of combine's sum: K a token, of which -1 are none, or as many as the starts say.
 struct TokenRows {
   const int* rows = nullptr;

@@ -77,12 +77,25 @@ class Moe {
    public:
     const Plan& plan() const { return plan_; }
     const typename Router_::Tape& router() const { return router_; }
+    /// Where token t of the plan stands in x: with a mask, those that it leaves are numbered without gaps.
+    Index row(Index token) const { return masked_ ? unmasked_.rows()[std::size_t(token)] : token; }
     /// The balance losses of the last forward, weighted. `backward` adds their gradient. Waits for the device.
     double balance_loss(DeviceExec& exec) const { return router_.balance_loss(exec); }
 
    private:
     friend class Moe;
+    /// Whether the forward was of that division and mask.
+    bool is_of(const DeviceTokens<Scalar>& in) const {
+      if (masked_ || !in.mask.empty()) {
+        return masked_ && unmasked_.are_of(in.mask, in.sequences);
+      }
+      return sequences_ == in.sequences;
+    }
+
     std::shared_ptr<const Layout> layer_;  // that a forward was of
+    bool masked_ = false;
+    UnmaskedTokens unmasked_;
+    DeviceBuffer<Scalar> unmasked_x_, unmasked_noise_;
     DeviceSequences sequences_;
     DeviceSequences whole_;  // all tokens as the rows of one expert
     Plan plan_;
@@ -90,6 +103,16 @@ class Moe {
     typename Experts_::Tape experts_, shared_;
     DeviceBuffer<Scalar> h_;      // what the experts made of the rows; of slots in the order of sequences
     DeviceBuffer<Scalar> slots_;  // X̃, in the same order
+  };
+
+  /// The layer for inference: parameters of the device in the form that products read, of which the bank's take half the memory
+  /// with BFloat16. It refers to no block.
+  class Frozen {
+    friend class Moe;
+    std::shared_ptr<const Layout> layer_;
+    DeviceBuffer<Scalar> router_;
+    typename Experts_::Frozen experts_;
+    std::optional<typename Experts_::Frozen> shared_;
   };
 
   /// Throws ValueError if the parts differ in experts or width.
@@ -118,38 +141,44 @@ class Moe {
   const Layout& layout() const { return *layout_; }
   Tape make_tape() const { return {}; }
 
-  /// y (T,D) from x (T,D), overwritten. T = 0 is legal.
+  /// y (T,D) from x (T,D), overwritten. T = 0 is legal. Rows of y that are masked become 0.
   ///
   /// Throws ShapeError for other shapes or parameters, ValueError if y overlaps x or the parameters, or rows overlap, and with
   /// token choice if a logit is not finite, before y is written. CudaError where a call fails.
   void forward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
                DeviceRows<Scalar> y, Tape& tape) const {
     const std::string where = name_ + "::forward";
-    detail::expect_tokens(where, in, model_dim());
-    expect_rows(where, "x", in.x, in);
-    expect_rows(where, "y", y, in);
     expect_layout(where, parameters);
-    expect_apart(where, "y overlaps x or the parameters", y.extent(), {in.x.extent(), memory_of(parameters)});
-    tape.layer_ = nullptr;
-    const Scalar* p = parameters.data();
-    tape.sequences_.set(exec, in.sequences);
-    router_.route(exec, p + router_offset_, in, tape.sequences_, tape.plan_, tape.router_);
-    if (shared_) {
-      tape.whole_.set(exec, Sequences().over(in.count()));
-      if (in.count() > 0) {
-        shared_->forward(exec, p + shared_offset_, {tape.whole_.groups(), in.x}, y, tape.shared_);
-      }
-    }
-    run_experts(exec, p + experts_offset_, in, y, tape);
+    expect_apart(where, "y overlaps the parameters", y.extent(), {memory_of(parameters)});
+    run_checked(exec, parameters.data(), in, y, tape);
     tape.layer_ = layout_;
   }
 
+  /// Packs parameters for any number of forwards without a backward.
+  Frozen freeze(DeviceExec& exec, const DeviceParameters<Scalar>& parameters) const {
+    expect_layout(name_ + "::freeze", parameters);
+    Frozen frozen;
+    const Scalar* p = parameters.data();
+    exec.copy(p + router_offset_, frozen.router_.resize(exec, router_.layout().size()), router_.layout().size());
+    frozen.experts_ = experts_.freeze(exec, p + experts_offset_);
+    if (shared_) {
+      frozen.shared_ = shared_->freeze(exec, p + shared_offset_);
+    }
+    frozen.layer_ = layout_;
+    return frozen;
+  }
+  /// The same y as with the parameters that were frozen, bit for bit. The tape holds the plan, and nothing for a backward.
+  void forward(DeviceExec& exec, const Frozen& frozen, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
+    detail::expect_value(frozen.layer_ == layout_, name_ + "::forward", "the weights were not frozen by this layer");
+    run_checked(exec, frozen, in, y, tape);
+  }
+
   /// From the x of a forward and its tape: overwrites dx (T,D), adds to the gradients of all parameters: of ⟨y, dy⟩ +
-  /// balance_loss.
+  /// balance_loss. Rows of dx that are masked become 0.
   ///
-  /// Throws ShapeError for other shapes, parameters or gradients, ValueError if the tape holds no forward of this layer and
-  /// sequences, rows overlap, or what is written overlaps what is read, before anything is written. CudaError where a call
-  /// fails.
+  /// Throws ShapeError for other shapes, parameters or gradients, ValueError if the tape holds no forward of this layer,
+  /// sequences and mask, rows overlap, or what is written overlaps what is read, before anything is written. CudaError where a
+  /// call fails.
   void backward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
                 DeviceRows<const Scalar> dy, DeviceRows<Scalar> dx, DeviceParameters<Scalar>& grads, const Tape& tape) const {
     const std::string where = name_ + "::backward";
@@ -159,19 +188,22 @@ class Moe {
     expect_rows(where, "x", in.x, in);
     expect_layout(where, parameters);
     expect_layout(where, grads);
-    detail::expect_value(tape.layer_ == layout_ && tape.sequences_ == in.sequences, where,
-                         "the tape holds no forward of this layer and these sequences");
+    detail::expect_value(tape.layer_ == layout_ && tape.is_of(in), where,
+                         "the tape holds no forward of this layer, these sequences and this mask");
     expect_apart(where, "dx overlaps x, dy or the parameters", dx.extent(),
                  {in.x.extent(), dy.extent(), memory_of(parameters)});
     expect_apart(where, "the gradients overlap what they are computed from, or dx", memory_of(grads),
                  {in.x.extent(), dy.extent(), dx.extent(), memory_of(parameters)});
-    const Scalar* p = parameters.data();
-    const DeviceExec::Frame frame(exec);
-    if (shared_ && in.count() > 0) {
-      shared_->backward(exec, p + shared_offset_, {tape.whole_.groups(), in.x}, elements(exec, dy), dx,
-                        grads.data() + shared_offset_, tape.shared_);
+    if (!tape.masked_) {
+      run_backward(exec, parameters.data(), in, dy, dx, grads.data(), tape);
+      return;
     }
-    run_experts_backward(exec, p, in, dy, dx, grads.data(), tape);
+    const DeviceExec::Frame frame(exec);
+    const DeviceTokens<Scalar> part = unmasked_tokens(in, tape);
+    const DeviceRows<Scalar> dx_part(exec.scratch<Scalar>(part.count() * model_dim()), part.count(), model_dim());
+    run_backward(exec, parameters.data(), part, gather<Scalar>(exec, dy, tape.unmasked_.device_rows(), part.count()), dx_part,
+                 grads.data(), tape);
+    exec.for_each_row(in.count(), RestoreRow<Scalar>{dx_part, tape.unmasked_.device_place(), dx});
   }
 
  private:
@@ -201,18 +233,90 @@ class Moe {
     }
   }
 
+  // The parts of a block of parameters, or of a frozen one.
+  const Scalar* router_part(const Scalar* p) const { return p + router_offset_; }
+  const Scalar* experts_part(const Scalar* p) const { return p + experts_offset_; }
+  const Scalar* shared_part(const Scalar* p) const { return p + shared_offset_; }
+  const Scalar* router_part(const Frozen& frozen) const { return frozen.router_.data(); }
+  const auto& experts_part(const Frozen& frozen) const { return frozen.experts_; }
+  const auto& shared_part(const Frozen& frozen) const { return *frozen.shared_; }
+
+  /// Checks all but the weights, leaves masked tokens out, and runs; after a failure and afterwards the tape has no forward.
+  template <class Weights>
+  void run_checked(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y,
+                   Tape& tape) const {
+    const std::string where = name_ + "::forward";
+    detail::expect_tokens(where, in, model_dim());
+    expect_rows(where, "x", in.x, in);
+    expect_rows(where, "y", y, in);
+    expect_apart(where, "y overlaps x", y.extent(), {in.x.extent()});
+    tape.layer_ = nullptr;
+    tape.masked_ = !in.mask.empty();
+    if (!tape.masked_) {
+      run(exec, weights, in, y, tape);
+      return;
+    }
+    tape.unmasked_.set(exec, in.mask, in.sequences);
+    const Index count = tape.unmasked_.count();
+    const auto take = [&](DeviceRows<const Scalar> from, DeviceBuffer<Scalar>& buffer) {
+      const DeviceRows<Scalar> to(buffer.resize(exec, count * from.cols, in.count() * from.cols), count, from.cols);
+      exec.for_each_row(count, GatherRow<Scalar, Scalar>{from, tape.unmasked_.device_rows(), to});
+    };
+    take(in.x, tape.unmasked_x_);
+    if (in.noise != nullptr) {
+      take({in.noise, in.count(), router_.experts()}, tape.unmasked_noise_);
+    }
+    const DeviceTokens<Scalar> part = unmasked_tokens(in, tape);
+    const DeviceExec::Frame frame(exec);
+    const DeviceRows<Scalar> y_part(exec.scratch<Scalar>(part.count() * model_dim()), part.count(), model_dim());
+    run(exec, weights, part, y_part, tape);
+    exec.for_each_row(in.count(), RestoreRow<Scalar>{y_part, tape.unmasked_.device_place(), y});
+  }
+  /// What a mask leaves of the tokens of a forward.
+  DeviceTokens<Scalar> unmasked_tokens(const DeviceTokens<Scalar>& in, const Tape& tape) const {
+    DeviceTokens<Scalar> out = in;
+    out.x = {tape.unmasked_x_.data(), tape.unmasked_.count(), model_dim()};
+    out.sequences = tape.unmasked_.sequences();
+    out.mask = {};
+    out.rows = tape.unmasked_.rows();
+    out.noise = in.noise == nullptr ? nullptr : tape.unmasked_noise_.data();
+    return out;
+  }
+  /// The three steps, over tokens that are not masked; the arguments have been checked.
+  template <class Weights>
+  void run(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
+    tape.sequences_.set(exec, in.sequences);
+    router_.route(exec, router_part(weights), in, tape.sequences_, tape.plan_, tape.router_);
+    if (shared_) {
+      tape.whole_.set(exec, Sequences().over(in.count()));
+      if (in.count() > 0) {
+        shared_->forward(exec, shared_part(weights), {tape.whole_.groups(), in.x}, y, tape.shared_);
+      }
+    }
+    run_experts(exec, experts_part(weights), in, y, tape);
+  }
+  void run_backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dy,
+                    DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+    const DeviceExec::Frame frame(exec);
+    if (shared_ && in.count() > 0) {
+      shared_->backward(exec, shared_part(p), {tape.whole_.groups(), in.x}, elements(exec, dy), dx, grads + shared_offset_,
+                        tape.shared_);
+    }
+    run_experts_backward(exec, p, in, dy, dx, grads, tape);
+  }
+
   /// Rows as products read them.
   static DeviceRows<const Element> elements(DeviceExec& exec, DeviceRows<const Scalar> m) {
     if constexpr (std::is_same_v<Element, Scalar>) {
       return m;
     } else {
-      return gather<Element>(exec, m, nullptr);
+      return gather<Element>(exec, m, nullptr, m.rows);
     }
   }
   template <class To>
-  static DeviceRows<To> gather(DeviceExec& exec, DeviceRows<const Scalar> m, const int* index) {
-    const DeviceRows<To> out(exec.scratch<To>(m.rows * m.cols), m.rows, m.cols);
-    exec.for_each_row(m.rows, GatherRow<Scalar, To>{m, index, out});
+  static DeviceRows<To> gather(DeviceExec& exec, DeviceRows<const Scalar> m, const int* index, Index rows) {
+    const DeviceRows<To> out(exec.scratch<To>(rows * m.cols), rows, m.cols);
+    exec.for_each_row(rows, GatherRow<Scalar, To>{m, index, out});
     return out;
   }
   /// C (of each sequence) = A B, rows by sequences and blocks of N slots.
@@ -231,14 +335,16 @@ class Moe {
   }
 
   /// y += combine of what the experts make of the rows; y = where there is no shared expert.
-  void run_experts(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
+  template <class Weights>
+  void run_experts(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y,
+                   Tape& tape) const {
     const Index rows = tape.plan_.rows();
     const Index dim = model_dim();
     const DeviceExec::Frame frame(exec);
     const DeviceRows<Scalar> kept(tape.h_.resize(exec, rows * dim, most_rows(tape) * dim), rows, dim);
     if constexpr (sparse) {
-      experts_.forward(exec, p, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), most_rows(tape)}, kept,
-                       tape.experts_);
+      experts_.forward(exec, weights, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), most_rows(tape)},
+                       kept, tape.experts_);
       exec.for_each_row(in.count(),
                         CombineRow<Scalar>{tape.plan_.rows_of_token(), tape.plan_.weight(), kept, y, shared_.has_value()});
     } else {
@@ -253,7 +359,8 @@ class Moe {
                                 .b = rows_of(in.x),
                                 .c = slots_of(mixed, slots)});
       const DeviceRows<Scalar> h(exec.scratch<Scalar>(rows * dim), rows, dim);
-      experts_.forward(exec, p, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()}, h, tape.experts_);
+      experts_.forward(exec, weights, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()}, h,
+                       tape.experts_);
       exec.for_each_row(rows, GatherRow<Scalar, Scalar>{h, tape.plan_.row_of_slot(), kept});
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,
@@ -300,7 +407,8 @@ class Moe {
           exec, groups,
           {.m = of_group, .n = slots, .k = dim, .a = rows_of(dy), .b = slots_of(kept, slots, true), .c = rows_of(dcombine)});
       experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
-                        gather<Element>(exec, dout, tape.plan_.slot_of_row()), drows, grads + experts_offset_, tape.experts_);
+                        gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows), drows, grads + experts_offset_,
+                        tape.experts_);
       exec.for_each_row(rows, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,

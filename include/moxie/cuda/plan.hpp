@@ -3,8 +3,10 @@
 
 #include <thrust/sort.h>
 
+#include <algorithm>
 #include <moxie/core/sequences.hpp>
 #include <moxie/cuda/functor.hpp>
+#include <moxie/cuda/random.hpp>
 
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
@@ -14,13 +16,23 @@ template <class Scalar>
 struct DeviceTokens {
   DeviceRows<const Scalar> x;  ///< (T,D)
   Sequences sequences;
-  /// (T,E) standard normal numbers of the device, one row after the other, that a router with noise adds to its logits, σ/E
-  /// times; null in inference: no noise.
+  /// T bytes of the host, 0 for padding, or empty for none: masked tokens take no part, as on the CPU.
+  std::span<const std::uint8_t> mask = {};
+  /// Whether noise and jitter are drawn, and the load loss is taken.
+  bool training = false;
+  /// The stream of this step's noise; that of the CPU's `Rng` of the same seed and stream draws the same numbers.
+  DeviceRng rng{};
+  /// (T,E) standard normal numbers of the device, one row after the other, to take for the noise on logits instead of drawing
+  /// them; null to draw.
   const Scalar* noise = nullptr;
+  /// Another K for this call; 0: the router's own.
+  Index top_k = 0;
+  /// Set by the layer where it left masked tokens out: the row of each token in the caller's x.
+  std::span<const int> rows = {};
 
   DeviceTokens() = default;
   template <class T>
-  DeviceTokens(const DeviceRows<T>& rows, Sequences division = {}) : x(rows), sequences(division.over(rows.rows)) {}
+  DeviceTokens(const DeviceRows<T>& tokens, Sequences division = {}) : x(tokens), sequences(division.over(tokens.rows)) {}
 
   Index count() const { return x.rows; }
 };
@@ -41,6 +53,11 @@ void expect_tokens(std::string_view where, const DeviceTokens<Scalar>& in, Index
                      " tokens, expected " + std::to_string(in.count()) + "; make them with .over(T)");
   }
   in.sequences.expect_valid(where);
+  if (!in.mask.empty() && Index(in.mask.size()) != in.count()) {
+    throw ShapeError(std::string(where) + ": there are " + std::to_string(in.mask.size()) +
+                     " elements of the mask, expected one for each of " + std::to_string(in.count()) + " tokens");
+  }
+  expect_value(in.top_k >= 0, where, "top_k must not be negative");
 }
 /// Throws ValueError for what an index of 31 bits cannot count.
 inline int to_index(std::string_view where, Index n) {
@@ -115,6 +132,53 @@ class DeviceSequences {
   std::vector<int> host_{0};
   DeviceBuffer<int> starts_;
   DeviceBuffer<int> sequence_;
+};
+
+/// The tokens that a mask leaves, known to both sides. Made again, and sent to the device, only when they change.
+class UnmaskedTokens {
+ public:
+  void set(DeviceExec& exec, std::span<const std::uint8_t> mask, const Sequences& sequences) {
+    if (are_of(mask, sequences)) {
+      return;
+    }
+    mask_.clear();  // nothing is known if this throws
+    std::vector<int> place;
+    rows_.clear();
+    starts_.assign(1, 0);
+    sequences.for_each([&](Index /*b*/, Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        place.push_back(mask[std::size_t(t)] == 0 ? -1 : int(rows_.size()));
+        if (mask[std::size_t(t)] != 0) {
+          rows_.push_back(detail::to_index("UnmaskedTokens", t));
+        }
+      }
+      starts_.push_back(Index(rows_.size()));
+    });
+    sequences.copy_starts(whole_);
+    exec.upload(rows_.data(), device_rows_.resize(exec, count(), sequences.tokens()), count());
+    exec.upload(place.data(), device_place_.resize(exec, sequences.tokens()), sequences.tokens());
+    mask_.assign(mask.begin(), mask.end());
+  }
+  bool are_of(std::span<const std::uint8_t> mask, const Sequences& sequences) const {
+    return !mask_.empty() && std::equal(mask_.begin(), mask_.end(), mask.begin(), mask.end()) &&
+           Sequences(whole_).over(Index(mask_.size())) == sequences;
+  }
+
+  Index count() const { return Index(rows_.size()); }
+  /// The row of each token in the x that the mask is for.
+  std::span<const int> rows() const { return rows_; }
+  const int* device_rows() const { return device_rows_.data(); }
+  /// The token of each of those rows, -1 where it is masked.
+  const int* device_place() const { return device_place_.data(); }
+  /// How they divide.
+  Sequences sequences() const { return Sequences(starts_).over(count()); }
+
+ private:
+  std::vector<std::uint8_t> mask_;
+  std::vector<Index> whole_;
+  std::vector<int> rows_;
+  std::vector<Index> starts_;
+  DeviceBuffer<int> device_rows_, device_place_;
 };
 
 namespace detail {

@@ -240,9 +240,11 @@ class SoftRouter {
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
 
-  /// Throws ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it.
+  /// Throws ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it, and
+  /// ValueError for `in.top_k`, which slots do not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
              Tape& tape) const {
+    detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
     const Index tokens = in.count();
     const Index slots = config_.slots();
     const Groups groups = sequences.groups();
@@ -256,7 +258,7 @@ class SoftRouter {
     }
     plan.resize(exec, sequences, config_.experts, config_.slots_per_expert);
     const DeviceExec::Frame frame(exec);
-    int* status = tape.status_.reset(exec);
+    int* status = tape.status_.reset(exec, in);
     DeviceRows<const Scalar> z;
     const Scalar* scale = config_.normalized() ? p + layout_.tensors()[1].offset : nullptr;
     if (config_.learned()) {
@@ -311,7 +313,7 @@ class SoftRouter {
     }
     exec.for_each_row(tokens, row);
     if (!config_.normalize) {
-      detail::gate_backward<Scalar>(exec, in, p, dz, dx, grads);
+      detail::linear_backward<Scalar>(exec, in.x, p, dz, dx, grads);
       return;
     }
     const DeviceRows<const Scalar> x_hat(tape.x_.data(), tokens, dim);
@@ -320,7 +322,7 @@ class SoftRouter {
     const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slots * dim), slots, dim);
     exec.zero(dx_hat.data, tokens * dim);
     exec.zero(dphi_hat.data, slots * dim);
-    detail::gate_backward<Scalar>(exec, DeviceTokens<Scalar>(x_hat), phi_hat.data, dz, dx_hat, dphi_hat.data);
+    detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, dx_hat, dphi_hat.data);
     const Index scale_offset = layout_.tensors()[1].offset;
     const Scalar* scale = p + scale_offset;
     Scalar* dots = exec.scratch<Scalar>(slots);
@@ -341,7 +343,7 @@ class SoftRouter {
     const Index dim = config_.model_dim;
     const DeviceRows<Scalar> z(exec.scratch<Scalar>(in.count() * slots), in.count(), slots);
     if (!config_.normalize) {
-      detail::gate_logits(exec, in, p, z);
+      detail::linear(exec, in.x, p, z);
       return z;
     }
     const DeviceRows<Scalar> x_hat(tape.x_.resize(exec, in.count() * dim), in.count(), dim);
@@ -349,7 +351,7 @@ class SoftRouter {
     exec.for_each_row(in.count(), NormalizeRow<Scalar>{in.x, x_hat, tape.x_factor_.resize(exec, in.count())});
     exec.for_each_row(
         slots, NormalizeRow<Scalar>{DeviceRows<const Scalar>(p, slots, dim), phi_hat, tape.phi_factor_.resize(exec, slots)});
-    detail::gate_logits<Scalar>(exec, DeviceTokens<Scalar>(x_hat), phi_hat.data, z);
+    detail::linear<Scalar>(exec, x_hat, phi_hat.data, z);
     return z;
   }
 

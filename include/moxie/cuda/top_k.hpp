@@ -2,7 +2,7 @@
 #pragma once
 
 #include <moxie/cuda/balance.hpp>
-#include <moxie/routing/config.hpp>
+#include <moxie/cuda/gate.hpp>
 
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
@@ -27,15 +27,6 @@ MOXIE_CUDA_BOTH void next_best(int n, const ValueOf& value_of, auto lanes, Scala
   value = best;
   index = place;
 }
-
-template <class Scalar>
-MOXIE_CUDA_BOTH bool finite(Scalar x) {
-  return x - x == Scalar(0);
-}
-
-// What a status is, but the first token whose logits are not finite.
-inline constexpr int all_finite = largest_int;
-inline constexpr int bad_bias = -1;
 
 }  // namespace detail
 
@@ -487,95 +478,9 @@ struct PlaceOf {
   }
 };
 
-/// The logits x Wᵀ of all tokens, into `to` (T,E).
-template <class Scalar>
-void gate_logits(DeviceExec& exec, const DeviceTokens<Scalar>& in, const Scalar* weight, DeviceRows<Scalar> to) {
-  multiply<Scalar, Scalar>(exec, {.m = in.count(),
-                                  .n = to.cols,
-                                  .k = in.x.cols,
-                                  .a = block_of(in.x, 0),
-                                  .b = block_of(DeviceRows<const Scalar>(weight, to.cols, in.x.cols), 0, true),
-                                  .c = block_of(to, 0)});
-}
-/// dW += dzᵀ x, dx += dz W.
-template <class Scalar>
-void gate_backward(DeviceExec& exec, const DeviceTokens<Scalar>& in, const Scalar* weight, DeviceRows<const Scalar> dz,
-                   DeviceRows<Scalar> dx, Scalar* dweight) {
-  multiply<Scalar, Scalar>(exec, {.m = dz.cols,
-                                  .n = in.x.cols,
-                                  .k = in.count(),
-                                  .a = block_of(dz, 0, true),
-                                  .b = block_of(in.x, 0),
-                                  .c = block_of(DeviceRows<Scalar>(dweight, dz.cols, in.x.cols), 0),
-                                  .add = true});
-  multiply<Scalar, Scalar>(exec, {.m = in.count(),
-                                  .n = in.x.cols,
-                                  .k = dz.cols,
-                                  .a = block_of(dz, 0),
-                                  .b = block_of(DeviceRows<const Scalar>(weight, dz.cols, in.x.cols), 0),
-                                  .c = block_of(dx, 0),
-                                  .add = true});
-}
-
-inline void expect_no_jitter(std::string_view where, const GateNoise& noise) {
-  expect_value(noise.jitter == 0, where, "jitter is not there on the device");
-}
-template <class Scalar>
-struct AddNoise {
-  const Scalar* z;
-  const Scalar* noise;
-  Scalar deviation;
-  Scalar* to;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = z[i] + deviation * noise[i]; }
-};
-/// Logits with noise, or as they are where there is none.
-template <class Scalar>
-DeviceRows<const Scalar> with_noise(DeviceExec& exec, const GateNoise& noise, const DeviceTokens<Scalar>& in,
-                                    DeviceRows<Scalar> z, DeviceBuffer<Scalar>& buffer) {
-  if (noise.logits == 0 || in.noise == nullptr) {
-    return z;
-  }
-  const Index n = z.rows * z.cols;
-  const DeviceRows<Scalar> noisy(buffer.resize(exec, n), z.rows, z.cols);
-  exec.for_each(n, AddNoise<Scalar>{z.data, in.noise, Scalar(noise.logits / double(z.cols)), noisy.data});
-  return noisy;
-}
-struct SetStatus {
-  int* status;
-  MOXIE_CUDA_BOTH void operator()(Index /*one*/) const { *status = all_finite; }
-};
-inline void expect_finite(std::string_view where, int first_bad) {
-  expect_value(first_bad != bad_bias, where, "the selection bias is not finite");
-  if (first_bad != all_finite) {
-    throw ValueError(std::string(where) + ": the logits of token " + std::to_string(first_bad) + " are not finite");
-  }
-}
-
-/// What a forward found of its logits, on the device.
-class LogitStatus {
- public:
-  /// Where the rows of the next forward tell it: all is finite so far.
-  int* reset(DeviceExec& exec) {
-    int* status = status_.resize(exec, 1);
-    exec.for_each(1, SetStatus{status});
-    return status;
-  }
-  /// Throws ValueError naming the first token whose logits are not finite. Waits for the device.
-  void expect_finite(DeviceExec& exec, std::string_view where) const {
-    int first_bad = all_finite;
-    if (status_.size() > 0) {
-      exec.read(status_.data(), &first_bad, 1);
-    }
-    detail::expect_finite(where, first_bad);
-  }
-
- private:
-  DeviceBuffer<int> status_;
-};
-
 }  // namespace detail
 
-/// `moxie::TopKRouter` on the device: the same options but jitter, the same parameters, choices and weights.
+/// `moxie::TopKRouter` on the device: the same options, parameters, choices and weights.
 ///
 /// `route` waits for the device once: the host must know how many rows each expert has.
 template <class Scalar_>
@@ -591,6 +496,7 @@ class TopKRouter {
     const Scalar* scores() const { return scores_.data(); }
     const int* choices() const { return chosen_.data(); }
     const int* places() const { return placed_ ? place_.data() : nullptr; }
+    /// K of the last forward.
     Index top_k() const { return top_k_; }
     double balance_loss(DeviceExec& exec) const { return losses_ ? balance_.loss(exec) : 0; }
 
@@ -601,16 +507,19 @@ class TopKRouter {
     bool placed_ = false;
     TopKRow<Scalar> row_;
     BalanceInput<Scalar> seen_;
-    DeviceBuffer<Scalar> logits_, noisy_, clean_, scores_, probabilities_, weights_, shares_, group_scores_;
+    typename Gate<Scalar>::Tape gate_;
+    DeviceBuffer<Scalar> clean_, scores_, probabilities_, weights_, shares_, group_scores_;
     DeviceBuffer<int> chosen_, best_, place_, assigned_, room_;
     detail::LogitStatus status_;
     std::vector<int> rooms_;
     BalanceTape balance_;
   };
 
-  /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for jitter and more than 64 groups.
-  explicit TopKRouter(const Config& config) : config_((config.expect_valid("TopKRouter"), config)), layout_(config.layout()) {
-    detail::expect_no_jitter("TopKRouter", config.noise);
+  /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for more than 64 groups.
+  explicit TopKRouter(const Config& config)
+      : config_((config.expect_valid("TopKRouter"), config)),
+        layout_(config.layout()),
+        gate_(config.model_dim, config.experts, config.noise) {
     detail::expect_value(std::isfinite(Scalar(config.scale)), "TopKRouter", "scale is not finite");
     detail::expect_value(config.groups.count <= 64, "TopKRouter", "more than 64 groups are not there on the device");
   }
@@ -620,16 +529,19 @@ class TopKRouter {
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
 
-  /// Throws ValueError naming the first token whose logits are not finite.
+  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
              Tape& tape) const {
     constexpr std::string_view where = "TopKRouter::route";
     const Index tokens = in.count();
     const Index experts = config_.experts;
-    const Index k = config_.top_k;
+    const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
+    if (in.top_k > 0) {
+      config_.expect_top_k(where, k);
+    }
     const Index pairs = detail::to_index(where, tokens * k);
     detail::to_index(where, sequences.count() * experts);
-    set_rooms(exec, sequences, tape);
+    set_rooms(exec, sequences, k, tape);
     const DeviceExec::Frame frame(exec);
     tape.top_k_ = k;
     TopKRow<Scalar>& row = tape.row_;
@@ -642,13 +554,12 @@ class TopKRouter {
            .groups_chosen = int(config_.groups.chosen),
            .group_sum = config_.groups.score == GroupScore::top_2_sum,
            .bias = config_.selection_bias ? p + layout_.tensors()[1].offset : nullptr};
-    const DeviceRows<Scalar> z(tape.logits_.resize(exec, tokens * experts), tokens, experts);
-    detail::gate_logits(exec, in, p, z);
-    row.z = detail::with_noise(exec, config_.noise, in, z, tape.noisy_);
+    gate_.forward(exec, p, in, tape.gate_);
+    row.z = tape.gate_.noisy_logits();
     row.s = {tape.scores_.resize(exec, tokens * experts), tokens, experts};
     row.chosen = tape.chosen_.resize(exec, pairs);
     row.weight = tape.weights_.resize(exec, pairs);
-    row.first_bad = tape.status_.reset(exec);
+    row.first_bad = tape.status_.reset(exec, in);
     if (row.normalized) {
       row.share = tape.shares_.resize(exec, pairs);
     }
@@ -668,7 +579,7 @@ class TopKRouter {
     if (tape.placed_) {
       assigned = assign(exec, sequences, row, tape);
     }
-    detail::expect_finite(where, plan.build(exec, tokens, experts, k, assigned, row.weight, row.first_bad));
+    tape.status_.expect_finite(where, plan.build(exec, tokens, experts, k, assigned, row.weight, row.first_bad));
     tape.losses_ = balance.any();
     if (tape.losses_) {
       BalanceInput<Scalar>& seen = tape.seen_;
@@ -676,13 +587,13 @@ class TopKRouter {
       seen.top_k = k;
       seen.probabilities = {row.probability == nullptr ? row.s.data : row.probability, tokens, experts};
       seen.clean = seen.probabilities;
-      seen.logits = z;
+      seen.logits = tape.gate_.logits();
       seen.noisy_logits = row.z;
       seen.best = row.best == nullptr ? row.chosen : row.best;
       seen.counted = balance.count_chosen ? row.chosen : seen.best;
-      if (row.z.data != z.data) {
-        seen.deviation = config_.noise.logits / double(experts);
-        seen.clean = clean_probabilities(exec, z, row, tape);
+      if (tape.gate_.noisy()) {
+        seen.deviation = gate_.deviation();
+        seen.clean = clean_probabilities(exec, seen.logits, row, tape);
       }
       tape.balance_.set(exec, balance, sequences, seen);
     }
@@ -700,7 +611,7 @@ class TopKRouter {
     row.coefficient = tape.losses_ && balance.of_probabilities() ? tape.balance_.coefficient() : nullptr;
     row.z_loss = tokens == 0 ? 0 : balance.z / double(tokens);
     row.token_entropy = tokens == 0 ? 0 : balance.token_entropy / double(tokens);
-    row.clean_z = {tape.logits_.data(), tokens, config_.experts};
+    row.clean_z = tape.gate_.logits();
     row.dz = dz;
     exec.for_each_row(tokens, row);
     const BalanceInput<Scalar>& seen = tape.seen_;
@@ -716,7 +627,7 @@ class TopKRouter {
                                                  scratch,
                                                  dz});
     }
-    detail::gate_backward<Scalar>(exec, in, p, dz, dx, grads);
+    gate_.backward(exec, p, in, dz, dx, grads, tape.gate_);
   }
 
  private:
@@ -735,7 +646,7 @@ class TopKRouter {
   }
 
   /// The room of an expert in each sequence, on the device; sent when it changes. Throws ValueError for a capacity below 1.
-  void set_rooms(DeviceExec& exec, const DeviceSequences& sequences, Tape& tape) const {
+  void set_rooms(DeviceExec& exec, const DeviceSequences& sequences, Index k, Tape& tape) const {
     if (!config_.capacity.limited()) {
       return;
     }
@@ -743,7 +654,7 @@ class TopKRouter {
     std::vector<int> rooms;
     for (Index b = 0; b < sequences.count(); ++b) {
       const Index length = sequences.groups().rows(b);
-      const Index room = length == 0 ? 0 : expert_capacity(length * config_.top_k, config_.experts, config_.capacity);
+      const Index room = length == 0 ? 0 : expert_capacity(length * k, config_.experts, config_.capacity);
       rooms.push_back(int(room < length ? room : length));
       same = same && rooms.back() == tape.rooms_[std::size_t(b)];
     }
@@ -783,6 +694,7 @@ class TopKRouter {
 
   Config config_;
   Layout layout_;
+  Gate<Scalar> gate_;
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
