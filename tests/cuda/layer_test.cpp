@@ -261,6 +261,29 @@ TEST_CASE_TEMPLATE("device: masked tokens take no part, in any layer", S, float,
         {.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 10}});
 }
 
+TEST_CASE("device: a mask costs two loops, forward and backward") {
+  const Input<float> input;
+  OnDevice<moxie::TopKMoE<float>> layer({.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 10}});
+  layer.initialize(Rng(3));
+  Matrix<float> y(24, 8);
+  auto tape = layer.make_tape();
+  auto grads = layer.parameters().zeros_like();
+  std::int64_t launches[2][2];
+  for (int masked = 0; masked < 2; ++masked) {
+    for (int step = 0; step < 2; ++step) {  // the first one sends the mask and the sequences
+      Tokens<float> in = input.tokens();
+      in.mask = std::span(mask).first(masked == 0 ? 0 : mask.size());
+      layer.forward(in, y, tape);
+      launches[masked][0] = tape.device().cost().launches;
+      layer.backward(in, input.x, y, grads, tape);
+      launches[masked][1] = tape.device().cost().launches;
+    }
+    CHECK(tape.device().cost().allocations == 0);
+  }
+  CHECK(launches[1][0] == launches[0][0] + 2);
+  CHECK(launches[1][1] == launches[0][1] + 2);
+}
+
 TEST_CASE("device: frozen weights give the same bits, and a tape without a backward") {
   const Input<float> input;
   const auto check = [&](auto layer, bool masked) {
