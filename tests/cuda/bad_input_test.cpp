@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <moxie/cuda/cuda.hpp>
+#include <moxie/layer/top_k_moe.hpp>
+#include <moxie/loss/selection_bias.hpp>
 #include <support.hpp>
 
 // What layer.hpp refuses.
@@ -179,6 +181,58 @@ TEST_CASE("device: parts that do not fit, a scale and a selection bias that are 
   CHECK(message_of<moxie::ValueError>([&] {
           layer.forward(exec, p, DeviceRows<float>(x.data(), 3, 8), DeviceRows<float>(y.data(), 3, 8), tape);
         }) == "TopKRouter::route: the selection bias is not finite");
+}
+
+TEST_CASE("device: the selection bias takes the CPU's step, over micro-batches; what it refuses") {
+  DeviceExec exec;
+  const moxie::TopKMoEConfig<moxie::HiddenConfig> config{.model_dim = 8,
+                                                         .experts = 5,
+                                                         .top_k = 2,
+                                                         .expert = {.hidden_dim = 8},
+                                                         .selection_bias = true,
+                                                         .capacity = {.factor = 0.5}};
+  moxie::TopKMoE<float> host(config);
+  host.initialize(moxie::Rng(1));
+  const TopKMoE<float> layer(config);
+  DeviceParameters<float> p(exec, layer.layout());
+  p.upload(exec, host.parameters().view().data());
+  DeviceBuffer<double> load;
+  load.resize(exec, 5);
+  exec.zero(load.data(), 5);
+  std::vector<std::int64_t> expected(5, 0);
+  auto tape = layer.make_tape();
+  auto host_tape = host.make_tape();
+  for (int batch = 0; batch < 2; ++batch) {
+    auto x = moxie::test::random<float>(30, 8, batch);
+    Matrix<float> y(30, 8);
+    layer.forward(exec, p, DeviceRows<float>(x.data(), 30, 8), DeviceRows<float>(y.data(), 30, 8), tape);
+    tape.router().add_times_chosen(exec, load);
+    host.forward(x, y, host_tape);
+    for (std::size_t e = 0; e < 5; ++e) {
+      expected[e] += host_tape.router().times_chosen()[e];
+    }
+  }
+  CHECK(std::equal(expected.begin(), expected.end(), load.data()));
+  const auto bias = host.parameters()["gate.e_score_correction_bias"];
+  for (const bool recentre : {false, true}) {
+    layer.update_selection_bias(exec, p, load, 0.125, recentre);
+    moxie::update_selection_bias(bias, std::span<const std::int64_t>(expected), 0.125, recentre);
+    const float* found = p.data() + layer.layout().tensors()[1].offset;
+    for (Index e = 0; e < 5; ++e) {
+      CHECK(found[e] == doctest::Approx(bias(0, e)).epsilon(1e-6));
+    }
+    CHECK(bias.eigen().cwiseAbs().maxCoeff() > 0);
+  }
+  const auto message = [&](const TopKMoE<float>& of, DeviceParameters<float>& block, double rate) {
+    return message_of<std::exception>([&] { of.update_selection_bias(exec, block, load, rate); });
+  };
+  const TopKMoE<float> without({.model_dim = 8, .experts = 5, .top_k = 2, .expert = {.hidden_dim = 8}});
+  DeviceParameters<float> other(exec, without.layout());
+  CHECK(moxie::test::contains(message(layer, other, 0.1), "another layout"));
+  CHECK(message(without, other, 0.1) == "update_selection_bias: the router has no selection bias");
+  CHECK(message(layer, p, std::numeric_limits<double>::infinity()) == "update_selection_bias: the rate is not finite");
+  load.resize(exec, 4);
+  CHECK(message(layer, p, 0.1) == "update_selection_bias: the load is not of as many experts");
 }
 
 TEST_CASE("device: one tape serves layers of other slots, one after the other") {

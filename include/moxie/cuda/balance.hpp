@@ -224,15 +224,33 @@ struct BalanceLoss {
   }
 };
 
-namespace detail {
+/// b_i += γ sign(mean load - load_i), then b_i -= mean b where it recentres: a row alone.
+template <class Scalar>
+struct SelectionBiasRow {
+  const double* load;
+  Index experts;
+  double rate;
+  bool recentre;
+  Scalar* bias;
 
-struct Ends {
-  int tokens;
-  int* starts;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { starts[i] = i == 0 ? 0 : tokens; }
+  MOXIE_CUDA_BOTH void operator()(Index /*one*/, auto lanes) const {
+    double total = 0;
+    for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+      total += load[e];
+    }
+    total = lanes.sum(total);
+    double mean = 0;
+    for (Index e = lanes.first(); e < experts; e += lanes.step()) {
+      const double excess = total - load[e] * double(experts);  // of integers: exact
+      bias[e] += Scalar(rate * double((excess > 0) - (excess < 0)));
+      mean += double(bias[e]) / double(experts);
+    }
+    mean = lanes.sum(mean);
+    for (Index e = lanes.first(); recentre && e < experts; e += lanes.step()) {
+      bias[e] -= Scalar(mean);
+    }
+  }
 };
-
-}  // namespace detail
 
 /// What the losses look at, as in `moxie::BalanceInput`: all (T,E), or (T,K).
 template <class Scalar>
@@ -311,12 +329,9 @@ class BalanceTape {
     }
     double* of_tokens = exec.scratch<double>(2);
     if (weights.z > 0 || weights.token_entropy > 0) {
-      const int whole[] = {0, int(sequences.tokens())};
-      int* starts = exec.scratch<int>(2);
-      exec.for_each(2, detail::Ends{int(sequences.tokens()), starts});
       const TokenLoss<Scalar> value{weights.z > 0 ? in.logits : DeviceRows<const Scalar>(),
                                     weights.token_entropy > 0 ? p : DeviceRows<const Scalar>()};
-      column_sums<double>(exec, Groups{whole, starts}, 2, value, of_tokens, 2, false);
+      column_sums<double>(exec, sequences.tokens(), 2, value, of_tokens, false);
     } else {
       exec.zero(of_tokens, 2);
     }

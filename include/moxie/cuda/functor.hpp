@@ -247,6 +247,12 @@ struct Pieces {
   }
 };
 
+struct Ends {
+  int end;
+  int* starts;
+  MOXIE_CUDA_BOTH void operator()(Index i) const { starts[i] = i == 0 ? 0 : end; }
+};
+
 /// What a piece of a group's rows makes of each of its columns.
 template <class Op, class T, class Value>
 struct ReducePiece {
@@ -313,6 +319,15 @@ template <class Sum, class Value, class Out>
 void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add,
                  Index room = 0) {
   column_reduce<Plus, Sum>(exec, groups, cols, value, out, distance, add, room);
+}
+/// Of all rows together.
+template <class Sum, class Value, class Out>
+void column_sums(DeviceExec& exec, Index rows, Index cols, const Value& value, Out* out, bool add) {
+  const int whole[] = {0, int(rows)};
+  const DeviceExec::Frame frame(exec);
+  int* starts = exec.scratch<int>(2);
+  exec.for_each(2, detail::Ends{int(rows), starts});
+  column_sums<Sum>(exec, Groups{whole, starts}, cols, value, out, cols, add);
 }
 
 }  // namespace MOXIE_CUDA_BACKEND

@@ -154,6 +154,15 @@ class Moe {
     tape.layer_ = layout_;
   }
 
+  /// Balance without a loss, after the optimizer's step: b_i += γ sign(mean load - load_i), from the load that
+  /// `tape.router().add_times_chosen` counted. Throws ShapeError for parameters of another layout, ValueError if the router has
+  /// no selection bias, the load is not of E experts, or the rate is not finite.
+  void update_selection_bias(DeviceExec& exec, DeviceParameters<Scalar>& parameters, const DeviceBuffer<double>& load,
+                             double rate, bool recentre = false) const {
+    expect_layout(name_ + "::update_selection_bias", parameters);
+    router_.update_selection_bias(exec, parameters.data() + router_offset_, load, rate, recentre);
+  }
+
   /// Packs parameters for any number of forwards without a backward.
   Frozen freeze(DeviceExec& exec, const DeviceParameters<Scalar>& parameters) const {
     expect_layout(name_ + "::freeze", parameters);

@@ -329,12 +329,8 @@ class SoftRouter {
     const DeviceRows<Scalar> dphi(grads, slots, dim);
     exec.for_each_row(slots, NormalizeBackwardRow<Scalar>{phi_hat, dphi_hat, tape.phi_factor_.data(), scale, dphi, dots});
     exec.for_each_row(tokens, NormalizeBackwardRow<Scalar>{x_hat, dx_hat, tape.x_factor_.data(), scale, dx, nullptr});
-    const int whole[] = {0, int(slots)};
-    int* starts = exec.scratch<int>(2);
-    exec.for_each(2, detail::Ends{int(slots), starts});
-    column_reduce<Plus, Scalar>(exec, Groups{whole, starts}, 1,
-                                ElementOf<Scalar, Scalar>{DeviceRows<const Scalar>(dots, slots, 1)}, grads + scale_offset, 1,
-                                true);
+    column_sums<Scalar>(exec, slots, 1, ElementOf<Scalar, Scalar>{DeviceRows<const Scalar>(dots, slots, 1)},
+                        grads + scale_offset, true);
   }
 
  private:

@@ -498,6 +498,13 @@ class TopKRouter {
     const int* places() const { return placed_ ? place_.data() : nullptr; }
     /// K of the last forward.
     Index top_k() const { return top_k_; }
+    /// Adds how often each expert was chosen in the last forward, dropped pairs too, to E numbers of the device: what
+    /// `Moe::update_selection_bias` looks at, after all micro-batches of a step.
+    void add_times_chosen(DeviceExec& exec, DeviceBuffer<double>& load) const {
+      detail::expect_value(load.size() == row_.experts, "add_times_chosen", "the load is not of as many experts");
+      column_sums<double>(exec, chosen_.size() / row_.k, row_.experts, TimesChosen{row_.chosen, row_.k, row_.k}, load.data(),
+                          true);
+    }
     double balance_loss(DeviceExec& exec) const { return losses_ ? balance_.loss(exec) : 0; }
 
    private:
@@ -528,6 +535,17 @@ class TopKRouter {
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
+
+  /// `moxie::update_selection_bias` on a block of the router's parameters.
+  void update_selection_bias(DeviceExec& exec, Scalar* p, const DeviceBuffer<double>& load, double rate,
+                             bool recentre = false) const {
+    constexpr std::string_view where = "update_selection_bias";
+    detail::expect_value(config_.selection_bias, where, "the router has no selection bias");
+    detail::expect_value(load.size() == config_.experts, where, "the load is not of as many experts");
+    detail::expect_value(std::isfinite(rate), where, "the rate is not finite");
+    exec.for_each_row(1,
+                      SelectionBiasRow<Scalar>{load.data(), config_.experts, rate, recentre, p + layout_.tensors()[1].offset});
+  }
 
   /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
