@@ -71,6 +71,17 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   CHECK(forward(other_tokens, out) == "TopKRouter::route: top_k is 5, expected at most the 4 experts");
   other_tokens.top_k = -1;
   CHECK(forward(other_tokens, out) == "TopKMoE::forward: top_k must not be negative");
+  other_tokens.top_k = 0;
+  other_tokens.noise = DeviceRows<const float>(x.data(), 59, 4);
+  CHECK(forward(other_tokens, out) == "TopKMoE::forward: noise is (59,4), expected (60,E)");
+  const TopKMoE<float> noisy({.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 8}, .noise = {.logits = 1}});
+  other_tokens.noise = DeviceRows<const float>(x.data(), 60, 5);
+  CHECK(message_of<moxie::ShapeError>([&] {
+          DeviceTokens<float> training = other_tokens;
+          training.training = true;
+          noisy.forward(exec, p, training, out, tape);
+        }) == "TopKRouter::route: noise is (60,5), expected (60,4)");
+  other_tokens.noise = {};
   CHECK(moxie::test::contains(forward({in, 7}, out), "60 tokens do not divide into sequences of 7"));
   CHECK(moxie::test::contains(forward({in, 2}, out), "rounds to a capacity of 0"));
   const TopKMoE<float> wider({.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 16}});
@@ -93,6 +104,8 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   CHECK(backward(other_tokens, dy, out, grads) == no_forward);
   layer.forward(exec, p, other_tokens, out, tape);
   CHECK(backward(in, dy, out, grads) == no_forward);
+  whole[7] = 255;  // as good as 1
+  CHECK(backward(other_tokens, dy, out, grads) == "nothing was thrown");
   whole[7] = 0;
   CHECK(backward(other_tokens, dy, out, grads) == no_forward);
   layer.forward(exec, p, in, out, tape);
@@ -105,6 +118,11 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
   CHECK(backward(in, dy.middle_rows(0, 3), out, grads) == "TopKMoE::backward: dy is (3,8), expected (60,8)");
   CHECK(backward(in, dy, out, grads) == "nothing was thrown");
   CHECK(forward({in, 2}, out) != "nothing was thrown");  // after a forward that threw there is none
+  CHECK(tape.plan().rows() == 0);
+  CHECK(tape.plan().tokens() == 0);
+  CHECK(tape.balance_loss(exec) == 0);
+  DeviceBuffer<double> load;
+  tape.router().add_times_chosen(exec, load);  // of nothing
   CHECK(backward(in, dy, out, grads) == no_forward);
   const SoftMoE<float> soft({.model_dim = 8, .experts = 4, .expert = {.hidden_dim = 8}, .dispatch = moxie::Mixing::identity});
   DeviceParameters<float> soft_p(exec, soft.layout());

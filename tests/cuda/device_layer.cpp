@@ -134,7 +134,7 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
     if (input.noise != nullptr) {
       const Index n = tokens * layer_.router().experts();
       exec.upload(input.noise, noise_.resize(exec, n), n);
-      in.noise = noise_.data();
+      in.noise = {noise_.data(), tokens, layer_.router().experts()};
     }
     return in;
   }

@@ -450,6 +450,43 @@ TEST_CASE("device: nothing is allocated where a capacity drops other choices fro
   }
 }
 
+TEST_CASE("device: nor where ever more tokens are not masked") {
+  const Input<float> input;
+  const auto check = [&](auto layer) {
+    layer.initialize(Rng(1));
+    auto tape = layer.make_tape();
+    auto grads = layer.parameters().zeros_like();
+    Matrix<float> y(24, 8), dx(24, 8);
+    std::vector<std::uint8_t> some(24, 0);
+    some[0] = 1;
+    for (std::size_t step = 1; step <= 24; ++step) {
+      Tokens<float> in = input.tokens();
+      in.mask = some;
+      in.training = true;
+      layer.forward(in, y, tape);
+      const auto forward = tape.device().cost();
+      layer.backward(in, input.x, dx, grads, tape);
+      const auto backward = tape.device().cost();
+      if (step > 1) {
+        CHECK(forward.allocations == 0);
+        CHECK(backward.allocations == 0);
+      }
+      some[step * 7 % 24] = 1;
+    }
+  };
+  check(OnDevice<moxie::TopKMoE<float>>({.model_dim = 8,
+                                         .experts = 4,
+                                         .top_k = 2,
+                                         .expert = {.hidden_dim = 8},
+                                         .balance = {.expert_level = 1, .importance = 1, .load = 1},
+                                         .capacity = {.factor = 1},
+                                         .noise = {.logits = 1, .jitter = 0.1}}));
+  check(OnDevice<moxie::SharedExpertMoE<float, moxie::GeluTanhExperts<float>>>(
+      {.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 8}, .shared = {.hidden_dim = 8}}));
+  check(OnDevice<moxie::ExpertChoiceMoE<float>>({.model_dim = 8, .experts = 4, .expert = {.hidden_dim = 8}}));
+  check(OnDevice<moxie::SoftMoE<float>>({.model_dim = 8, .experts = 4, .expert = {.hidden_dim = 8}}));
+}
+
 TEST_CASE("device: logits that are not finite are told by the token") {
   const auto message = [](auto layer) {
     using S = typename decltype(layer)::Scalar;
@@ -461,6 +498,10 @@ TEST_CASE("device: logits that are not finite are told by the token") {
     auto tape = layer.make_tape();
     const std::string text = moxie::test::message_of<moxie::ValueError>([&] { layer.forward({x, 3}, y, tape); });
     CHECK((y.array() == S(7)).all());
+    const std::vector<std::uint8_t> second{1, 0, 1, 1, 1, 1};
+    Tokens<S> in(x, 3);
+    in.mask = second;
+    CHECK(moxie::test::message_of<moxie::ValueError>([&] { layer.forward(in, y, tape); }) == text);
     auto grads = layer.parameters().zeros_like();
     x.setOnes();
     layer.forward({x, 3}, y, tape);  // the tape can be used again

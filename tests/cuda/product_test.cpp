@@ -138,4 +138,19 @@ TEST_CASE("product: BFloat16 is rounded to nearest, ties to even, and added in f
   }
 }
 
+TEST_CASE("product: over nothing it is 0, or adds nothing") {
+  DeviceExec exec;
+  for (const bool add : {false, true}) {
+    Matrix<float> c = Matrix<float>::Constant(3, 4, 7);
+    moxie::cuda::multiply<float, float>(exec, {.m = 3,
+                                               .n = 4,
+                                               .k = 0,
+                                               .a = block_of(DeviceRows<const float>(nullptr, 3, 0), 0),
+                                               .b = block_of(DeviceRows<const float>(nullptr, 0, 4), 0),
+                                               .c = block_of(DeviceRows<float>(c.data(), 3, 4), 0),
+                                               .add = add});
+    CHECK((c.array() == (add ? 7.F : 0.F)).all());
+  }
+}
+
 }  // namespace

@@ -293,7 +293,7 @@ class BalanceTape {
     }
     const auto sums = [&](auto value) {
       double* out = exec.scratch<double>(count * experts);
-      column_sums<double>(exec, groups, experts, value, out, experts, false);
+      column_sums<double>(exec, groups, experts, value, out, experts, false, sequences.room());
       return out;
     };
     const auto of_batch = [&](const double* of_sequence) {
@@ -331,7 +331,7 @@ class BalanceTape {
     if (weights.z > 0 || weights.token_entropy > 0) {
       const TokenLoss<Scalar> value{weights.z > 0 ? in.logits : DeviceRows<const Scalar>(),
                                     weights.token_entropy > 0 ? p : DeviceRows<const Scalar>()};
-      column_sums<double>(exec, sequences.tokens(), 2, value, of_tokens, false);
+      column_sums<double>(exec, sequences.tokens(), 2, value, of_tokens, false, sequences.room());
     } else {
       exec.zero(of_tokens, 2);
     }

@@ -177,7 +177,7 @@ struct DeviceCounts {
 /// one `DeviceExec` share. Calls on it must not overlap in time. In the host build it is made of an `Exec`.
 ///
 /// Each needs a handle of its own, and the stream's device must be the current one. Nothing waits for the device but `read`,
-/// the growth of memory, and the copy of a new division into sequences; memory grows in the first step of a shape.
+/// the growth of memory, and `upload` once in 4 MiB; memory grows in the first step of a shape.
 class DeviceExec {
 #if defined(__CUDACC__)
   /// Thrust's temporary memory, from the scratch.
@@ -304,41 +304,65 @@ class DeviceExec {
   /// Between two places of the device.
   template <class T>
   void copy(const T* from, T* to, Index n) {
-    transfer(from, to, n, false);
+    static_assert(std::is_trivially_copyable_v<T>);
+    if (n > 0) {
+#if defined(__CUDACC__)
+      detail::check(cudaMemcpyAsync(to, from, std::size_t(n) * sizeof(T), cudaMemcpyDeviceToDevice, stream_),
+                    "cudaMemcpyAsync");
+#else
+      std::memcpy(to, from, std::size_t(n) * sizeof(T));
+#endif
+    }
   }
-  /// From the host. What is there may change when the call returns, but for pinned memory, which must stay as it is until the
-  /// stream has come here.
+  /// From the host, where what is there may change when the call returns. Goes by 4 MiB of pinned memory, and waits for the
+  /// stream once in as many bytes.
   template <class T>
   void upload(const T* from, T* to, Index n) {
-    transfer(from, to, n, true);
+    static_assert(std::is_trivially_copyable_v<T>);
+#if defined(__CUDACC__)
+    constexpr std::size_t alignment_of_parts = 64;
+    const std::size_t bytes = std::size_t(n) * sizeof(T);
+    for (std::size_t done = 0; done < bytes;) {
+      if (staged_ == staging_size) {
+        synchronize();
+      }
+      const std::size_t left = staging_size - staged_;
+      const std::size_t part = bytes - done < left ? bytes - done : left;
+      char* const piece = staging() + staged_;
+      std::memcpy(piece, reinterpret_cast<const char*>(from) + done, part);
+      detail::check(cudaMemcpyAsync(reinterpret_cast<char*>(to) + done, piece, part, cudaMemcpyHostToDevice, stream_),
+                    "cudaMemcpyAsync");
+      staged_ += (part + alignment_of_parts - 1) / alignment_of_parts * alignment_of_parts;
+      done += part;
+    }
+#else
+    if (n > 0) {
+      std::memcpy(to, from, std::size_t(n) * sizeof(T));
+    }
+#endif
   }
   /// To the host, after all work before it: waits for the stream.
   template <class T>
   void read(const T* from, T* to, Index n) {
     static_assert(std::is_trivially_copyable_v<T>);
-    ++counts_.synchronizations;
 #if defined(__CUDACC__)
-    // By pieces of pinned memory, which never grows.
-    constexpr std::size_t piece = std::size_t{1} << 22;
-    if (staging_ == nullptr) {
-      detail::check(cudaMallocHost(&staging_, piece), "cudaMallocHost");
-    }
     const std::size_t bytes = std::size_t(n) * sizeof(T);
     std::size_t done = 0;
     do {
-      const std::size_t part = bytes - done < piece ? bytes - done : piece;
-      if (part > 0) {
+      const std::size_t part = bytes - done < staging_size ? bytes - done : staging_size;
+      if (part > 0) {  // the stream has read by then what was staged before
         detail::check(
-            cudaMemcpyAsync(staging_, reinterpret_cast<const char*>(from) + done, part, cudaMemcpyDeviceToHost, stream_),
+            cudaMemcpyAsync(staging(), reinterpret_cast<const char*>(from) + done, part, cudaMemcpyDeviceToHost, stream_),
             "cudaMemcpyAsync");
       }
-      detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+      synchronize();
       if (part > 0) {
-        std::memcpy(reinterpret_cast<char*>(to) + done, staging_, part);
+        std::memcpy(reinterpret_cast<char*>(to) + done, staging(), part);
       }
       done += part;
     } while (done < bytes);
 #else
+    ++counts_.synchronizations;
     if (n > 0) {
       std::memcpy(to, from, std::size_t(n) * sizeof(T));
     }
@@ -388,19 +412,22 @@ class DeviceExec {
     std::size_t size;
   };
 
-  template <class T>
-  void transfer(const T* from, T* to, Index n, [[maybe_unused]] bool up) {
-    static_assert(std::is_trivially_copyable_v<T>);
-    if (n > 0) {
 #if defined(__CUDACC__)
-      detail::check(cudaMemcpyAsync(to, from, std::size_t(n) * sizeof(T),
-                                    up ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToDevice, stream_),
-                    "cudaMemcpyAsync");
-#else
-      std::memcpy(to, from, std::size_t(n) * sizeof(T));
-#endif
+  static constexpr std::size_t staging_size = std::size_t{1} << 22;
+
+  /// Pinned memory, which never grows.
+  char* staging() {
+    if (staging_ == nullptr) {
+      detail::check(cudaMallocHost(&staging_, staging_size), "cudaMallocHost");
     }
+    return static_cast<char*>(staging_);
   }
+  void synchronize() {
+    ++counts_.synchronizations;
+    detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    staged_ = 0;
+  }
+#endif
 
   void* allocate_block(std::size_t bytes) {
     ++counts_.allocations;
@@ -439,7 +466,8 @@ class DeviceExec {
       release(blocks_.front().data);
       blocks_.clear();
       try {
-        blocks_.push_back({allocate_block(peak_), peak_});
+        const std::size_t size = peak_ + peak_ / 8;  // what a sort takes changes a little with what it sorts
+        blocks_.push_back({allocate_block(size), size});
       } catch (const std::exception&) {  // then the next step allocates, and finds out anew how much it needs
         peak_ = 0;
       }
@@ -450,6 +478,7 @@ class DeviceExec {
   cudaStream_t stream_;
   cublasHandle_t handle_;
   void* staging_ = nullptr;
+  std::size_t staged_ = 0;  // bytes that the stream may not have read yet
 #else
   Exec exec_;
 #endif
@@ -473,8 +502,8 @@ class DeviceBuffer {
 
   /// n elements; what was there is lost where it grows. Where n changes from step to step, `room` is the most that it can be.
   T* resize(DeviceExec& exec, Index n, Index room = 0) {
-    if (n > capacity_) {
-      const Index most = room > n ? room : n;
+    const Index most = room > n ? room : n;
+    if (most > capacity_) {
       DeviceExec::release(data_);
       data_ = nullptr;
       size_ = 0;

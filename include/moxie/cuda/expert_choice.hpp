@@ -92,6 +92,7 @@ class ExpertChoiceRouter {
     double balance_loss(DeviceExec& /*exec*/) const { return 0; }
     /// Throws ValueError naming the first token of the last forward whose logits are not finite. Waits for the device.
     void expect_finite(DeviceExec& exec) const { status_.expect_finite(exec, "ExpertChoiceRouter::route"); }
+    void clear() {}
 
    private:
     friend class ExpertChoiceRouter;
@@ -123,6 +124,9 @@ class ExpertChoiceRouter {
     const Index experts = config_.experts;
     const Index n = detail::to_index(where, tokens * experts);
     detail::to_index(where, sequences.count() * experts);
+    const Index room = in.room() * experts;
+    Index rows_of_whole = 0;  // of an expert, if no token were masked
+    in.whole.for_each([&](Index /*b*/, Index begin, Index end) { rows_of_whole += config_.room(end - begin); });
     std::vector<int> firsts{0};
     for (Index b = 0; b < sequences.count(); ++b) {
       firsts.push_back(firsts.back() + int(config_.room(sequences.groups().rows(b))));
@@ -137,19 +141,20 @@ class ExpertChoiceRouter {
       tape.starts_.push_back(int(e) * firsts.back());
     }
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> s(tape.scores_.resize(exec, n), tokens, experts);
+    const DeviceRows<Scalar> s(tape.scores_.resize(exec, n, room), tokens, experts);
     int* status = tape.status_.reset(exec, in);
-    gate_.forward(exec, p, in, tape.gate_);
+    gate_.forward(exec, where, p, in, tape.gate_);
     exec.for_each_row(tokens, SoftmaxRow<Scalar>{tape.gate_.noisy_logits(), s, nullptr, status});
     // By score, then by expert and sequence: a stable sort keeps the scores' order.
-    Scalar* score = exec.scratch<Scalar>(n);
-    int* place = exec.scratch<int>(n);
-    int* segment = exec.scratch<int>(n);
+    Scalar* score = exec.scratch<Scalar>(room);
+    int* place = exec.scratch<int>(room);
+    int* segment = exec.scratch<int>(room);
     exec.for_each(n, detail::ScoreKey<Scalar>{s, score, place});
     detail::sort_by_key_descending(exec, score, place, n);
     exec.for_each(n, detail::SegmentKey{place, sequences.of_token(), int(tokens), int(sequences.count()), segment});
     detail::sort_by_key(exec, segment, place, n);
-    plan.build(exec, tokens, tape.starts_, [&](int* token, int* expert, Scalar* weight) {
+    const Index room_of_rows = experts * (rows_of_whole > firsts.back() ? rows_of_whole : Index{firsts.back()});
+    plan.build(exec, tokens, in.room(), tape.starts_, room_of_rows, [&](int* token, int* expert, Scalar* weight) {
       exec.for_each(experts * firsts.back(),
                     detail::TakenRow<Scalar>{place, sequences.groups().device, tape.first_.data(), int(sequences.count()),
                                              firsts.back(), s, token, expert, weight});
@@ -160,7 +165,7 @@ class ExpertChoiceRouter {
                 const Plan& plan, const Scalar* dweight, DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
     const Index tokens = in.count();
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(tokens * config_.experts), tokens, config_.experts);
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(in.room() * config_.experts), tokens, config_.experts);
     exec.zero(dz.data, tokens * config_.experts);
     exec.for_each(plan.rows(), detail::ScatterWeight<Scalar>{plan.token(), plan.expert(), dweight, dz});
     exec.for_each_row(tokens, SoftmaxBackwardRow<Scalar>{DeviceRows<const Scalar>(tape.scores(), tokens, config_.experts), dz});

@@ -322,12 +322,12 @@ void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value
 }
 /// Of all rows together.
 template <class Sum, class Value, class Out>
-void column_sums(DeviceExec& exec, Index rows, Index cols, const Value& value, Out* out, bool add) {
+void column_sums(DeviceExec& exec, Index rows, Index cols, const Value& value, Out* out, bool add, Index room = 0) {
   const int whole[] = {0, int(rows)};
   const DeviceExec::Frame frame(exec);
   int* starts = exec.scratch<int>(2);
   exec.for_each(2, detail::Ends{int(rows), starts});
-  column_sums<Sum>(exec, Groups{whole, starts}, cols, value, out, cols, add);
+  column_sums<Sum>(exec, Groups{whole, starts}, cols, value, out, cols, add, room);
 }
 
 }  // namespace MOXIE_CUDA_BACKEND

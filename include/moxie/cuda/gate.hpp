@@ -29,24 +29,24 @@ void linear(DeviceExec& exec, DeviceRows<const Scalar> x, const Scalar* weight, 
                                   .b = block_of(DeviceRows<const Scalar>(weight, to.cols, x.cols), 0, true),
                                   .c = block_of(to, 0)});
 }
-/// dW += dzᵀ x, dx += dz W.
+/// dW = dzᵀ x, dx = dz W, or added to what is there.
 template <class Scalar>
 void linear_backward(DeviceExec& exec, DeviceRows<const Scalar> x, const Scalar* weight, DeviceRows<const Scalar> dz,
-                     DeviceRows<Scalar> dx, Scalar* dweight) {
+                     DeviceRows<Scalar> dx, bool add_dx, Scalar* dweight, bool add_dweight) {
   multiply<Scalar, Scalar>(exec, {.m = dz.cols,
                                   .n = x.cols,
                                   .k = x.rows,
                                   .a = block_of(dz, 0, true),
                                   .b = block_of(x, 0),
                                   .c = block_of(DeviceRows<Scalar>(dweight, dz.cols, x.cols), 0),
-                                  .add = true});
+                                  .add = add_dweight});
   multiply<Scalar, Scalar>(exec, {.m = x.rows,
                                   .n = x.cols,
                                   .k = dz.cols,
                                   .a = block_of(dz, 0),
                                   .b = block_of(DeviceRows<const Scalar>(weight, dz.cols, x.cols), 0),
                                   .c = block_of(dx, 0),
-                                  .add = true});
+                                  .add = add_dx});
 }
 
 struct SetStatus {
@@ -91,14 +91,15 @@ class LogitStatus {
 /// z' = z + σ/E n, n given or drawn.
 template <class Scalar>
 struct AddNoise {
-  const Scalar* z;
-  const Scalar* noise;  // or null
+  DeviceRows<const Scalar> z;
+  DeviceRows<const Scalar> noise;  // no rows: drawn
   DeviceRng rng;
   double deviation;
   Scalar* to;
 
   MOXIE_CUDA_BOTH void operator()(Index i) const {
-    to[i] = z[i] + Scalar(deviation * (noise != nullptr ? double(noise[i]) : rng.normal(std::uint64_t(i))));
+    const double n = noise.rows > 0 ? double(noise(i / z.cols, i % z.cols)) : rng.normal(std::uint64_t(i));
+    to[i] = z.data[i] + Scalar(deviation * n);
   }
 };
 /// x ⊙ j, j uniform on (1-ε, 1+ε).
@@ -154,14 +155,21 @@ class Gate {
   /// σ/E.
   double deviation() const { return noise_.logits / double(experts_); }
 
-  void forward(DeviceExec& exec, const Scalar* weight, const DeviceTokens<Scalar>& in, Tape& tape) const {
+  /// Throws ShapeError for noise of another shape, where there is some to add.
+  void forward(DeviceExec& exec, std::string_view where, const Scalar* weight, const DeviceTokens<Scalar>& in,
+               Tape& tape) const {
     const Index tokens = in.count();
     const Index n = tokens * experts_;
+    const Index room = in.room() * experts_;
+    if (in.training && noise_.logits > 0 && in.noise.rows != 0 && in.noise.cols != experts_) {
+      throw ShapeError(std::string(where) + ": noise is " + moxie::detail::dimensions(in.noise.rows, in.noise.cols) +
+                       ", expected " + moxie::detail::dimensions(tokens, experts_));
+    }
     DeviceRows<const Scalar> x = in.x;
     tape.factor_ = {};
     if (in.training && noise_.jitter > 0) {
       const auto rows = [&](DeviceBuffer<Scalar>& buffer) {
-        return DeviceRows<Scalar>(buffer.resize(exec, tokens * model_dim_), tokens, model_dim_);
+        return DeviceRows<Scalar>(buffer.resize(exec, tokens * model_dim_, in.room() * model_dim_), tokens, model_dim_);
       };
       const DeviceRows<Scalar> factor = rows(tape.factor_buffer_);
       const DeviceRows<Scalar> input = rows(tape.input_buffer_);
@@ -169,12 +177,12 @@ class Gate {
       tape.factor_ = factor;
       x = tape.input_ = input;
     }
-    const DeviceRows<Scalar> z(tape.logits_buffer_.resize(exec, n), tokens, experts_);
+    const DeviceRows<Scalar> z(tape.logits_buffer_.resize(exec, n, room), tokens, experts_);
     detail::linear<Scalar>(exec, x, weight, z);
     tape.logits_ = tape.noisy_ = z;
     if (in.training && noise_.logits > 0) {
-      const DeviceRows<Scalar> noisy(tape.noisy_buffer_.resize(exec, n), tokens, experts_);
-      exec.for_each(n, AddNoise<Scalar>{z.data, in.noise, in.rng.split(1), deviation(), noisy.data});
+      const DeviceRows<Scalar> noisy(tape.noisy_buffer_.resize(exec, n, room), tokens, experts_);
+      exec.for_each(n, AddNoise<Scalar>{z, in.noise, in.rng.split(1), deviation(), noisy.data});
       tape.noisy_ = noisy;
     }
   }
@@ -183,13 +191,12 @@ class Gate {
   void backward(DeviceExec& exec, const Scalar* weight, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dz,
                 DeviceRows<Scalar> dx, Scalar* dweight, const Tape& tape) const {
     if (tape.factor_.data == nullptr) {
-      detail::linear_backward<Scalar>(exec, in.x, weight, dz, dx, dweight);
+      detail::linear_backward<Scalar>(exec, in.x, weight, dz, dx, true, dweight, true);
       return;
     }
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> dinput(exec.scratch<Scalar>(in.count() * model_dim_), in.count(), model_dim_);
-    exec.zero(dinput.data, in.count() * model_dim_);
-    detail::linear_backward<Scalar>(exec, tape.input_, weight, dz, dinput, dweight);
+    const DeviceRows<Scalar> dinput(exec.scratch<Scalar>(in.room() * model_dim_), in.count(), model_dim_);
+    detail::linear_backward<Scalar>(exec, tape.input_, weight, dz, dinput, false, dweight, true);
     exec.for_each_row(in.count(), JitterBackwardRow<Scalar>{tape.factor_, dinput, dx});
   }
 

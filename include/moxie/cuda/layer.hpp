@@ -178,7 +178,8 @@ class Moe {
   }
   /// The same y as with the parameters that were frozen, bit for bit. The tape holds the plan, and nothing for a backward.
   void forward(DeviceExec& exec, const Frozen& frozen, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
-    detail::expect_value(frozen.layer_ == layout_, name_ + "::forward", "the weights were not frozen by this layer");
+    detail::expect_value(layout_ != nullptr && frozen.layer_ == layout_, name_ + "::forward",
+                         "the weights were not frozen by this layer");
     run_checked(exec, frozen, in, y, tape);
   }
 
@@ -197,7 +198,7 @@ class Moe {
     expect_rows(where, "x", in.x, in);
     expect_layout(where, parameters);
     expect_layout(where, grads);
-    detail::expect_value(tape.layer_ == layout_ && tape.is_of(in), where,
+    detail::expect_value(layout_ != nullptr && tape.layer_ == layout_ && tape.is_of(in), where,
                          "the tape holds no forward of this layer, these sequences and this mask");
     expect_apart(where, "dx overlaps x, dy or the parameters", dx.extent(),
                  {in.x.extent(), dy.extent(), memory_of(parameters)});
@@ -209,9 +210,9 @@ class Moe {
     }
     const DeviceExec::Frame frame(exec);
     const DeviceTokens<Scalar> part = unmasked_tokens(in, tape);
-    const DeviceRows<Scalar> dx_part(exec.scratch<Scalar>(part.count() * model_dim()), part.count(), model_dim());
-    run_backward(exec, parameters.data(), part, gather<Scalar>(exec, dy, tape.unmasked_.device_rows(), part.count()), dx_part,
-                 grads.data(), tape);
+    const DeviceRows<Scalar> dx_part(exec.scratch<Scalar>(in.count() * model_dim()), part.count(), model_dim());
+    run_backward(exec, parameters.data(), part,
+                 gather<Scalar>(exec, dy, tape.unmasked_.device_rows(), part.count(), in.count()), dx_part, grads.data(), tape);
     exec.for_each_row(in.count(), RestoreRow<Scalar>{dx_part, tape.unmasked_.device_place(), dx});
   }
 
@@ -260,9 +261,24 @@ class Moe {
     expect_rows(where, "y", y, in);
     expect_apart(where, "y overlaps x", y.extent(), {in.x.extent()});
     tape.layer_ = nullptr;
+    try {
+      run_unmasked(exec, weights, in, y, tape);
+    } catch (...) {  // a tape without a forward, not one with parts of two
+      tape.masked_ = false;
+      tape.plan_.clear();
+      tape.router_.clear();
+      throw;
+    }
+  }
+  template <class Weights>
+  void run_unmasked(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y,
+                    Tape& tape) const {
     tape.masked_ = !in.mask.empty();
     if (!tape.masked_) {
-      run(exec, weights, in, y, tape);
+      DeviceTokens<Scalar> all = in;
+      all.rows = {};
+      all.whole = {};
+      run(exec, weights, all, y, tape);
       return;
     }
     tape.unmasked_.set(exec, in.mask, in.sequences);
@@ -272,12 +288,12 @@ class Moe {
       exec.for_each_row(count, GatherRow<Scalar, Scalar>{from, tape.unmasked_.device_rows(), to});
     };
     take(in.x, tape.unmasked_x_);
-    if (in.noise != nullptr) {
-      take({in.noise, in.count(), router_.experts()}, tape.unmasked_noise_);
+    if (in.training && in.noise.rows != 0) {
+      take(in.noise, tape.unmasked_noise_);
     }
     const DeviceTokens<Scalar> part = unmasked_tokens(in, tape);
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> y_part(exec.scratch<Scalar>(part.count() * model_dim()), part.count(), model_dim());
+    const DeviceRows<Scalar> y_part(exec.scratch<Scalar>(in.count() * model_dim()), part.count(), model_dim());
     run(exec, weights, part, y_part, tape);
     exec.for_each_row(in.count(), RestoreRow<Scalar>{y_part, tape.unmasked_.device_place(), y});
   }
@@ -288,18 +304,22 @@ class Moe {
     out.sequences = tape.unmasked_.sequences();
     out.mask = {};
     out.rows = tape.unmasked_.rows();
-    out.noise = in.noise == nullptr ? nullptr : tape.unmasked_noise_.data();
+    out.whole = in.sequences;
+    if (in.noise.rows != 0) {
+      out.noise = {tape.unmasked_noise_.data(), out.count(), in.noise.cols};
+    }
     return out;
   }
   /// The three steps, over tokens that are not masked; the arguments have been checked.
   template <class Weights>
   void run(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
-    tape.sequences_.set(exec, in.sequences);
+    tape.sequences_.set(exec, in.sequences, in.room());
     router_.route(exec, router_part(weights), in, tape.sequences_, tape.plan_, tape.router_);
     if (shared_) {
-      tape.whole_.set(exec, Sequences().over(in.count()));
+      tape.whole_.set(exec, Sequences().over(in.count()), in.room());
       if (in.count() > 0) {
-        shared_->forward(exec, shared_part(weights), {tape.whole_.groups(), in.x}, y, tape.shared_);
+        shared_->forward(exec, shared_part(weights), {tape.whole_.groups(), in.x, nullptr, nullptr, in.room()}, y,
+                         tape.shared_);
       }
     }
     run_experts(exec, experts_part(weights), in, y, tape);
@@ -308,23 +328,23 @@ class Moe {
                     DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
     const DeviceExec::Frame frame(exec);
     if (shared_ && in.count() > 0) {
-      shared_->backward(exec, shared_part(p), {tape.whole_.groups(), in.x}, elements(exec, dy), dx, grads + shared_offset_,
-                        tape.shared_);
+      shared_->backward(exec, shared_part(p), {tape.whole_.groups(), in.x, nullptr, nullptr, in.room()},
+                        elements(exec, dy, in.room()), dx, grads + shared_offset_, tape.shared_);
     }
     run_experts_backward(exec, p, in, dy, dx, grads, tape);
   }
 
   /// Rows as products read them.
-  static DeviceRows<const Element> elements(DeviceExec& exec, DeviceRows<const Scalar> m) {
+  static DeviceRows<const Element> elements(DeviceExec& exec, DeviceRows<const Scalar> m, Index room) {
     if constexpr (std::is_same_v<Element, Scalar>) {
       return m;
     } else {
-      return gather<Element>(exec, m, nullptr, m.rows);
+      return gather<Element>(exec, m, nullptr, m.rows, room);
     }
   }
   template <class To>
-  static DeviceRows<To> gather(DeviceExec& exec, DeviceRows<const Scalar> m, const int* index, Index rows) {
-    const DeviceRows<To> out(exec.scratch<To>(rows * m.cols), rows, m.cols);
+  static DeviceRows<To> gather(DeviceExec& exec, DeviceRows<const Scalar> m, const int* index, Index rows, Index room) {
+    const DeviceRows<To> out(exec.scratch<To>(room * m.cols), rows, m.cols);
     exec.for_each_row(rows, GatherRow<Scalar, To>{m, index, out});
     return out;
   }
@@ -334,15 +354,6 @@ class Moe {
     return block_of(m, slots * m.cols, transposed);
   }
 
-  /// Rows that there may be in another step of the same shape: where a capacity drops some, how many changes.
-  static Index most_rows(const Tape& tape) {
-    if constexpr (sparse) {
-      return tape.plan_.proposed();
-    } else {
-      return tape.plan_.rows();
-    }
-  }
-
   /// y += combine of what the experts make of the rows; y = where there is no shared expert.
   template <class Weights>
   void run_experts(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y,
@@ -350,9 +361,9 @@ class Moe {
     const Index rows = tape.plan_.rows();
     const Index dim = model_dim();
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> kept(tape.h_.resize(exec, rows * dim, most_rows(tape) * dim), rows, dim);
+    const DeviceRows<Scalar> kept(tape.h_.resize(exec, rows * dim, tape.plan_.room() * dim), rows, dim);
     if constexpr (sparse) {
-      experts_.forward(exec, weights, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), most_rows(tape)},
+      experts_.forward(exec, weights, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), tape.plan_.room()},
                        kept, tape.experts_);
       exec.for_each_row(in.count(),
                         CombineRow<Scalar>{tape.plan_.rows_of_token(), tape.plan_.weight(), kept, y, shared_.has_value()});
@@ -387,14 +398,14 @@ class Moe {
     const Index rows = tape.plan_.rows();
     const Index dim = model_dim();
     const DeviceRows<const Scalar> kept(tape.h_.data(), rows, dim);
-    const DeviceRows<Scalar> drows(exec.scratch<Scalar>(most_rows(tape) * dim), rows, dim);
+    const DeviceRows<Scalar> drows(exec.scratch<Scalar>(tape.plan_.room() * dim), rows, dim);
     if constexpr (sparse) {
-      Scalar* dweight = exec.scratch<Scalar>(most_rows(tape));
-      const DeviceRows<Element> dh(exec.scratch<Element>(most_rows(tape) * dim), rows, dim);
+      Scalar* dweight = exec.scratch<Scalar>(tape.plan_.room());
+      const DeviceRows<Element> dh(exec.scratch<Element>(tape.plan_.room() * dim), rows, dim);
       exec.for_each_row(rows,
                         CombineBackwardRow<Scalar, Element>{tape.plan_.token(), tape.plan_.weight(), kept, dy, dh, dweight});
       experts_.backward(exec, p + experts_offset_,
-                        {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), most_rows(tape)}, dh, drows,
+                        {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), tape.plan_.room()}, dh, drows,
                         grads + experts_offset_, tape.experts_);
       exec.for_each_row(in.count(), CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
       router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, dweight, dx, grads + router_offset_,
@@ -407,8 +418,8 @@ class Moe {
       const DeviceRows<const Scalar> combine = tape.plan_.combine();
       const DeviceRows<const Scalar> mixed(tape.slots_.data(), rows, dim);
       const DeviceRows<Scalar> dout(exec.scratch<Scalar>(rows * dim), rows, dim);  // dỸ, then dX̃
-      const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(tokens * slots), tokens, slots);
-      const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+      const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
+      const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
       multiply<Scalar, Scalar>(
           exec, groups,
           {.m = slots, .n = dim, .k = of_group, .a = rows_of(combine, true), .b = rows_of(dy), .c = slots_of(dout, slots)});
@@ -416,7 +427,7 @@ class Moe {
           exec, groups,
           {.m = of_group, .n = slots, .k = dim, .a = rows_of(dy), .b = slots_of(kept, slots, true), .c = rows_of(dcombine)});
       experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
-                        gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows), drows, grads + experts_offset_,
+                        gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows, rows), drows, grads + experts_offset_,
                         tape.experts_);
       exec.for_each_row(rows, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
       multiply<Scalar, Scalar>(exec, groups,

@@ -22,19 +22,21 @@ struct DeviceTokens {
   bool training = false;
   /// The stream of this step's noise; that of the CPU's `Rng` of the same seed and stream draws the same numbers.
   DeviceRng rng{};
-  /// (T,E) standard normal numbers of the device, one row after the other, to take for the noise on logits instead of drawing
-  /// them; null to draw.
-  const Scalar* noise = nullptr;
+  /// (T,E) standard normal numbers of the device to take for the noise on logits instead of drawing them; no rows to draw.
+  DeviceRows<const Scalar> noise = {};
   /// Another K for this call; 0: the router's own.
   Index top_k = 0;
-  /// Set by the layer where it left masked tokens out: the row of each token in the caller's x.
+  /// Set by the layer where it left masked tokens out: the row of each token in the caller's x, and how all divide.
   std::span<const int> rows = {};
+  Sequences whole = {};
 
   DeviceTokens() = default;
   template <class T>
   DeviceTokens(const DeviceRows<T>& tokens, Sequences division = {}) : x(tokens), sequences(division.over(tokens.rows)) {}
 
   Index count() const { return x.rows; }
+  /// Tokens that there may be in another step of the same shape.
+  Index room() const { return whole.tokens() > count() ? whole.tokens() : count(); }
 };
 
 namespace detail {
@@ -56,6 +58,10 @@ void expect_tokens(std::string_view where, const DeviceTokens<Scalar>& in, Index
   if (!in.mask.empty() && Index(in.mask.size()) != in.count()) {
     throw ShapeError(std::string(where) + ": there are " + std::to_string(in.mask.size()) +
                      " elements of the mask, expected one for each of " + std::to_string(in.count()) + " tokens");
+  }
+  if (in.noise.rows != 0 && in.noise.rows != in.count()) {
+    throw ShapeError(std::string(where) + ": noise is " + moxie::detail::dimensions(in.noise.rows, in.noise.cols) +
+                     ", expected (" + std::to_string(in.count()) + ",E)");
   }
   expect_value(in.top_k >= 0, where, "top_k must not be negative");
 }
@@ -94,7 +100,9 @@ struct SequenceOf {
 /// A division of tokens that both sides know. Made again, and sent to the device, only when it changes.
 class DeviceSequences {
  public:
-  void set(DeviceExec& exec, const Sequences& sequences) {
+  /// `room`: tokens that there may be in other steps.
+  void set(DeviceExec& exec, const Sequences& sequences, Index room = 0) {
+    room_ = room;
     const Index count = sequences.count();
     bool same = set_ && Index(host_.size()) == count + 1 && host_.back() == sequences.tokens();
     for (Index b = 0; same && b < count; ++b) {
@@ -110,13 +118,14 @@ class DeviceSequences {
     }
     exec.upload(host_.data(), starts_.resize(exec, count + 1), count + 1);
     exec.for_each(sequences.tokens(),
-                  detail::SequenceOf{starts_.data(), int(count), sequence_.resize(exec, sequences.tokens())});
+                  detail::SequenceOf{starts_.data(), int(count), sequence_.resize(exec, sequences.tokens(), room)});
     set_ = true;
   }
 
   Groups groups() const { return {host_, starts_.data()}; }
   Index count() const { return Index(host_.size()) - 1; }
   Index tokens() const { return host_.back(); }
+  Index room() const { return room_; }
   /// The sequence of each token.
   const int* of_token() const { return sequence_.data(); }
   bool operator==(const Sequences& other) const {
@@ -129,6 +138,7 @@ class DeviceSequences {
 
  private:
   bool set_ = false;
+  Index room_ = 0;
   std::vector<int> host_{0};
   DeviceBuffer<int> starts_;
   DeviceBuffer<int> sequence_;
@@ -160,7 +170,8 @@ class UnmaskedTokens {
     mask_.assign(mask.begin(), mask.end());
   }
   bool are_of(std::span<const std::uint8_t> mask, const Sequences& sequences) const {
-    return !mask_.empty() && std::equal(mask_.begin(), mask_.end(), mask.begin(), mask.end()) &&
+    const auto same = [](std::uint8_t a, std::uint8_t b) { return (a != 0) == (b != 0); };
+    return !mask_.empty() && std::equal(mask_.begin(), mask_.end(), mask.begin(), mask.end(), same) &&
            Sequences(whole_).over(Index(mask_.size())) == sequences;
   }
 
@@ -252,7 +263,16 @@ class SparsePlan {
   Index tokens() const { return tokens_; }
   Index experts() const { return Index(starts_.size()) - 1; }
   Index rows() const { return starts_.back(); }
-  Index proposed() const { return proposed_; }
+  /// Rows that there may be in another step of the same shape: a capacity, or a mask, leaves another number of them.
+  Index room() const { return room_; }
+  /// No plan.
+  void clear() {
+    tokens_ = 0;
+    room_ = 0;
+    k_ = 0;
+    starts_.assign(1, 0);
+    uploaded_ = nullptr;
+  }
   /// Expert e owns rows [starts[e], starts[e+1]); known to the host too.
   Groups groups() const { return {starts_, device_starts_.data()}; }
   /// Of each row, on the device.
@@ -263,21 +283,22 @@ class SparsePlan {
 
   /// Of K choices a token: pair t·K + k has an expert, -1 for none, and a weight. Waits for the device, to know how many rows
   /// every expert has; `status` (one number of the device) comes along, and is returned.
-  int build(DeviceExec& exec, Index tokens, Index experts, Index k, const int* expert, const Scalar* weight,
+  int build(DeviceExec& exec, Index tokens, Index room, Index experts, Index k, const int* expert, const Scalar* weight,
             const int* status) {
     const Index pairs = detail::to_index("SparsePlan::build", tokens * k);
     tokens_ = tokens;
-    proposed_ = pairs;
+    room_ = room * k;
     k_ = k;
     const DeviceExec::Frame frame(exec);
-    int* key = expert_.resize(exec, pairs);
-    int* pair = exec.scratch<int>(pairs);
+    int* key = expert_.resize(exec, pairs, room_);
+    int* pair = exec.scratch<int>(room_);
     exec.for_each(pairs, detail::PairKey{expert, int(experts), key, pair});
     detail::sort_by_key(exec, key, pair, pairs);
     int* starts = device_starts_.resize(exec, experts + 2);
     exec.for_each(experts + 1, detail::StartOf{key, int(pairs), starts});
-    exec.for_each(pairs, detail::RowOfPair<Scalar>{pair, starts, int(experts), int(k), weight, token_.resize(exec, pairs),
-                                                   weight_.resize(exec, pairs), token_rows_.resize(exec, pairs)});
+    exec.for_each(pairs,
+                  detail::RowOfPair<Scalar>{pair, starts, int(experts), int(k), weight, token_.resize(exec, pairs, room_),
+                                            weight_.resize(exec, pairs, room_), token_rows_.resize(exec, pairs, room_)});
     exec.copy(status, starts + experts + 1, 1);
     starts_.resize(std::size_t(experts) + 2);
     exec.read(starts, starts_.data(), experts + 2);
@@ -287,13 +308,13 @@ class SparsePlan {
   }
 
   /// Of rows that are there already: `fill(token, expert, weight)` writes R of each, sorted by expert, `starts` of them.
-  /// Nothing waits.
+  /// Nothing waits. Memory is for `room` tokens and `room_of_rows` rows.
   template <class Fill>
-  void build(DeviceExec& exec, Index tokens, const std::vector<int>& starts, const Fill& fill) {
+  void build(DeviceExec& exec, Index tokens, Index room, const std::vector<int>& starts, Index room_of_rows, const Fill& fill) {
     const Index rows = starts.back();
     const Index experts = Index(starts.size()) - 1;
     tokens_ = tokens;
-    proposed_ = rows;
+    room_ = room_of_rows;
     k_ = 0;
     int* device = device_starts_.resize(exec, experts + 2);
     if (starts != starts_ || device != uploaded_) {
@@ -302,19 +323,19 @@ class SparsePlan {
       exec.upload(starts_.data(), device, experts + 1);
       uploaded_ = device;
     }
-    fill(token_.resize(exec, rows), expert_.resize(exec, rows), weight_.resize(exec, rows));
+    fill(token_.resize(exec, rows, room_), expert_.resize(exec, rows, room_), weight_.resize(exec, rows, room_));
     const DeviceExec::Frame frame(exec);
-    int* key = exec.scratch<int>(rows);
+    int* key = exec.scratch<int>(room_);
     exec.copy(token_.data(), key, rows);
-    int* row = token_rows_.resize(exec, rows);
+    int* row = token_rows_.resize(exec, rows, room_);
     exec.for_each(rows, detail::Iota{row});
     detail::sort_by_key(exec, key, row, rows);
-    exec.for_each(tokens + 1, detail::StartOf{key, int(rows), token_starts_.resize(exec, tokens + 1)});
+    exec.for_each(tokens + 1, detail::StartOf{key, int(rows), token_starts_.resize(exec, tokens + 1, room + 1)});
   }
 
  private:
   Index tokens_ = 0;
-  Index proposed_ = 0;
+  Index room_ = 0;
   Index k_ = 0;  // 0: tokens have as many rows as their starts say
   std::vector<int> starts_{0};
   const int* uploaded_ = nullptr;

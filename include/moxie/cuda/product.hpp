@@ -69,7 +69,7 @@ struct Groups {
 };
 
 /// For each group: C (m,n) = A (m,k) B (k,n), or C += A B; m or k may be `of_group`. Sums are of the type of C, but float for
-/// BFloat16. Groups without rows: where m is theirs nothing is written; where k is, the product is 0.
+/// BFloat16. Groups without rows: where m is theirs nothing is written. A product over nothing is 0.
 template <class Element, class Out>
 struct Product {
   static constexpr Index of_group = -1;
@@ -145,11 +145,11 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
   const auto operation = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
   const Index count = groups.count();
   const bool by_rows = p.m == p.of_group || p.k == p.of_group;
-  if (p.k == p.of_group && !p.add) {
+  if (!p.add) {
     for (Index g = 0; g < count; ++g) {
-      if (groups.rows(g) == 0) {  // a sum of nothing
+      if (p.depth(groups, g) == 0 && p.rows(groups, g) > 0) {  // a sum of nothing
         check(cudaMemset2DAsync(p.c.of(g, groups.begin(g)), std::size_t(p.c.stride) * sizeof(Out), 0,
-                                std::size_t(p.n) * sizeof(Out), std::size_t(p.m), exec.stream()),
+                                std::size_t(p.n) * sizeof(Out), std::size_t(p.rows(groups, g)), exec.stream()),
               "cudaMemset2DAsync");
       }
     }

@@ -7,10 +7,12 @@
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
-/// The numbers of `moxie::Rng` (Philox4x32-10) on both sides: `DeviceRng(rng.seed(), rng.stream())` draws the same.
+/// The numbers of `moxie::Rng` (Philox4x32-10) on both sides: `DeviceRng(rng.seed(), rng.stream())` draws the same, normal ones
+/// but for how log and cos are rounded.
 class DeviceRng {
  public:
-  explicit DeviceRng(std::uint64_t seed = 0, std::uint64_t stream = 0) : seed_(seed), stream_(stream) {}
+  DeviceRng() = default;
+  DeviceRng(std::uint64_t seed, std::uint64_t stream) : seed_(seed), stream_(stream) {}
 
   std::uint64_t seed() const { return seed_; }
   std::uint64_t stream() const { return stream_; }
@@ -56,8 +58,8 @@ class DeviceRng {
     return x ^ (x >> 31U);
   }
 
-  std::uint64_t seed_;
-  std::uint64_t stream_;
+  std::uint64_t seed_ = 0;
+  std::uint64_t stream_ = 0;
 };
 
 }  // namespace MOXIE_CUDA_BACKEND

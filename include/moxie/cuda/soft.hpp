@@ -39,8 +39,8 @@ class DensePlan {
     const Index slots = experts * slots_per_expert;
     const Index count = sequences.count();
     const Index rows = detail::to_index("DensePlan", count * slots);
-    dispatch_.resize(exec, sequences.tokens() * slots);
-    combine_.resize(exec, sequences.tokens() * slots);
+    dispatch_.resize(exec, sequences.tokens() * slots, sequences.room() * slots);
+    combine_.resize(exec, sequences.tokens() * slots, sequences.room() * slots);
     tokens_ = sequences.tokens();
     const bool same = sequences_ == count && slots_ == slots && Index(starts_.size()) == experts + 1;
     slots_ = slots;
@@ -58,12 +58,21 @@ class DensePlan {
     sequences_ = count;
   }
 
+  /// No plan.
+  void clear() {
+    tokens_ = 0;
+    slots_ = 0;
+    sequences_ = -1;
+    starts_.assign(1, 0);
+  }
+
   Index tokens() const { return tokens_; }
   Index experts() const { return Index(starts_.size()) - 1; }
   /// N.
   Index slots() const { return slots_; }
-  /// B·N.
+  /// B·N, of all steps of a shape.
   Index rows() const { return starts_.back(); }
+  Index room() const { return rows(); }
   Groups groups() const { return {starts_, device_starts_.data()}; }
   const int* expert() const { return expert_.data(); }
   const int* slot_of_row() const { return slot_of_row_.data(); }
@@ -225,6 +234,7 @@ class SoftRouter {
     double balance_loss(DeviceExec& /*exec*/) const { return 0; }
     /// Throws ValueError naming the first token of the last forward whose logits are not finite. Waits for the device.
     void expect_finite(DeviceExec& exec) const { status_.expect_finite(exec, "SoftRouter::route"); }
+    void clear() {}
 
    private:
     friend class SoftRouter;
@@ -272,15 +282,15 @@ class SoftRouter {
     }
     if (config_.dispatch == Mixing::learned) {
       if (config_.combine != Mixing::learned) {  // which else looks at the logits
-        const DeviceRows<Scalar> unused(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+        const DeviceRows<Scalar> unused(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
         exec.for_each_row(tokens, SoftmaxRow<Scalar>{z, unused, scale, status});
       }
       const SlotLogit<Scalar> logit{z, scale};
       Scalar* largest = exec.scratch<Scalar>(groups.count() * slots);
-      column_reduce<Largest, Scalar>(exec, groups, slots, logit, largest, slots, false);
+      column_reduce<Largest, Scalar>(exec, groups, slots, logit, largest, slots, false, in.room());
       const SlotExponential<Scalar> exponential{logit, sequences.of_token(), largest};
       Scalar* sum = exec.scratch<Scalar>(groups.count() * slots);
-      column_reduce<Plus, Scalar>(exec, groups, slots, exponential, sum, slots, false);
+      column_reduce<Plus, Scalar>(exec, groups, slots, exponential, sum, slots, false, in.room());
       exec.for_each_row(tokens, DispatchRow<Scalar>{exponential, sum, plan.dispatch()});
     } else {
       exec.for_each_row(tokens, ConstantRow<Scalar>{config_.dispatch == Mixing::identity, true, groups.device,
@@ -299,7 +309,7 @@ class SoftRouter {
     const Index slots = config_.slots();
     const Index dim = config_.model_dim;
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(tokens * slots), tokens, slots);
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
     SoftBackwardRow<Scalar> row{{}, dcombine, {}, ddispatch, nullptr, sequences.of_token(), dz};
     if (config_.combine == Mixing::learned) {
       row.c = plan.combine();
@@ -307,22 +317,20 @@ class SoftRouter {
     if (config_.dispatch == Mixing::learned) {
       row.d = plan.dispatch();
       Scalar* dots = exec.scratch<Scalar>(sequences.count() * slots);
-      column_reduce<Plus, Scalar>(exec, sequences.groups(), slots, ElementProduct<Scalar>{row.d, ddispatch}, dots, slots,
-                                  false);
+      column_reduce<Plus, Scalar>(exec, sequences.groups(), slots, ElementProduct<Scalar>{row.d, ddispatch}, dots, slots, false,
+                                  in.room());
       row.dots = dots;
     }
     exec.for_each_row(tokens, row);
     if (!config_.normalize) {
-      detail::linear_backward<Scalar>(exec, in.x, p, dz, dx, grads);
+      detail::linear_backward<Scalar>(exec, in.x, p, dz, dx, true, grads, true);
       return;
     }
     const DeviceRows<const Scalar> x_hat(tape.x_.data(), tokens, dim);
     const DeviceRows<const Scalar> phi_hat(tape.phi_.data(), slots, dim);
-    const DeviceRows<Scalar> dx_hat(exec.scratch<Scalar>(tokens * dim), tokens, dim);
+    const DeviceRows<Scalar> dx_hat(exec.scratch<Scalar>(in.room() * dim), tokens, dim);
     const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slots * dim), slots, dim);
-    exec.zero(dx_hat.data, tokens * dim);
-    exec.zero(dphi_hat.data, slots * dim);
-    detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, dx_hat, dphi_hat.data);
+    detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, dx_hat, false, dphi_hat.data, false);
     const Index scale_offset = layout_.tensors()[1].offset;
     const Scalar* scale = p + scale_offset;
     Scalar* dots = exec.scratch<Scalar>(slots);
@@ -337,14 +345,14 @@ class SoftRouter {
   DeviceRows<const Scalar> logits(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Tape& tape) const {
     const Index slots = config_.slots();
     const Index dim = config_.model_dim;
-    const DeviceRows<Scalar> z(exec.scratch<Scalar>(in.count() * slots), in.count(), slots);
+    const DeviceRows<Scalar> z(exec.scratch<Scalar>(in.room() * slots), in.count(), slots);
     if (!config_.normalize) {
       detail::linear(exec, in.x, p, z);
       return z;
     }
-    const DeviceRows<Scalar> x_hat(tape.x_.resize(exec, in.count() * dim), in.count(), dim);
+    const DeviceRows<Scalar> x_hat(tape.x_.resize(exec, in.count() * dim, in.room() * dim), in.count(), dim);
     const DeviceRows<Scalar> phi_hat(tape.phi_.resize(exec, slots * dim), slots, dim);
-    exec.for_each_row(in.count(), NormalizeRow<Scalar>{in.x, x_hat, tape.x_factor_.resize(exec, in.count())});
+    exec.for_each_row(in.count(), NormalizeRow<Scalar>{in.x, x_hat, tape.x_factor_.resize(exec, in.count(), in.room())});
     exec.for_each_row(
         slots, NormalizeRow<Scalar>{DeviceRows<const Scalar>(p, slots, dim), phi_hat, tape.phi_factor_.resize(exec, slots)});
     detail::linear<Scalar>(exec, x_hat, phi_hat.data, z);

@@ -501,15 +501,26 @@ class TopKRouter {
     /// Adds how often each expert was chosen in the last forward, dropped pairs too, to E numbers of the device: what
     /// `Moe::update_selection_bias` looks at, after all micro-batches of a step.
     void add_times_chosen(DeviceExec& exec, DeviceBuffer<double>& load) const {
+      if (top_k_ == 0) {  // no forward, or one that failed
+        return;
+      }
       detail::expect_value(load.size() == row_.experts, "add_times_chosen", "the load is not of as many experts");
-      column_sums<double>(exec, chosen_.size() / row_.k, row_.experts, TimesChosen{row_.chosen, row_.k, row_.k}, load.data(),
-                          true);
+      column_sums<double>(exec, chosen_.size() / top_k_, row_.experts, TimesChosen{chosen_.data(), row_.k, row_.k}, load.data(),
+                          true, most_tokens_);
     }
     double balance_loss(DeviceExec& exec) const { return losses_ ? balance_.loss(exec) : 0; }
+
+    /// No forward.
+    void clear() {
+      top_k_ = 0;
+      losses_ = false;
+      placed_ = false;
+    }
 
    private:
     friend class TopKRouter;
     Index top_k_ = 0;
+    Index most_tokens_ = 0;  // of a step of the same shape
     bool losses_ = false;
     bool placed_ = false;
     TopKRow<Scalar> row_;
@@ -561,7 +572,9 @@ class TopKRouter {
     detail::to_index(where, sequences.count() * experts);
     set_rooms(exec, sequences, k, tape);
     const DeviceExec::Frame frame(exec);
+    const Index room = in.room();
     tape.top_k_ = k;
+    tape.most_tokens_ = room;
     TopKRow<Scalar>& row = tape.row_;
     row = {.experts = int(experts),
            .k = int(k),
@@ -572,24 +585,24 @@ class TopKRouter {
            .groups_chosen = int(config_.groups.chosen),
            .group_sum = config_.groups.score == GroupScore::top_2_sum,
            .bias = config_.selection_bias ? p + layout_.tensors()[1].offset : nullptr};
-    gate_.forward(exec, p, in, tape.gate_);
+    gate_.forward(exec, where, p, in, tape.gate_);
     row.z = tape.gate_.noisy_logits();
-    row.s = {tape.scores_.resize(exec, tokens * experts), tokens, experts};
-    row.chosen = tape.chosen_.resize(exec, pairs);
-    row.weight = tape.weights_.resize(exec, pairs);
+    row.s = {tape.scores_.resize(exec, tokens * experts, room * experts), tokens, experts};
+    row.chosen = tape.chosen_.resize(exec, pairs, room * k);
+    row.weight = tape.weights_.resize(exec, pairs, room * k);
     row.first_bad = tape.status_.reset(exec, in);
     if (row.normalized) {
-      row.share = tape.shares_.resize(exec, pairs);
+      row.share = tape.shares_.resize(exec, pairs, room * k);
     }
     if (row.groups_chosen < row.groups) {
-      row.group_score = tape.group_scores_.resize(exec, tokens * row.groups);
+      row.group_score = tape.group_scores_.resize(exec, tokens * row.groups, room * row.groups);
     }
     const Balance& balance = config_.balance;
     if (!row.softmax && balance.of_probabilities()) {
-      row.probability = tape.probabilities_.resize(exec, tokens * experts);
+      row.probability = tape.probabilities_.resize(exec, tokens * experts, room * experts);
     }
     if (config_.biased() && balance.any()) {
-      row.best = tape.best_.resize(exec, pairs);
+      row.best = tape.best_.resize(exec, pairs, room * k);
     }
     exec.for_each_row(tokens, row);
     const int* assigned = row.chosen;
@@ -597,7 +610,7 @@ class TopKRouter {
     if (tape.placed_) {
       assigned = assign(exec, sequences, row, tape);
     }
-    tape.status_.expect_finite(where, plan.build(exec, tokens, experts, k, assigned, row.weight, row.first_bad));
+    tape.status_.expect_finite(where, plan.build(exec, tokens, room, experts, k, assigned, row.weight, row.first_bad));
     tape.losses_ = balance.any();
     if (tape.losses_) {
       BalanceInput<Scalar>& seen = tape.seen_;
@@ -611,7 +624,9 @@ class TopKRouter {
       seen.counted = balance.count_chosen ? row.chosen : seen.best;
       if (tape.gate_.noisy()) {
         seen.deviation = gate_.deviation();
-        seen.clean = clean_probabilities(exec, seen.logits, row, tape);
+        if (balance.importance > 0) {
+          seen.clean = clean_probabilities(exec, seen.logits, room, row, tape);
+        }
       }
       tape.balance_.set(exec, balance, sequences, seen);
     }
@@ -622,7 +637,8 @@ class TopKRouter {
                 const Plan& plan, const Scalar* dweight, DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
     const Index tokens = in.count();
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(tokens * config_.experts), tokens, config_.experts);
+    const Index room = in.room() * config_.experts;
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(room), tokens, config_.experts);
     const Balance& balance = config_.balance;
     TopKBackwardRow<Scalar> row{.row = tape.row_, .rows_of = plan.rows_of_token(), .dweight = dweight};
     row.sequence = sequences.of_token();
@@ -634,7 +650,7 @@ class TopKRouter {
     exec.for_each_row(tokens, row);
     const BalanceInput<Scalar>& seen = tape.seen_;
     if (tape.losses_ && seen.deviation > 0 && (balance.importance > 0 || balance.load > 0)) {
-      const DeviceRows<Scalar> scratch(exec.scratch<Scalar>(tokens * config_.experts), tokens, config_.experts);
+      const DeviceRows<Scalar> scratch(exec.scratch<Scalar>(room), tokens, config_.experts);
       exec.for_each_row(tokens,
                         NoisyBackwardRow<Scalar>{tape.row_.softmax,
                                                  {seen.logits, seen.noisy_logits, seen.best, tape.row_.k, seen.deviation},
@@ -650,14 +666,14 @@ class TopKRouter {
 
  private:
   /// Probabilities of the logits without noise.
-  DeviceRows<const Scalar> clean_probabilities(DeviceExec& exec, DeviceRows<const Scalar> z, const TopKRow<Scalar>& row,
-                                               Tape& tape) const {
-    const DeviceRows<Scalar> clean(tape.clean_.resize(exec, z.rows * z.cols), z.rows, z.cols);
+  DeviceRows<const Scalar> clean_probabilities(DeviceExec& exec, DeviceRows<const Scalar> z, Index room,
+                                               const TopKRow<Scalar>& row, Tape& tape) const {
+    const DeviceRows<Scalar> clean(tape.clean_.resize(exec, z.rows * z.cols, room * z.cols), z.rows, z.cols);
     if (row.softmax) {
       exec.for_each_row(z.rows, SoftmaxRow<Scalar>{z, clean, nullptr, row.first_bad});
     } else {
       const DeviceExec::Frame frame(exec);
-      const DeviceRows<Scalar> s(exec.scratch<Scalar>(z.rows * z.cols), z.rows, z.cols);
+      const DeviceRows<Scalar> s(exec.scratch<Scalar>(room * z.cols), z.rows, z.cols);
       exec.for_each_row(z.rows, SigmoidRow<Scalar>{z, s, clean.data, row.first_bad});
     }
     return clean;
@@ -688,25 +704,26 @@ class TopKRouter {
     const Index tokens = sequences.tokens();
     const Index pairs = tokens * row.k;
     const DeviceExec::Frame frame(exec);
-    int* order = exec.scratch<int>(tokens);
+    const Index room = sequences.room();
+    int* order = exec.scratch<int>(room);
     if (config_.capacity.priority == Priority::weight) {
-      Scalar* priority = exec.scratch<Scalar>(tokens);
+      Scalar* priority = exec.scratch<Scalar>(room);
       exec.for_each(tokens, detail::PriorityOf<Scalar>{row.weight, row.k, priority, order});
       detail::sort_by_key_descending(exec, priority, order, tokens);
-      int* key = exec.scratch<int>(tokens);
+      int* key = exec.scratch<int>(room);
       exec.for_each(tokens, detail::KeyOf{order, sequences.of_token(), key});
       detail::sort_by_key(exec, key, order, tokens);
     } else {
       exec.for_each(tokens, detail::Iota{order});
     }
-    int* key = exec.scratch<int>(pairs);
-    int* pair = exec.scratch<int>(pairs);
+    int* key = exec.scratch<int>(room * row.k);
+    int* pair = exec.scratch<int>(room * row.k);
     exec.for_each(pairs, detail::ArrivalOf{order, sequences.of_token(), sequences.groups().device, row.chosen, row.k,
                                            row.experts, key, pair});
     detail::sort_by_key(exec, key, pair, pairs);
-    int* assigned = tape.assigned_.resize(exec, pairs);
+    int* assigned = tape.assigned_.resize(exec, pairs, room * row.k);
     exec.for_each(pairs, detail::PlaceOf{key, pair, int(pairs), row.experts, tape.room_.data(), row.chosen,
-                                         tape.place_.resize(exec, pairs), assigned});
+                                         tape.place_.resize(exec, pairs, room * row.k), assigned});
     return assigned;
   }
 
