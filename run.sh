@@ -3,7 +3,7 @@
 #   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
 #   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
 #   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
-#   ./run.sh compare [ARGUMENT...]  trains one model with every feed-forward (the arguments go to `compare run`)
+#   ./run.sh compare [ARGUMENT...]  trains one model with every feed-forward: --quick, --out FOLDER, --experiment FILE, --threads N
 #   ./run.sh sets                 golden files and laws on the other instruction sets: AVX2, AVX-512, none, NEON by qemu
 #   ./run.sh cuda                 tests and measures the CUDA backend: by nvcc and on a device, where they are
 #   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
@@ -82,15 +82,27 @@ case ${1:-} in
     ls "$out"/*.png
     ;;
   compare)
+    folder='' experiment=examples/compare/comparison.json quick=() threads=() rounds=10
+    shift
+    while [ $# -gt 0 ]; do
+      case $1 in
+        --quick) quick=(--quick) rounds=3; shift ;;
+        --out) folder=${2:?--out needs a folder}; shift 2 ;;
+        --experiment) experiment=${2:?--experiment needs a file}; shift 2 ;;
+        --threads) threads=(--threads "${2:?--threads needs a number}"); shift 2 ;;
+        *) echo "./run.sh compare takes --quick, --out FOLDER, --experiment FILE and --threads N, not $1" >&2; exit 2 ;;
+      esac
+    done
+    : "${folder:=out/compare${quick:+-quick}}"
     install_missing "${need[@]}" dataset-fashion-mnist gnuplot-nox python3
     build release -DMOXIE_BUILD_TESTS=OFF -- --target compare
     say "comparing"
     export OMP_WAIT_POLICY=passive
-    folder=out/compare rounds=10
-    if [[ " ${*:2} " == *" --quick "* ]]; then folder=out/compare-quick rounds=3; fi
-    build/release/examples/compare/compare run --out "$folder" "${@:2}"
-    [ -e "$folder/times.jsonl" ] || build/release/examples/compare/compare time --out "$folder" --rounds "$rounds"
-    python3 examples/compare/report.py "$folder"
+    both=(--experiment "$experiment" --out "$folder" "${threads[@]}")
+    build/release/examples/compare/compare run "${both[@]}" "${quick[@]}"
+    # Of runs that are not measured yet; delete times.jsonl to measure anew.
+    [ -e "$folder/times.jsonl" ] || build/release/examples/compare/compare time "${both[@]}" --rounds "$rounds"
+    python3 examples/compare/report.py "$folder" --experiment "$experiment"
     ;;
   test)
     install_missing "${need[@]}" "${need_test[@]}"

@@ -172,6 +172,13 @@ int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
       classifier_weights(classifier, data, experiment.measures.classifier_steps, files("classifier.safetensors"), exec);
   const compare::Judgement all = compare::judge(classifier, weights, test.images, exec);
   std::cout << "The classifier knows " << 100 * all.agreement(test.labels) << "% of " << test.count() << " test images\n";
+  for (const nlohmann::json& entry : results.entries()) {
+    if (entry.value("classifier_accuracy", all.agreement(test.labels)) != all.agreement(test.labels)) {
+      throw std::runtime_error(files("results.jsonl").string() + ": was judged by another classifier, which knew " +
+                               std::to_string(100 * entry.value("classifier_accuracy", 0.0)) +
+                               "%: another machine's, maybe; choose another --out");
+    }
+  }
   const compare::Judge judge{classifier, weights, all.features.topRows(std::min(experiment.measures.samples, test.count()))};
 
   for (const Run& run : experiment.runs) {
