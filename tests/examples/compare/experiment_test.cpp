@@ -117,7 +117,7 @@ TEST_CASE("Experiment: a file that is not there, or none of JSON") {
 
 TEST_CASE("Experiment: the one of the example is understood, and its runs compute alike") {
   Experiment e = Experiment::read(MOXIE_GOLDEN_DIR "/../../examples/compare/comparison.json");
-  CHECK(std::count_if(e.runs.begin(), e.runs.end(), [](const Run& run) { return run.group == "main"; }) == 8 * 3);
+  CHECK(std::count_if(e.runs.begin(), e.runs.end(), [](const Run& run) { return run.group == "main"; }) == 9 * 3);
   const auto work = [](const Run& run) { return double(dit::cost_of(run.config).multiply_adds); };
   for (const Run& run : e.runs) {
     CAPTURE(run.name);
@@ -126,7 +126,7 @@ TEST_CASE("Experiment: the one of the example is understood, and its runs comput
     }
   }
   e.shorten();
-  CHECK(e.runs.size() == 8);
+  CHECK(e.runs.size() == 9);
   for (const Run& run : e.runs) {
     CHECK(run.group == "main");
     CHECK(run.steps == 100);

@@ -51,3 +51,11 @@ if run --out "$folder/killed"; then
 fi
 grep -q "with other options" "$folder/output"
 [ "$(wc -l <"$folder/killed/results.jsonl")" -eq 4 ]
+# Nor those that another classifier judged.
+sed -i 's/"hidden_dim": 12/"hidden_dim": 8/' "$folder/experiment.json"
+sed -i 's/"classifier_accuracy":[0-9.e-]*/"classifier_accuracy":0.125/' "$folder/killed/results.jsonl"
+if run --out "$folder/killed"; then
+  echo "results by another classifier were not refused" >&2
+  exit 1
+fi
+grep -q "judged by another classifier, which knew 12.5" "$folder/output"
