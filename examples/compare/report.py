@@ -9,8 +9,8 @@
 
 There need be no times.jsonl.
 
-In a page a table stands between `<!-- report: KIND GROUP -->` and `<!-- end -->`; the kinds are "table", "routing",
-"claims" and "bits".
+In a page a table stands between `<!-- report: KIND GROUP -->` and `<!-- end -->`; the kinds are "about", "table",
+"routing", "claims" and "bits".
 A mean over seeds is followed by its range, or by ± half of its 95% interval by Student's t, with the variance between seeds
 pooled over all runs of as many steps; that of a difference pairs runs of one seed, and pools what is left when each run's and each
 seed's mean is taken away. MaxVio is compared by its logarithm: a ratio, and the ends of its interval. A verdict needs p < 0.05 after
@@ -297,9 +297,19 @@ def bits(group):
     return rows
 
 
+def about(group):
+    """What the group's runs have in common."""
+    all_runs = [r for by_seed in group.runs.values() for r in by_seed.values()]
+    known = lambda key, show: ", ".join(dict.fromkeys(show(r[key]) for r in all_runs if key in r))
+    return [["runs", "steps", "images a step", "data", "the classifier knows, %", "built for"],
+            [str(len(all_runs)), known("steps", str), known("config", lambda c: str(c["recipe"].get("batch", ""))),
+             known("data", lambda d: d.split(" from ")[0]), known("classifier_accuracy", lambda x: f"{100 * x:.2f}"),
+             known("instructions", str)]]
+
+
 def tables(group, all_tests, times):
     """kind -> rows of cells, the first of them the headings."""
-    return {"table": table(group, times), "claims": claims(group, all_tests), "routing": routing(group), "bits": bits(group)}
+    return {"about": about(group), "table": table(group, times), "claims": claims(group, all_tests), "routing": routing(group), "bits": bits(group)}
 
 
 def markdown(rows):
@@ -414,7 +424,7 @@ def write_report(folder, groups, all_tests, times, origin):
     (folder / "report.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
-MARKER = re.compile(r"<!-- report: (table|routing|claims|bits) (.*?) -->")
+MARKER = re.compile(r"<!-- report: (about|table|routing|claims|bits) (.*?) -->")
 
 
 def filled(page, groups, all_tests, times):

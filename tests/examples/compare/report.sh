@@ -50,6 +50,10 @@ check 'Text.'
 if grep -q MaxVio "$folder/page.md"; then echo "a measure that no run has" >&2; exit 1; fi
 run --page "$folder/page.md" --check
 
+printf '<!-- report: about pair -->\n<!-- end -->\n' >"$folder/other.md"
+run --page "$folder/other.md"
+grep -qF '| 6 | 20 |  | none |  |  |' "$folder/other.md"
+
 # The other way round, a claim did not hold.
 sed -i 's/"better": "b", "than": "a"/"better": "a", "than": "b"/' "$folder/experiment.json"
 run --page "$folder/page.md"
