@@ -330,6 +330,12 @@ def gnuplot(path, size, script):
     subprocess.run(["gnuplot"], input=text, text=True, check=True)
 
 
+def colour(i):
+    """The same for a run in every plot."""
+    tones = ["000000", "9400d3", "009e73", "56b4e9", "e69f00", "0072b2", "d55e00", "cc79a7", "999999", "8b4513"]
+    return f"lc rgb '#{tones[i % len(tones)]}'"
+
+
 def quoted(name):
     return "'" + name.replace("'", "''") + "'"
 
@@ -339,7 +345,7 @@ def plot_curves(path, group, timed):
     panels = [("steps", dict.fromkeys(group.runs, 1.0))]
     if set(group.runs) <= set(timed):
         panels.append(("seconds", {name: timed[name]["step_milliseconds"] / 1e3 for name in group.runs}))
-    script = f"set multiplot layout 1,{len(panels)}\nset ylabel 'validation loss'\nset key top right\n"
+    script = f"set multiplot layout 1,{len(panels)}\nset ylabel 'validation loss'\nset key below maxrows 3\n"
     for axis, scale in panels:
         curves = []
         last = []
@@ -351,11 +357,11 @@ def plot_curves(path, group, timed):
                 last.append(losses)
                 lines.append(f"{points[0][0] * scale[name]} {statistics.fmean(losses)} {0 if math.isnan(half) else half}")
             script += f"$r{i} << END\n" + "\n".join(lines) + "\nEND\n"
-            curves.append(f"$r{i} using 1:2:3 with yerrorlines lc {i + 1} pt 7 ps 0.4 title {quoted(name)} noenhanced")
+            curves.append(f"$r{i} using 1:2:3 with yerrorlines {colour(i)} pt 7 ps 0.4 title {quoted(name)} noenhanced")
         later = [x for losses in last for x in losses]
         top = statistics.quantiles(later, n=10)[7] if len(later) > 10 else max(later)
         script += f"set xlabel '{axis}'\nset yrange [{min(later) * 0.995}:{top * 1.02}]\nplot " + ", ".join(curves) + "\n"
-    gnuplot(path, "1300,480", script + "unset multiplot\n")
+    gnuplot(path, "1300,560", script + "unset multiplot\n")
 
 
 def plot_means(path, groups, metrics):
@@ -377,6 +383,7 @@ def plot_means(path, groups, metrics):
 
 
 def plot_bits(path, group):
+    places = {name: i for i, name in enumerate(group.runs)}
     runs = {n: list(r.values()) for n, r in group.runs.items() if all(x.get("blocks") for x in r.values())}
     script = f"set multiplot layout 1,{len(BITS)}\nset xlabel 'block'\nset xtics 1\nset key below\n"
     for m, (key, what) in enumerate(BITS.items()):
@@ -387,7 +394,7 @@ def plot_bits(path, group):
                 v = [b[key] for b in blocks]
                 lines.append(f"{blocks[0]['block'] + 1} {statistics.fmean(v)} {min(v)} {max(v)}")
             script += f"$b{m}_{i} << END\n" + "\n".join(lines) + "\nEND\n"
-            curves.append(f"$b{m}_{i} using 1:2:3:4 with yerrorlines lc {i + 2} pt 7 ps 0.5 title {quoted(name)} noenhanced")
+            curves.append(f"$b{m}_{i} using 1:2:3:4 with yerrorlines {colour(places[name])} pt 7 ps 0.5 title {quoted(name)} noenhanced")
         script += f"set ylabel 'bits of {what}'\nset yrange [0:*]\nplot " + ", ".join(curves) + "\n"
     gnuplot(path, "1500,420", script + "unset multiplot\n")
 
