@@ -221,7 +221,7 @@ TEST_CASE("device: the selection bias takes the CPU's step, over micro-batches; 
   auto tape = layer.make_tape();
   auto host_tape = host.make_tape();
   for (int batch = 0; batch < 2; ++batch) {
-    auto x = moxie::test::random<float>(30, 8, batch);
+    auto x = moxie::test::random<float>(30, 8, std::uint64_t(batch));
     Matrix<float> y(30, 8);
     layer.forward(exec, p, DeviceRows<float>(x.data(), 30, 8), DeviceRows<float>(y.data(), 30, 8), tape);
     tape.router().add_times_chosen(exec, load);

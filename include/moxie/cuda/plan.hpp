@@ -155,7 +155,9 @@ class UnmaskedTokens {
     std::vector<int> place;
     rows_.clear();
     starts_.assign(1, 0);
+    whole_.assign(1, 0);
     sequences.for_each([&](Index /*b*/, Index begin, Index end) {
+      whole_.push_back(end);
       for (Index t = begin; t < end; ++t) {
         place.push_back(mask[std::size_t(t)] == 0 ? -1 : int(rows_.size()));
         if (mask[std::size_t(t)] != 0) {
@@ -164,7 +166,6 @@ class UnmaskedTokens {
       }
       starts_.push_back(Index(rows_.size()));
     });
-    sequences.copy_starts(whole_);
     exec.upload(rows_.data(), device_rows_.resize(exec, count(), sequences.tokens()), count());
     exec.upload(place.data(), device_place_.resize(exec, sequences.tokens()), sequences.tokens());
     mask_.assign(mask.begin(), mask.end());
