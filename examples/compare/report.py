@@ -270,7 +270,7 @@ def tests(groups, experiment):
 
 
 def claims(group, all_tests):
-    rows = [["claim", "of", "compared", "measure", "seeds", "difference", "p", ""]]
+    rows = [["claim", "of", "compared", "measure", "seeds", "difference", "p (Holm)", ""]]
     for of, claim, metric, found, p in all_tests:
         if of is not group:
             continue
