@@ -288,7 +288,7 @@ class Moe {
       exec.for_each_row(count, GatherRow<Scalar, Scalar>{from, tape.unmasked_.device_rows(), to});
     };
     take(in.x, tape.unmasked_x_);
-    if (in.training && in.noise.rows != 0) {
+    if (reads_noise(in)) {
       take(in.noise, tape.unmasked_noise_);
     }
     const DeviceTokens<Scalar> part = unmasked_tokens(in, tape);
@@ -305,11 +305,13 @@ class Moe {
     out.mask = {};
     out.rows = tape.unmasked_.rows();
     out.whole = in.sequences;
-    if (in.noise.rows != 0) {
+    out.noise = {};
+    if (reads_noise(in)) {
       out.noise = {tape.unmasked_noise_.data(), out.count(), in.noise.cols};
     }
     return out;
   }
+  static bool reads_noise(const DeviceTokens<Scalar>& in) { return in.training && in.noise.rows != 0; }
   /// The three steps, over tokens that are not masked; the arguments have been checked.
   template <class Weights>
   void run(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
