@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The device's layers with nvcc:
-#     nvcc.sh BUILD build OBJECT...    compiles them for MOXIE_CUDA_ARCHITECTURES (80 90 100), warnings as errors, and links them
-#                                      with objects of tests, which know no CUDA
-#     nvcc.sh BUILD run                runs these
-#     nvcc.sh BUILD bench              compiles benchmarks/cuda/cuda_layers.cpp, and runs it where there is a device
+#     nvcc.sh BUILD build GOLDEN TEST...  compiles them for MOXIE_CUDA_ARCHITECTURES (80 90 100), warnings as errors, and links
+#                                         them with the object of golden_verify, and with those of tests; these know no CUDA
+#     nvcc.sh BUILD run                   runs both
+#     nvcc.sh BUILD bench                 compiles benchmarks/cuda/cuda_layers.cpp, and runs it where there is a device
 # Exits with 77, skipped, where there is no nvcc ($NVCC, or in the PATH), no cuBLAS beside it, or no device.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/../.." && pwd)
@@ -22,7 +22,11 @@ need_device() {
 }
 if [ "$what" = run ]; then
   need_device
-  exec "$build/device_tests" --no-colors
+  "$build/device_tests" --no-colors
+  for scalar in double float; do
+    "$build/device_golden" --backend cuda --scalar "$scalar" "$source"/tests/golden/*.safetensors
+  done
+  exit
 fi
 
 "$nvcc" --version | grep release
@@ -57,5 +61,7 @@ if [ "$what" = bench ]; then
   exec "$build/cuda_layers"
 fi
 "$nvcc" "${flags[@]}" -x cu -c "$source/tests/cuda/device_layer.cpp" -o "$build/device_layer.o"
-"$nvcc" "$build/device_layer.o" "$@" -o "$build/device_tests" "${libraries[@]}" -Xcompiler -fopenmp
+libraries+=(-Xcompiler -fopenmp)
+"$nvcc" "$build/device_layer.o" "$1" -o "$build/device_golden" "${libraries[@]}"
+"$nvcc" "$build/device_layer.o" "${@:2}" -o "$build/device_tests" "${libraries[@]}"
 echo "compiled and linked for ${architectures[*]}"
