@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -88,8 +89,9 @@ inline void check(cublasStatus_t status, const char* call) {
 class Lanes {
  public:
 #if defined(__CUDA_ARCH__)
-  MOXIE_CUDA_BOTH int first() const { return int(threadIdx.x) % 32; }
-  MOXIE_CUDA_BOTH int step() const { return 32; }
+  static constexpr int count = 32;
+  MOXIE_CUDA_BOTH int first() const { return int(threadIdx.x) % count; }
+  MOXIE_CUDA_BOTH int step() const { return count; }
   /// Over all lanes, the same number for each of them, in an order that is always the same.
   template <class T>
   MOXIE_CUDA_BOTH T sum(T x) const {
@@ -121,8 +123,9 @@ class Lanes {
   /// What each lane wrote before, all may read after.
   MOXIE_CUDA_BOTH void sync() const { __syncwarp(); }
 #else
+  static constexpr int count = 1;
   MOXIE_CUDA_BOTH static int first() { return 0; }
-  MOXIE_CUDA_BOTH static int step() { return 1; }
+  MOXIE_CUDA_BOTH static int step() { return count; }
   template <class T>
   MOXIE_CUDA_BOTH T sum(T x) const {
     return x;
@@ -135,6 +138,18 @@ class Lanes {
   MOXIE_CUDA_BOTH void best(T& /*value*/, int& /*index*/) const {}
   MOXIE_CUDA_BOTH void sync() const {}
 #endif
+};
+
+/// The threads of one of several warps that share a row: they take elements as `Lanes` do, and know nothing of each other.
+class Strip {
+ public:
+  MOXIE_CUDA_BOTH Strip(Index strip, Index strips) : strip_(strip), strips_(strips) {}
+  MOXIE_CUDA_BOTH Index first() const { return strip_ * Lanes::count + Lanes().first(); }
+  MOXIE_CUDA_BOTH Index step() const { return strips_ * Lanes::count; }
+
+ private:
+  Index strip_;
+  Index strips_;
 };
 
 namespace detail {
@@ -159,6 +174,17 @@ __global__ void __launch_bounds__(256) run_rows(Index rows, F f) {
   for (Index row = (Index(blockIdx.x) * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
     f(row, Lanes());
   }
+}
+template <class F>
+__global__ void __launch_bounds__(256) run_strips(Index rows, Index strips, F f) {
+  const Index warps = Index(gridDim.x) * (blockDim.x / 32);
+  for (Index i = (Index(blockIdx.x) * blockDim.x + threadIdx.x) / 32; i < rows * strips; i += warps) {
+    f(i / strips, Strip(i % strips, strips));
+  }
+}
+inline unsigned blocks_of(Index warps) {
+  constexpr Index warps_of_block = 256 / 32;
+  return unsigned(std::min<Index>((warps + warps_of_block - 1) / warps_of_block, 65535));
 }
 #endif
 
@@ -247,8 +273,10 @@ class DeviceExec {
 #endif
   }
 
-  /// Whether products of all experts may be one call of cuBLAS; false: one expert after the other, to compare.
-  bool group_products = true;
+  /// Products of up to so many multiply-adds, in the mean of the experts, are one call of cuBLAS for all experts, where it has
+  /// one. Larger products fill a device alone, and are a call each: cuBLAS is faster there (docs/cuda.md).
+  static constexpr double default_group_up_to = 1 << 30;
+  double group_up_to = default_group_up_to;
 
   const DeviceCounts& counts() const { return counts_; }
   void reset_counts() { counts_ = {}; }
@@ -270,9 +298,7 @@ class DeviceExec {
     }
     ++counts_.launches;
 #if defined(__CUDACC__)
-    constexpr Index rows_of_block = 8;
-    const Index blocks = (rows + rows_of_block - 1) / rows_of_block;
-    launched([&] { detail::run_rows<<<unsigned(blocks < 65535 ? blocks : 65535), 256, 0, stream_>>>(rows, f); });
+    launched([&] { detail::run_rows<<<detail::blocks_of(rows), 256, 0, stream_>>>(rows, f); });
 #else
 #if defined(MOXIE_CUDA_ROW_LOOP)  // a test's own lanes, several for a row as on a device
     MOXIE_CUDA_ROW_LOOP(rows, f);
@@ -280,6 +306,22 @@ class DeviceExec {
     thrust::for_each_n(policy(), thrust::counting_iterator<Index>(0), rows, RowLoop<F>{f});
 #endif
 #endif
+  }
+  /// The same where each of the row's `cols` elements is for itself: wide rows are shared by several warps.
+  template <class F>
+  void for_each_row(Index rows, Index cols, F f) {
+#if defined(__CUDACC__)
+    constexpr Index cols_of_strip = 128;
+    if (rows > 0 && cols > cols_of_strip) {
+      const Index strips = (cols + cols_of_strip - 1) / cols_of_strip;
+      ++counts_.launches;
+      launched([&] { detail::run_strips<<<detail::blocks_of(rows * strips), 256, 0, stream_>>>(rows, strips, f); });
+      return;
+    }
+#else
+    static_cast<void>(cols);
+#endif
+    for_each_row(rows, f);
   }
   /// Counts a call of an algorithm of Thrust: `exec.launch([&](const auto& policy) { thrust::sort(policy, ...); })`.
   template <class Call>

@@ -95,7 +95,7 @@ DeviceRows<const Element> gathered(DeviceExec& exec, const GroupedRows<Scalar>& 
     }
   }
   const DeviceRows<Element> rows(tape.rows.resize(exec, in.count() * in.x.cols, in.room() * in.x.cols), in.count(), in.x.cols);
-  exec.for_each_row(in.count(), GatherRow<Scalar, Element>{in.x, in.index, rows});
+  exec.for_each_row(in.count(), rows.cols, GatherRow<Scalar, Element>{in.x, in.index, rows});
   return rows;
 }
 /// Those of a forward.
@@ -173,7 +173,7 @@ class GluExperts {
     multiply<Element, Sum>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(dh), .b = down_.series(weights), .c = rows_of(dhidden)});
-    exec.for_each_row(rows, GluBackwardRow<Activation, Element>{gate_up, dhidden, hidden, dgate_up});
+    exec.for_each_row(rows, hidden.cols, GluBackwardRow<Activation, Element>{gate_up, dhidden, hidden, dgate_up});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = model_dim(),
                                .n = hidden_,
@@ -222,7 +222,7 @@ class GluExperts {
                                   .c = rows_of(part)});
     });
     const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
-    exec.for_each_row(rows, GluRow<Activation, Element>{gate_up, hidden});
+    exec.for_each_row(rows, hidden.cols, GluRow<Activation, Element>{gate_up, hidden});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = of_group,
                                .n = model_dim(),
@@ -316,7 +316,7 @@ class MlpExperts {
     multiply<Element, Sum>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(dh), .b = fc2_.series(weights), .c = rows_of(dhidden)});
-    exec.for_each_row(rows, MlpBackwardRow<Activation, Element>{a, dhidden, hidden, da});
+    exec.for_each_row(rows, hidden.cols, MlpBackwardRow<Activation, Element>{a, dhidden, hidden, da});
     const DeviceRows<const Element> da_read = da;
     multiply<Element, Scalar>(
         exec, in.groups,
@@ -356,7 +356,7 @@ class MlpExperts {
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(x), .b = fc1_.series(weights, true), .c = rows_of(a)});
     const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
-    exec.for_each_row(rows, MlpRow<Activation, Element, Scalar>{a, bias1, hidden});
+    exec.for_each_row(rows, hidden.cols, MlpRow<Activation, Element, Scalar>{a, bias1, hidden});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = of_group,
                                .n = model_dim(),
@@ -364,7 +364,7 @@ class MlpExperts {
                                .a = rows_of(DeviceRows<const Element>(hidden)),
                                .b = fc2_.series(weights, true),
                                .c = rows_of(h)});
-    exec.for_each_row(rows, AddBiasRow<Scalar>{h, bias2});
+    exec.for_each_row(rows, h.cols, AddBiasRow<Scalar>{h, bias2});
   }
 
   Index experts_;

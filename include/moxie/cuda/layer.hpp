@@ -213,7 +213,7 @@ class Moe {
     const DeviceRows<Scalar> dx_part(exec.scratch<Scalar>(in.count() * model_dim()), part.count(), model_dim());
     run_backward(exec, parameters.data(), part,
                  gather<Scalar>(exec, dy, tape.unmasked_.device_rows(), part.count(), in.count()), dx_part, grads.data(), tape);
-    exec.for_each_row(in.count(), RestoreRow<Scalar>{dx_part, tape.unmasked_.device_place(), dx});
+    exec.for_each_row(in.count(), dx.cols, RestoreRow<Scalar>{dx_part, tape.unmasked_.device_place(), dx});
   }
 
  private:
@@ -285,7 +285,7 @@ class Moe {
     const Index count = tape.unmasked_.count();
     const auto take = [&](DeviceRows<const Scalar> from, DeviceBuffer<Scalar>& buffer) {
       const DeviceRows<Scalar> to(buffer.resize(exec, count * from.cols, in.count() * from.cols), count, from.cols);
-      exec.for_each_row(count, GatherRow<Scalar, Scalar>{from, tape.unmasked_.device_rows(), to});
+      exec.for_each_row(count, to.cols, GatherRow<Scalar, Scalar>{from, tape.unmasked_.device_rows(), to});
     };
     take(in.x, tape.unmasked_x_);
     if (reads_noise(in)) {
@@ -295,7 +295,7 @@ class Moe {
     const DeviceExec::Frame frame(exec);
     const DeviceRows<Scalar> y_part(exec.scratch<Scalar>(in.count() * model_dim()), part.count(), model_dim());
     run(exec, weights, part, y_part, tape);
-    exec.for_each_row(in.count(), RestoreRow<Scalar>{y_part, tape.unmasked_.device_place(), y});
+    exec.for_each_row(in.count(), y.cols, RestoreRow<Scalar>{y_part, tape.unmasked_.device_place(), y});
   }
   /// What a mask leaves of the tokens of a forward.
   DeviceTokens<Scalar> unmasked_tokens(const DeviceTokens<Scalar>& in, const Tape& tape) const {
@@ -347,7 +347,7 @@ class Moe {
   template <class To>
   static DeviceRows<To> gather(DeviceExec& exec, DeviceRows<const Scalar> m, const int* index, Index rows, Index room) {
     const DeviceRows<To> out(exec.scratch<To>(room * m.cols), rows, m.cols);
-    exec.for_each_row(rows, GatherRow<Scalar, To>{m, index, out});
+    exec.for_each_row(rows, out.cols, GatherRow<Scalar, To>{m, index, out});
     return out;
   }
   /// C (of each sequence) = A B, rows by sequences and blocks of N slots.
@@ -367,7 +367,7 @@ class Moe {
     if constexpr (sparse) {
       experts_.forward(exec, weights, {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), tape.plan_.room()},
                        kept, tape.experts_);
-      exec.for_each_row(in.count(),
+      exec.for_each_row(in.count(), dim,
                         CombineRow<Scalar>{tape.plan_.rows_of_token(), tape.plan_.weight(), kept, y, shared_.has_value()});
     } else {
       const Groups groups = tape.sequences_.groups();
@@ -383,7 +383,7 @@ class Moe {
       const DeviceRows<Scalar> h(exec.scratch<Scalar>(rows * dim), rows, dim);
       experts_.forward(exec, weights, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()}, h,
                        tape.experts_);
-      exec.for_each_row(rows, GatherRow<Scalar, Scalar>{h, tape.plan_.row_of_slot(), kept});
+      exec.for_each_row(rows, kept.cols, GatherRow<Scalar, Scalar>{h, tape.plan_.row_of_slot(), kept});
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,
                                 .n = dim,
@@ -409,7 +409,8 @@ class Moe {
       experts_.backward(exec, p + experts_offset_,
                         {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), tape.plan_.room()}, dh, drows,
                         grads + experts_offset_, tape.experts_);
-      exec.for_each_row(in.count(), CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
+      exec.for_each_row(in.count(), dx.cols,
+                        CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
       router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, dweight, dx, grads + router_offset_,
                        tape.router_);
     } else {
@@ -431,7 +432,7 @@ class Moe {
       experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
                         gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows, rows), drows, grads + experts_offset_,
                         tape.experts_);
-      exec.for_each_row(rows, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
+      exec.for_each_row(rows, dout.cols, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,
                                 .n = slots,

@@ -156,7 +156,11 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
   }
 #if CUBLAS_VERSION >= 120500
   // One call for all groups that have something to do, where cuBLAS has one for these types.
-  if (std::is_same_v<Element, Out> && count > 1 && exec.group_products && aligned(p)) {
+  double work = 0;
+  for (Index g = 0; g < count; ++g) {
+    work += double(p.rows(groups, g)) * double(p.depth(groups, g)) * double(p.n);
+  }
+  if (std::is_same_v<Element, Out> && count > 1 && work <= exec.group_up_to * double(count) && aligned(p)) {
     std::vector<int> rows, depth;
     for (Index g = 0; g < count; ++g) {
       if (!by_rows || groups.rows(g) > 0) {
