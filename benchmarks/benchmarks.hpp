@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <functional>
 #include <machine.hpp>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -30,30 +31,72 @@ struct Work {
 };
 
 /// Runs `step` and reports GFLOP/s, the fraction of the multiply-add peak, and of the step's own bound: for each of its phases,
-/// which wait for each other, the larger of flops / peak and bytes / read bandwidth. The limits are measured before and after,
-/// so that they and the step meet the same machine.
+/// which wait for each other, the larger of flops / peak and bytes / read bandwidth.
+///
+/// A processor's clock changes from one millisecond to the next, so the peak is measured again every few milliseconds, between
+/// steps, and the fraction is the median of those of the times between: each with the peaks before and after it. The bandwidth,
+/// whose measurement empties caches, is measured before and after all steps.
 template <class Element, class Step>
 void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>& phases, Step&& step) {
-  step();  // takes the memory that a step needs,
-  step();  // and touches it once it has been put together
   using Scalar = std::conditional_t<std::is_same_v<Element, BFloat16>, float, Element>;
-  const double peak_before = fma_peak<Scalar, Element>(exec);
-  const double bandwidth_before = read_bandwidth(exec);
-  const double start = seconds();
-  for (auto _ : state) {
-    step();
-  }
-  const double time = (seconds() - start) / double(state.iterations());
-  const double peak = (peak_before + fma_peak<Scalar, Element>(exec)) / 2;
-  const double bandwidth = (bandwidth_before + read_bandwidth(exec)) / 2;
+  constexpr double between_peaks = 4e-3;  // seconds
+  constexpr double share_of_peaks = 0.1;  // of the time between them, and half a millisecond at least
+  const auto measure_peak = [&](double for_seconds) {
+    std::vector<double> all;
+    const double begin = seconds();
+    do {
+      all.push_back(fma_peak<Scalar, Element>(exec));
+    } while (seconds() - begin < for_seconds);
+    return std::accumulate(all.begin(), all.end(), 0.0) / double(all.size());
+  };
   double flops = 0;
-  double bound = 0;
   for (const Work& phase : phases) {
     flops += phase.flops;
-    bound += std::max(phase.flops / peak, phase.bytes / bandwidth);
+  }
+  const double bandwidth_before = read_bandwidth(exec);
+  step();  // takes the memory that a step needs,
+  step();  // and touches it once it has been put together
+  std::vector<double> times, peaks, fractions;
+  double peak = measure_peak(between_peaks);
+  double start = seconds();
+  double steps = 0;
+  const auto end_part = [&] {
+    const double all_steps = seconds() - start;
+    const double time = all_steps / steps;
+    const double next = measure_peak(share_of_peaks * all_steps);
+    times.push_back(time);
+    peaks.push_back((peak + next) / 2);
+    fractions.push_back(flops / time / peaks.back());
+    peak = next;
+    steps = 0;
+    start = seconds();
+  };
+  for (auto _ : state) {
+    step();
+    ++steps;
+    if (seconds() - start >= between_peaks) {
+      state.PauseTiming();
+      end_part();
+      state.ResumeTiming();
+    }
+  }
+  if (steps > 0) {
+    end_part();
+  }
+  const double bandwidth = (bandwidth_before + read_bandwidth(exec)) / 2;
+  const auto median = [](std::vector<double>& of) {
+    const auto middle = of.begin() + std::ptrdiff_t(of.size() / 2);
+    std::nth_element(of.begin(), middle, of.end());
+    return *middle;
+  };
+  const double time = median(times);
+  const double usual_peak = median(peaks);
+  double bound = 0;
+  for (const Work& phase : phases) {
+    bound += std::max(phase.flops / usual_peak, phase.bytes / bandwidth);
   }
   state.counters["gflops"] = flops / time / 1e9;
-  state.counters["peak_fraction"] = flops / time / peak;
+  state.counters["peak_fraction"] = median(fractions);
   state.counters["bound_fraction"] = bound / time;
 }
 
