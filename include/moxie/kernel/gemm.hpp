@@ -463,7 +463,8 @@ void run_stages(const Exec& exec, const Stages&... stages) {
   Plan& plan = plans;  // the caller's, also inside the parallel region
   const Index count = std::get<0>(std::tie(stages...)).count;
 
-  // Tasks halved until every thread has enough of them to share evenly.
+  // Tasks halved until every thread has enough of them to share evenly. Half the rows cost as much packing as all of them, so
+  // where there is something to pack rows are halved for a few tasks only.
   std::array<Index, std::size_t(stage_count)> shrink{};
   const Index wanted = exec.thread_count() > 1 ? 16 * exec.thread_count() : 1;
   Index s = 0;
@@ -472,13 +473,15 @@ void run_stages(const Exec& exec, const Stages&... stages) {
     for (;; ++shrink[std::size_t(s)]) {
       Index tasks = 0;
       bool smallest = true;
+      bool only_rows = true;
       for (Index i = 0; i < count; ++i) {
         const auto p = stage.product(i);
         const auto cut = cut_of(p, shrink[std::size_t(s)]);
         tasks += cut.tasks(p);
         smallest = smallest && cut.panels == 1 && cut.rows <= 4 * detail::Tile<Scalar, Arch>::rows;
+        only_rows = only_rows && cut.panels == 1 && p.panels == nullptr;
       }
-      if (tasks >= wanted || smallest) {
+      if (tasks >= (only_rows ? wanted / 4 : wanted) || smallest) {
         break;
       }
     }
