@@ -147,8 +147,7 @@ const moxie::bench::Register registration([](const Exec& exec) {
   add("product/4_tiles_of_1", shape, one, tiles<1>);
   add("product/4_tiles_of_4", shape, one, tiles<4>);
   add("product/4_tiles_of_12", shape, one, tiles<12>);
-  add("product/4_tile_in_cache", {12, 2 * Index{kernel::Batch<float>::size}, 128}, one,
-      tiles<12>);  // the most that tiles reach
+  add("product/4_tile_in_cache", {12, 2 * Index{kernel::Batch<float>::size}, 128}, one, tiles<12>);  // one, short, with its end
   add("product/5_kernel", shape, one, [=](Factors& f) { return product(f, one, false); });
   add("product/6_threads", shape, exec, [=](Factors& f) { return product(f, exec, false); });
   add("product/7_frozen", shape, exec, [=](Factors& f) { return product(f, exec, true); });
