@@ -11,8 +11,6 @@
 #include <dit/output_folder.hpp>
 #include <iostream>
 
-volatile std::sig_atomic_t dit::commands::interrupted = 0;
-
 namespace {
 
 namespace fs = std::filesystem;

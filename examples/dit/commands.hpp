@@ -16,7 +16,7 @@ namespace dit::commands {
 namespace fs = std::filesystem;
 
 /// Set by Ctrl-C: a command ends where nothing is lost.
-extern volatile std::sig_atomic_t interrupted;
+inline volatile std::sig_atomic_t interrupted = 0;
 
 struct DrawingOptions {
   Index per_class = 100;

@@ -17,8 +17,6 @@
 #include <iostream>
 #include <optional>
 
-volatile std::sig_atomic_t dit::commands::interrupted = 0;
-
 namespace {
 
 using dit::Exec;

@@ -3,8 +3,6 @@
 
 #include <compare/runner.hpp>
 
-volatile std::sig_atomic_t dit::commands::interrupted = 0;
-
 using compare::Classifier;
 using compare::Exec;
 using compare::Index;
