@@ -64,7 +64,7 @@ build() {
 build_and_test() {
   local preset
   for preset in "$@"; do
-    build "$preset"
+    build "$preset" -DMOXIE_TEST_UNITS="$(nproc)"
   done
   say "testing $*"
   echo "subdirs($*)" >build/CTestTestfile.cmake
