@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <functional>
 #include <machine.hpp>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -34,21 +33,14 @@ struct Work {
 /// which wait for each other, the larger of flops / peak and bytes / read bandwidth.
 ///
 /// A processor's clock changes from one millisecond to the next, so the peak is measured again every few milliseconds, between
-/// steps, and the fraction is the median of those of the times between: each with the peaks before and after it. The bandwidth,
-/// whose measurement empties caches, is measured before and after all steps.
+/// steps, and the fraction is the median of those of the times between: each with the peaks before and after it. They take a
+/// millisecond: multiply-adds in registers need less power than products, and let some processors' clock rise after two. The
+/// bandwidth, whose measurement empties caches, is measured before and after all steps.
 template <class Element, class Step>
 void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>& phases, Step&& step) {
   using Scalar = std::conditional_t<std::is_same_v<Element, BFloat16>, float, Element>;
   constexpr double between_peaks = 4e-3;  // seconds
-  constexpr double share_of_peaks = 0.1;  // of the time between them, and half a millisecond at least
-  const auto measure_peak = [&](double for_seconds) {
-    std::vector<double> all;
-    const double begin = seconds();
-    do {
-      all.push_back(fma_peak<Scalar, Element>(exec));
-    } while (seconds() - begin < for_seconds);
-    return std::accumulate(all.begin(), all.end(), 0.0) / double(all.size());
-  };
+  const auto measure_peak = [&] { return (fma_peak<Scalar, Element>(exec) + fma_peak<Scalar, Element>(exec)) / 2; };
   double flops = 0;
   for (const Work& phase : phases) {
     flops += phase.flops;
@@ -57,13 +49,12 @@ void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>&
   step();  // takes the memory that a step needs,
   step();  // and touches it once it has been put together
   std::vector<double> times, peaks, fractions;
-  double peak = measure_peak(between_peaks);
+  double peak = measure_peak();
   double start = seconds();
   double steps = 0;
   const auto end_part = [&] {
-    const double all_steps = seconds() - start;
-    const double time = all_steps / steps;
-    const double next = measure_peak(share_of_peaks * all_steps);
+    const double time = (seconds() - start) / steps;
+    const double next = measure_peak();
     times.push_back(time);
     peaks.push_back((peak + next) / 2);
     fractions.push_back(flops / time / peaks.back());

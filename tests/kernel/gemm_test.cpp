@@ -88,44 +88,46 @@ TEST_CASE_TEMPLATE("gemm: agrees with Eigen for a large product", S, float, doub
 }
 
 TEST_CASE_TEMPLATE("gemm: rows of each operand and of the destination may be gathered", S, float, double) {
-  const Index m = 19, n = 21, k = 11;
-  const Matrix<S> a_rows = moxie::test::random<S>(40, k, 106);
-  const Matrix<S> b_rows = moxie::test::random<S>(40, n, 107);
-  const Matrix<S> at_rows = moxie::test::random<S>(40, m, 108);
-  const Matrix<S> bt_rows = moxie::test::random<S>(40, k, 109);
-  std::vector<Index> index_m, index_n, index_k;
-  for (Index i = 0; i < 40; ++i) {
-    index_m.push_back(i * 7 % 40);
-    index_n.push_back(i * 11 % 40);
-    index_k.push_back(i * 13 % 40);
-  }
-  const auto pick = [](const Matrix<S>& rows, const std::vector<Index>& index, Index count) {
-    Matrix<double> out(count, rows.cols());
-    for (Index i = 0; i < count; ++i) {
-      out.row(i) = rows.row(index[std::size_t(i)]).template cast<double>();
+  for (const Index k : {11, 3}) {
+    const Index m = 19, n = 37;
+    const Matrix<S> a_rows = moxie::test::random<S>(40, k, 106);
+    const Matrix<S> b_rows = moxie::test::random<S>(40, n, 107);
+    const Matrix<S> at_rows = moxie::test::random<S>(40, m, 108);
+    const Matrix<S> bt_rows = moxie::test::random<S>(40, k, 109);
+    std::vector<Index> index_m, index_n, index_k;
+    for (Index i = 0; i < 40; ++i) {
+      index_m.push_back(i * 7 % 40);
+      index_n.push_back(i * 11 % 40);
+      index_k.push_back(i * 13 % 40);
     }
-    return out;
-  };
-  const Matrix<double> a = pick(a_rows, index_m, m);
-  const Matrix<double> b = pick(b_rows, index_k, k);
-  for (const bool transpose_a : {false, true}) {
-    for (const bool transpose_b : {false, true}) {
-      Matrix<S> c = moxie::test::untouched<S>(40, n);
-      kernel::gemm<S>(
-          {m, n, k, transpose_a ? kernel::transposed<S>(at_rows, index_k.data()) : kernel::plain<S>(a_rows, index_m.data()),
-           transpose_b ? kernel::transposed<S>(bt_rows, index_n.data()) : kernel::plain<S>(b_rows, index_k.data()),
-           kernel::replace<S>(c, index_m.data())},
-          Exec{});
-      const Matrix<double> left = transpose_a ? Matrix<double>(pick(at_rows, index_k, k).transpose()) : a;
-      const Matrix<double> right = transpose_b ? Matrix<double>(pick(bt_rows, index_n, n).transpose()) : b;
-      const Matrix<double> expected = left * right;
-      Matrix<S> gathered(m, n);
-      for (Index i = 0; i < m; ++i) {
-        gathered.row(i) = c.row(index_m[std::size_t(i)]);
-        c.row(index_m[std::size_t(i)]).setConstant(-77);
+    const auto pick = [](const Matrix<S>& rows, const std::vector<Index>& index, Index count) {
+      Matrix<double> out(count, rows.cols());
+      for (Index i = 0; i < count; ++i) {
+        out.row(i) = rows.row(index[std::size_t(i)]).template cast<double>();
       }
-      CHECK(moxie::test::relative_error(gathered, expected) < Tolerance<S>::sum);
-      CHECK(moxie::test::is_untouched(c));  // the other rows
+      return out;
+    };
+    const Matrix<double> a = pick(a_rows, index_m, m);
+    const Matrix<double> b = pick(b_rows, index_k, k);
+    for (const bool transpose_a : {false, true}) {
+      for (const bool transpose_b : {false, true}) {
+        Matrix<S> c = moxie::test::untouched<S>(40, n);
+        kernel::gemm<S>(
+            {m, n, k, transpose_a ? kernel::transposed<S>(at_rows, index_k.data()) : kernel::plain<S>(a_rows, index_m.data()),
+             transpose_b ? kernel::transposed<S>(bt_rows, index_n.data()) : kernel::plain<S>(b_rows, index_k.data()),
+             kernel::replace<S>(c, index_m.data())},
+            Exec{});
+        const Matrix<double> left = transpose_a ? Matrix<double>(pick(at_rows, index_k, k).transpose()) : a;
+        const Matrix<double> right = transpose_b ? Matrix<double>(pick(bt_rows, index_n, n).transpose()) : b;
+        const Matrix<double> expected = left * right;
+        Matrix<S> gathered(m, n);
+        for (Index i = 0; i < m; ++i) {
+          gathered.row(i) = c.row(index_m[std::size_t(i)]);
+          c.row(index_m[std::size_t(i)]).setConstant(-77);
+        }
+        CHECK(moxie::test::relative_error(gathered, expected) < Tolerance<S>::sum);
+        CHECK(moxie::test::is_untouched(c));  // the other rows
+      }
     }
   }
 }
@@ -242,28 +244,30 @@ TEST_CASE_TEMPLATE("gemm: of BFloat16 elements is the sum of their products, in 
 
 // Two matrices on top of one another, a gap between them, as both factors and as the destination.
 TEST_CASE_TEMPLATE("gemm: stacked rows are one matrix", S, float, double) {
-  const Index m = 9, n = 21, k = 14;
-  const Matrix<S> a = moxie::test::random<S>(m + 5, k, 121);
-  const Matrix<S> b = moxie::test::random<S>(k + 3, n, 122);
-  Matrix<S> c = moxie::test::untouched<S>(m + 2, n);
-  const auto stack = [](auto view, Index top, Index rows, Index gap) {
-    return kernel::stacked(view.middle_rows(0, top), view.middle_rows(top + gap, rows - top));
-  };
-  kernel::gemm<S>({m,
-                   n,
-                   k,
-                   {stack(moxie::RowView<const S>(a), 4, m, 5)},
-                   {stack(moxie::RowView<const S>(b), 6, k, 3)},
-                   {stack(moxie::RowView<S>(c), 2, m, 2)}},
-                  Exec{});
-  Matrix<double> top_a(m, k), top_b(k, n);
-  top_a << moxie::test::as_double(a).topRows(4), moxie::test::as_double(a).bottomRows(m - 4);
-  top_b << moxie::test::as_double(b).topRows(6), moxie::test::as_double(b).bottomRows(k - 6);
-  const Matrix<double> expected = top_a * top_b;
-  CHECK(moxie::test::relative_error(Matrix<S>(c.topRows(2)), Matrix<double>(expected.topRows(2))) < Tolerance<S>::sum);
-  CHECK(moxie::test::relative_error(Matrix<S>(c.bottomRows(m - 2)), Matrix<double>(expected.bottomRows(m - 2))) <
-        Tolerance<S>::sum);
-  CHECK(moxie::test::is_untouched<S>(c.middleRows(2, 2)));
+  for (const Index k : {14, 3}) {
+    const Index m = 29, n = 69;
+    const Matrix<S> a = moxie::test::random<S>(m + 5, k, 121);
+    const Matrix<S> b = moxie::test::random<S>(k + 3, n, 122);
+    Matrix<S> c = moxie::test::untouched<S>(m + 2, n);
+    const auto stack = [](auto view, Index top, Index rows, Index gap) {
+      return kernel::stacked(view.middle_rows(0, top), view.middle_rows(top + gap, rows - top));
+    };
+    kernel::gemm<S>({m,
+                     n,
+                     k,
+                     {stack(moxie::RowView<const S>(a), 4, m, 5)},
+                     {stack(moxie::RowView<const S>(b), k / 2, k, 3)},
+                     {stack(moxie::RowView<S>(c), 2, m, 2)}},
+                    Exec{});
+    Matrix<double> top_a(m, k), top_b(k, n);
+    top_a << moxie::test::as_double(a).topRows(4), moxie::test::as_double(a).bottomRows(m - 4);
+    top_b << moxie::test::as_double(b).topRows(k / 2), moxie::test::as_double(b).bottomRows(k - k / 2);
+    const Matrix<double> expected = top_a * top_b;
+    CHECK(moxie::test::relative_error(Matrix<S>(c.topRows(2)), Matrix<double>(expected.topRows(2))) < Tolerance<S>::sum);
+    CHECK(moxie::test::relative_error(Matrix<S>(c.bottomRows(m - 2)), Matrix<double>(expected.bottomRows(m - 2))) <
+          Tolerance<S>::sum);
+    CHECK(moxie::test::is_untouched<S>(c.middleRows(2, 2)));
+  }
 }
 
 // Columns j and n + j of B meet in a tile; here whoever finishes it subtracts them: two sums, twice the tolerance of one.

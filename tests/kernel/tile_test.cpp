@@ -48,8 +48,9 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
         sums.assign(T::size, S(0.25));
         from_packed.assign(T::size, S(0.25));
         kernel::detail::Ahead ahead;
-        multiply(depth, pointers.data(), Panel{panel.data()}, sums.data(), add, ahead);
-        multiply_packed(depth, &start, Panel{panel.data()}, from_packed.data(), add, ahead);
+        multiply(depth, pointers.data(), Panel{panel.data()}, {.rows = sums.data(), .stride = T::cols, .add = add}, ahead);
+        multiply_packed(depth, &start, Panel{panel.data()},
+                        {.rows = from_packed.data(), .stride = T::cols, .before = add ? from_packed.data() : nullptr}, ahead);
         CHECK(std::memcmp(sums.data(), from_packed.data(), std::size_t(rows * T::cols) * sizeof(S)) == 0);
         for (Index i = 0; i < T::rows; ++i) {
           for (Index j = 0; j < T::cols; ++j) {
@@ -65,6 +66,38 @@ TEST_CASE_TEMPLATE("tile: of every height, packed or not, is one fused multiply-
       }
     }
   }
+}
+
+TEST_CASE_TEMPLATE("tile: sums go to distant rows, and what lies between is left alone", S, float, double) {
+  using Arch = kernel::DefaultArch;
+  using T = kernel::detail::Tile<S, Arch>;
+  using Panel = kernel::detail::Panel<S, S, Arch>;
+  constexpr Index depth = 3;
+  constexpr Index stride = T::cols + 5;
+  const Matrix<S> a = moxie::test::random<S>(T::rows, depth, 305);
+  Buffer<S> panel(T::cols * depth), sums(T::size), before(T::size), out(T::rows * stride + 1);
+  for (Index i = 0; i < panel.size(); ++i) {
+    panel[i] = S(i % 7) - 3;
+  }
+  for (Index i = 0; i < T::size; ++i) {
+    before[i] = S(i % 5);
+  }
+  std::vector<const S*> rows;
+  for (Index i = 0; i < T::rows; ++i) {
+    rows.push_back(a.data() + i * depth);
+  }
+  const auto multiply = kernel::detail::tile_of<false, S, S, Arch, Panel>(T::rows);
+  multiply(depth, rows.data(), Panel{panel.data()}, {.rows = sums.data(), .stride = T::cols}, {});
+  out.assign(out.size(), S(100));
+  multiply(depth, rows.data(), Panel{panel.data()},
+           {.rows = out.data() + 1, .stride = stride, .add = true, .before = before.data()}, {});
+  for (Index i = 0; i < T::rows; ++i) {
+    for (Index j = 0; j < stride; ++j) {
+      const S expected = j < T::cols ? sums[i * T::cols + j] + before[i * T::cols + j] + S(100) : S(100);
+      CHECK(out[1 + i * stride + j] == expected);
+    }
+  }
+  CHECK(out[0] == S(100));
 }
 
 TEST_CASE("tile: lines that will be written are as many as there is room for") {
@@ -104,13 +137,13 @@ TEST_CASE_TEMPLATE("tile: asking for memory changes no bit", S, float, double) {
     }
     const auto multiply = kernel::detail::tile_of<false, S, S, Arch, Panel>(T::rows);
     kernel::detail::Ahead ahead;
-    multiply(depth, rows.data(), Panel{panel.data()}, expected.data(), false, ahead);
+    multiply(depth, rows.data(), Panel{panel.data()}, {.rows = expected.data(), .stride = T::cols}, ahead);
     for (const Index written : {0, 1, 7, 100}) {
       for (const Index lines : {0, 1, 9, 1000}) {
         ahead.clear();
         ahead.add(a.data(), written * Index{64 / sizeof(S)});
         ahead.follow({reinterpret_cast<const std::byte*>(b.data()), 64, lines});
-        multiply(depth, rows.data(), Panel{panel.data()}, sums.data(), false, ahead);
+        multiply(depth, rows.data(), Panel{panel.data()}, {.rows = sums.data(), .stride = T::cols}, ahead);
         CHECK(std::memcmp(sums.data(), expected.data(), std::size_t(T::size) * sizeof(S)) == 0);
       }
     }

@@ -84,7 +84,7 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
   panels.pack(p.b, 0, panels.count(), 0, p.k, out, p.steps() * detail::Tile<Scalar, Arch>::cols);
 }
 
-/// The usual end of a product: a row of a tile goes to C.
+/// The usual end of a product: a row of a tile goes to C, or all of them at once.
 ///
 /// What finishes a product is called once for every row of every tile: `finish(product, i, row, col, n, values)` with the
 /// number i of the product and n sums (pairs of sums, where B has halves: a vector of the first, a vector of the second) for
@@ -92,6 +92,13 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 struct Store {
   void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index col, Index n) const {
     ahead.add(p.c.row(row) + col, n);
+  }
+
+  /// Where the first of so many rows goes, if they lie at equal distances; else null.
+  template <class P>
+  typename P::Scalar* rows_of(const P& p, Index row, Index rows, Index col) const {
+    const auto& c = p.c.rows;
+    return c.index == nullptr && (row >= c.gap_at || row + rows <= c.gap_at) ? c.row(row) + col : nullptr;
   }
 
   template <class Arch, class P>
@@ -340,6 +347,9 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
     const Index k0 = s0 * elements;
     const Index depth = std::max(Index{0}, std::min(cut.depth * elements, product.k - k0));
     const bool last = pass + 1 == cut.passes;
+    // Such tiles' ends cost as much as their products: sums go to C at once, and C's next lines are asked for, one tile
+    // earlier.
+    const bool brief = depth < T::cols * elements;
     const Unit<Element>* panel = packed ? product.panels + (first * product.steps() + s0) * T::cols : memory.panels();
     // So many panels the first tile packs.
     const Index fresh = packed || !side_by_side ? 0 : std::clamp(product.n / T::cols - first, Index{0}, group);
@@ -366,13 +376,27 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           const Index col = (first + q) * panels.outputs();
           ahead.clear();
           if constexpr (requires { finish.prefetch(ahead, product, i, row, col, col); }) {
-            for (Index r = 0; r < rows && last; ++r) {
-              finish.prefetch(ahead, product, i, row + r, col, panels.outputs());
+            const bool at_end = brief && q + 1 == group;
+            const Index next_row = at_end ? row + rows : row;
+            const Index next_col = at_end ? first * panels.outputs() : brief ? col + panels.outputs() : col;
+            for (Index r = next_row; r < std::min(m1, next_row + rows) && last; ++r) {
+              finish.prefetch(ahead, product, i, r, next_col, panels.outputs());
             }
           }
           ahead.follow(later.take((tiles - tile) * group - q, depth / elements - ahead.count()));
+          const Index n = panels.outputs_of(first + q);
+          TileEnd<Scalar> end{.rows = sums, .stride = T::cols, .before = pass > 0 ? sums : nullptr};
+          bool at_once = false;
+          if constexpr (requires { finish.rows_of(product, row, rows, col); }) {
+            if (brief && last && n == T::cols && height_of<Packed, Scalar, Arch>(rows) == rows) {
+              if (Scalar* const to = finish.rows_of(product, row, rows, col); to != nullptr) {
+                end = {.rows = to, .stride = product.c.rows.stride, .add = product.c.add, .before = end.before};
+                at_once = true;
+              }
+            }
+          }
           const auto of = [&]<class PanelOf>(const PanelOf& b) {
-            tile_of<Packed, Scalar, Element, Arch, PanelOf>(rows)(depth, a, b, sums, pass > 0, ahead);
+            tile_of<Packed, Scalar, Element, Arch, PanelOf>(rows)(depth, a, b, end, ahead);
           };
           if (tile == 0 && q < fresh) {
             of(FreshPanel<Scalar, Element, Arch, typename P::Source>{product.b, k0, k0 + depth, col,
@@ -380,8 +404,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           } else {
             of(Panel<Scalar, Element, Arch>{panel + q * panel_stride});
           }
-          if (last) {
-            const Index n = panels.outputs_of(first + q);
+          if (last && !at_once) {
             for (Index r = 0; r < rows; ++r) {
               finish(Arch{}, product, i, row + r, col, n, sums + r * T::cols);
             }

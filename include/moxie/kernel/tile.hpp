@@ -81,11 +81,20 @@ struct Panel {
   }
 };
 
-/// sums (Rows x cols, dense) = A B over `depth` numbers of a row, or += where `add`. Row i of A is read from a[i] on, or, where
-/// A is packed, at a[0][p · Tile::rows + i] for step p; step p of B is `b.load(p)`. One fused multiply-add a number, in order,
-/// from zero: the bits of a sum depend on nothing but its row of A and its column of B. On the way it asks for what is `ahead`.
+/// What becomes of a tile's sums: sums, or sums + before (dense), go to rows `stride` apart, or are added to what is there.
+template <class Scalar>
+struct TileEnd {
+  Scalar* rows;
+  Index stride;
+  bool add = false;
+  const Scalar* before = nullptr;
+};
+
+/// (Rows x cols) sums A B over `depth` numbers of a row. Row i of A is read from a[i] on, or, where A is packed, at
+/// a[0][p · Tile::rows + i] for step p; step p of B is `b.load(p)`. One fused multiply-add a number, in order, from zero: the
+/// bits of a sum depend on nothing but its row of A and its column of B. On the way it asks for what is `ahead`.
 template <bool Packed, Index Rows, class Scalar, class Element, class Arch, class PanelOf>
-void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, Scalar* sums, bool add, const Ahead& ahead) {
+void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, const TileEnd<Scalar>& end, const Ahead& ahead) {
   using T = Tile<Scalar, Arch>;
   using B = Batch<Scalar, Arch>;
   using S = Step<Scalar, Element, Arch>;
@@ -113,8 +122,8 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, S
   // asking has a loop of its own: what little it computes would take turns with the multiply-adds.
   Index p = 0;
   constexpr Index together = 2;
-  const auto multiply_to = [&](Index end, auto&& ask) {
-    for (; p + together <= end; p += together) {
+  const auto multiply_to = [&](Index last, auto&& ask) {
+    for (; p + together <= last; p += together) {
 #pragma GCC unroll 2
       for (Index u = 0; u < together; ++u) {
         ask(p + u);
@@ -133,17 +142,22 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, S
   for (; p < steps; ++p) {
     multiply(p, depth - p * elements);
   }
-  if (add) {
+  if (end.before != nullptr) {
 #pragma GCC unroll 16
     for (Index i = 0; i < Rows; ++i) {
-      sum[i][0] += B::load_aligned(sums + i * T::cols);
-      sum[i][1] += B::load_aligned(sums + i * T::cols + T::width);
+      sum[i][0] += B::load_aligned(end.before + i * T::cols);
+      sum[i][1] += B::load_aligned(end.before + i * T::cols + T::width);
     }
   }
 #pragma GCC unroll 16
   for (Index i = 0; i < Rows; ++i) {
-    sum[i][0].store_aligned(sums + i * T::cols);
-    sum[i][1].store_aligned(sums + i * T::cols + T::width);
+    Scalar* const to = end.rows + i * end.stride;
+    if (end.add) {
+      sum[i][0] += B::load_unaligned(to);
+      sum[i][1] += B::load_unaligned(to + T::width);
+    }
+    sum[i][0].store_unaligned(to);
+    sum[i][1].store_unaligned(to + T::width);
   }
 }
 
@@ -164,7 +178,7 @@ Index height_of(Index rows) {
 template <bool Packed, class Scalar, class Element, class Arch, class PanelOf>
 auto tile_of(Index rows) {
   constexpr Index full = Tile<Scalar, Arch>::rows;
-  using Multiply = void (*)(Index, TileRows<Packed, Element>, const PanelOf&, Scalar*, bool, const Ahead&);
+  using Multiply = void (*)(Index, TileRows<Packed, Element>, const PanelOf&, const TileEnd<Scalar>&, const Ahead&);
   const Index height = height_of<Packed, Scalar, Arch>(rows);
   if constexpr (Packed) {
     return height < full ? Multiply(multiply_tile<Packed, full / 2, Scalar, Element, Arch, PanelOf>)
