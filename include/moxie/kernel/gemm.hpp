@@ -347,9 +347,8 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
     const Index k0 = s0 * elements;
     const Index depth = std::max(Index{0}, std::min(cut.depth * elements, product.k - k0));
     const bool last = pass + 1 == cut.passes;
-    // Such tiles' ends cost as much as their products: sums go to C at once, and C's next lines are asked for, one tile
-    // earlier.
-    const bool brief = depth < T::cols * elements;
+    // Such a tile is over before what it asks for is there: it asks for the lines of the next one.
+    const bool brief = depth < 2 * T::cols * elements;
     const Unit<Element>* panel = packed ? product.panels + (first * product.steps() + s0) * T::cols : memory.panels();
     // So many panels the first tile packs.
     const Index fresh = packed || !side_by_side ? 0 : std::clamp(product.n / T::cols - first, Index{0}, group);
@@ -388,7 +387,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           TileEnd<Scalar> end{.rows = sums, .stride = T::cols, .before = pass > 0 ? sums : nullptr};
           bool at_once = false;
           if constexpr (requires { finish.rows_of(product, row, rows, col); }) {
-            if (brief && last && n == T::cols && height_of<Packed, Scalar, Arch>(rows) == rows) {
+            if (last && n == T::cols && height_of<Packed, Scalar, Arch>(rows) == rows) {
               if (Scalar* const to = finish.rows_of(product, row, rows, col); to != nullptr) {
                 end = {.rows = to, .stride = product.c.rows.stride, .add = product.c.add, .before = end.before};
                 at_once = true;
