@@ -88,7 +88,8 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 ///
 /// What finishes a product is called once for every row of every tile: `finish(product, i, row, col, n, values)` with the
 /// number i of the product and n sums (pairs of sums, where B has halves: a vector of the first, a vector of the second) for
-/// columns [col, col + n) of C. `values` is aligned and holds two vectors.
+/// columns [col, col + n) of C. `values` is aligned and holds two vectors. Where it has `rows_of`, and that is not null, sums
+/// of whole tiles go there instead.
 struct Store {
   void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index col, Index n) const {
     ahead.add(p.c.row(row) + col, n);
