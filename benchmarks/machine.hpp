@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <moxie/core/buffer.hpp>
 #include <moxie/core/exec.hpp>
 #include <moxie/kernel/element.hpp>
@@ -13,22 +14,6 @@
 namespace moxie::bench {
 
 inline double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-namespace detail {
-
-/// Runs `work(thread)` on every thread at once, three times, and returns the least seconds.
-template <class Work>
-double time_on_all(const Exec& exec, Work&& work) {
-  double best = 1e30;
-  for (int repeat = 0; repeat < 3; ++repeat) {
-    const double start = seconds();
-    exec.parallel_for(exec.thread_count(), work);
-    best = std::min(best, seconds() - start);
-  }
-  return best;
-}
-
-}  // namespace detail
 
 /// The products' multiply-adds in registers, all threads at once, in the widest vectors of this build: fused ones of Scalars,
 /// or, where Elements are BFloat16, dot products of pairs: operations a second, each thread by its own clock. Half a
@@ -71,7 +56,7 @@ double fma_peak(const Exec& exec) {
   return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
-/// Bytes a second that all threads read of a block that no cache holds. About 30 ms.
+/// Bytes a second that all threads read of a block that no cache holds, the best of three times. About 30 ms.
 inline double read_bandwidth(const Exec& exec) {
   static const Buffer<double> block = [] {
     Buffer<double> b(Index{32} << 20);
@@ -80,7 +65,7 @@ inline double read_bandwidth(const Exec& exec) {
   }();
   using B = kernel::Batch<double>;
   const Index part = block.size() / exec.thread_count() / 64 * 64;
-  const double time = detail::time_on_all(exec, [&](Index thread) {
+  const auto read = [&](Index thread) {
     const double* p = block.data() + thread * part;
     B sum[4] = {B(0.0), B(0.0), B(0.0), B(0.0)};
     for (Index i = 0; i + 4 * Index{B::size} <= part; i += 4 * Index{B::size}) {
@@ -92,7 +77,13 @@ inline double read_bandwidth(const Exec& exec) {
     alignas(alignment) double out[B::size];
     (sum[0] + sum[1] + sum[2] + sum[3]).store_aligned(out);
     asm volatile("" : : "r"(out) : "memory");
-  });
+  };
+  double time = std::numeric_limits<double>::infinity();
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const double start = seconds();
+    exec.parallel_for(exec.thread_count(), read);
+    time = std::min(time, seconds() - start);
+  }
   return double(part) * double(sizeof(double)) * exec.thread_count() / time;
 }
 
