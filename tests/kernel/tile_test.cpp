@@ -100,26 +100,39 @@ TEST_CASE_TEMPLATE("tile: sums go to distant rows, and what lies between is left
   CHECK(out[0] == S(100));
 }
 
-TEST_CASE("tile: lines that will be written are as many as there is room for") {
+TEST_CASE("tile: what is const will be read, all else written, in as many runs as there is room for") {
   kernel::detail::Ahead ahead;
-  const std::vector<float> memory(100'000);
-  CHECK(ahead.count() == 0);
-  CHECK(ahead.run().lines == 0);
-  ahead.add(memory.data(), 33);  // three lines
-  ahead.add(memory.data() + 500, 1);
-  CHECK(ahead.count() == 4);
-  CHECK(ahead.line(0) == memory.data());
-  CHECK(ahead.line(1) == memory.data() + 16);
-  CHECK(ahead.line(2) == memory.data() + 32);
-  CHECK(ahead.line(3) == memory.data() + 500);
-  ahead.follow({reinterpret_cast<const std::byte*>(memory.data()), 128, 7});
-  CHECK(ahead.run().lines == 7);
+  std::vector<float> memory(100'000);
+  const std::vector<double> numbers(1000);
+  const auto is = [](const kernel::detail::Run& run, const void* from, std::ptrdiff_t pitch, Index lines) {
+    return static_cast<const void*>(run.from) == from && run.pitch == pitch && run.lines == lines;
+  };
+  CHECK(ahead.reads().empty());
+  CHECK(ahead.writes().empty());
+  ahead.add(memory.data(), 33);                // three lines
+  ahead.add(memory.data() + 500, 100, 7, 17);  // two lines of each row
+  ahead.add(memory.data(), 100, 7, 0);
+  REQUIRE(ahead.writes().size() == 3);
+  CHECK(ahead.reads().empty());
+  CHECK(is(ahead.writes()[0], memory.data(), 64, 3));
+  CHECK(is(ahead.writes()[1], memory.data() + 500, 400, 7));
+  CHECK(is(ahead.writes()[2], memory.data() + 516, 400, 7));
+  CHECK(kernel::detail::Ahead::steps(ahead.writes()) == 4 + 8 + 8);
+  ahead.add(numbers.data(), 9);
+  ahead.add(numbers.data() + 1, 50, 4, 8);
+  ahead.read({reinterpret_cast<const std::byte*>(memory.data()), 128, 5});
+  ahead.read({});
+  REQUIRE(ahead.reads().size() == 3);
+  CHECK(ahead.writes().size() == 3);
+  CHECK(is(ahead.reads()[0], numbers.data(), 64, 2));
+  CHECK(is(ahead.reads()[1], numbers.data() + 1, 400, 4));
+  CHECK(is(ahead.reads()[2], memory.data(), 128, 5));
   ahead.clear();
-  CHECK(ahead.count() == 0);
-  CHECK(ahead.run().lines == 0);
-  ahead.add(memory.data(), 100'000);
-  CHECK(ahead.count() == 256);
-  CHECK(ahead.line(255) == memory.data() + 255 * 16);
+  CHECK(ahead.reads().empty());
+  CHECK(ahead.writes().empty());
+  ahead.add(memory.data(), 16, 5, 100'000);
+  REQUIRE(ahead.writes().size() == 32);
+  CHECK(is(ahead.writes()[31], memory.data() + 31 * 16, 64, 5));
 }
 
 TEST_CASE_TEMPLATE("tile: asking for memory changes no bit", S, float, double) {
@@ -141,8 +154,9 @@ TEST_CASE_TEMPLATE("tile: asking for memory changes no bit", S, float, double) {
     for (const Index written : {0, 1, 7, 100}) {
       for (const Index lines : {0, 1, 9, 1000}) {
         ahead.clear();
-        ahead.add(a.data(), written * Index{64 / sizeof(S)});
-        ahead.follow({reinterpret_cast<const std::byte*>(b.data()), 64, lines});
+        ahead.add(expected.data(), written * Index{64 / sizeof(S)});
+        ahead.add(a.data(), depth, T::rows, lines);
+        ahead.read({reinterpret_cast<const std::byte*>(b.data()), 64, lines});
         multiply(depth, rows.data(), Panel{panel.data()}, {.rows = sums.data(), .stride = T::cols}, ahead);
         CHECK(std::memcmp(sums.data(), expected.data(), std::size_t(T::size) * sizeof(S)) == 0);
       }

@@ -228,10 +228,10 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
 /// Says to a product which rows of these matrices the end of a tile will touch; empty ones are left out.
 template <class Element, class... T>
 auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {
-  return [=](auto& ahead, const auto& /*product*/, Index e, Index row, Index col, Index n) {
+  return [=](auto& ahead, const auto& /*product*/, Index e, Index row, Index count, Index col, Index n) {
     const auto add = [&](const auto& m) {
       if (m.size() != 0) {
-        ahead.add(m.row(rows.begin(e) + row) + col, n);
+        ahead.add(m.row(rows.begin(e) + row) + col, m.stride(), count, n);
       }
     };
     (add(matrices), ...);

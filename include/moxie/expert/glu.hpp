@@ -84,8 +84,9 @@ class GluExperts {
         const V gate = kernel::load<V>(gates.row(r) + col + j, n - j);
         const V up = kernel::load<V>(ups.row(r) + col + j, n - j);
         const V value = Activation::value(gate);
+        const V derivative = Activation::derivative(gate);  // before anything is stored: they share what they compute
         kernel::store(value * up, hidden.row(r) + col + j, n - j);
-        kernel::store(dhidden * up * Activation::derivative(gate), dgates.row(r) + col + j, n - j);
+        kernel::store(dhidden * up * derivative, dgates.row(r) + col + j, n - j);
         kernel::store(dhidden * value, dups.row(r) + col + j, n - j);
       }
     };

@@ -80,8 +80,10 @@ class MlpExperts {
       const Index r = rows.begin(e) + row;
       for (Index j = 0; j < n; j += Index{V::size}) {
         const V before = kernel::load<V>(a.row(r) + col + j, n - j);
-        kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
-        kernel::store(V::load_aligned(values + j) * Activation::derivative(before), da.row(r) + col + j, n - j);
+        const V value = Activation::value(before);
+        const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
+        kernel::store(value, hidden.row(r) + col + j, n - j);
+        kernel::store(V::load_aligned(values + j) * derivative, da.row(r) + col + j, n - j);
       }
     };
     detail::backward_hidden(

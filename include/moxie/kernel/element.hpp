@@ -177,7 +177,7 @@ MOXIE_INLINE V load(const BFloat16* p, Index n) {
   constexpr Index width = Index{V::size};
   std::array<BFloat16, V::size> copy{};
   if (n < width) {
-    std::copy_n(p, n, copy.begin());
+    detail::copy_few(p, n, copy.data());
     p = copy.data();
   }
   return std::bit_cast<V>(detail::words<width>(p) << 16U);
@@ -191,7 +191,7 @@ MOXIE_INLINE void store(const V& v, BFloat16* p, Index n) {
     if (width == 1 || n >= width) {
       std::memcpy(static_cast<void*>(p), &halves, sizeof(halves));
     } else {
-      std::memcpy(static_cast<void*>(p), &halves, sizeof(BFloat16) * std::size_t(n));
+      detail::copy_few(reinterpret_cast<const BFloat16*>(&halves), n, p);
     }
   };
 #if defined(__AVX512BF16__)

@@ -91,8 +91,14 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 /// columns [col, col + n) of C. `values` is aligned and holds two vectors. Where it has `rows_of`, and that is not null, sums
 /// of whole tiles go there instead.
 struct Store {
-  void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index col, Index n) const {
-    ahead.add(p.c.row(row) + col, n);
+  void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index rows, Index col, Index n) const {
+    if (auto* const first = rows_of(p, row, rows, col); first != nullptr) {
+      ahead.add(first, p.c.rows.stride, rows, n);
+      return;
+    }
+    for (Index r = row; r < row + rows; ++r) {
+      ahead.add(p.c.row(r) + col, n);
+    }
   }
 
   /// Where the first of so many rows goes, if they lie at equal distances; else null.
@@ -375,15 +381,23 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           Scalar* sums = memory.sums() + (cut.passes > 1 ? tile * group + q : 0) * T::size;
           const Index col = (first + q) * panels.outputs();
           ahead.clear();
-          if constexpr (requires { finish.prefetch(ahead, product, i, row, col, col); }) {
-            const bool at_end = brief && q + 1 == group;
-            const Index next_row = at_end ? row + rows : row;
-            const Index next_col = at_end ? first * panels.outputs() : brief ? col + panels.outputs() : col;
-            for (Index r = next_row; r < std::min(m1, next_row + rows) && last; ++r) {
-              finish.prefetch(ahead, product, i, r, next_col, panels.outputs());
+          const Index next_row = row + rows;
+          const Index next_rows = std::min(rows, m1 - next_row);
+          const bool last_panel = q + 1 == group;
+          if constexpr (requires { finish.prefetch(ahead, product, i, row, rows, col, col); }) {
+            const bool next = brief && last_panel;
+            if (last && (!next || next_rows > 0)) {
+              const Index at = next ? first * panels.outputs() : brief ? col + panels.outputs() : col;
+              finish.prefetch(ahead, product, i, next ? next_row : row, next ? next_rows : rows, at, panels.outputs());
             }
           }
-          ahead.follow(later.take((tiles - tile) * group - q, depth / elements - ahead.count()));
+          if (!product.a.transposed && last_panel && (group > 1 || part == 0)) {  // else they are in the second-level cache
+            for (Index r = next_row; r < next_row + next_rows; ++r) {
+              ahead.add(product.a.row(r) + k0, depth);
+            }
+          }
+          ahead.read(later.take((tiles - tile) * group - q,
+                                depth / elements - Ahead::steps(ahead.reads()) - Ahead::steps(ahead.writes())));
           const Index n = panels.outputs_of(first + q);
           TileEnd<Scalar> end{.rows = sums, .stride = T::cols, .before = pass > 0 ? sums : nullptr};
           bool at_once = false;

@@ -124,6 +124,20 @@ MOXIE_INLINE V limited(const V& x) {
   return min(constant<V>(1000), max(constant<V>(-1000), x));
 }
 
+namespace detail {
+
+/// Copies n elements one by one: a call of memcpy, which is what the compiler would make of the loop, would cost the loops
+/// around it their vector registers.
+template <class T>
+MOXIE_INLINE void copy_few(const T* from, Index n, T* to) {
+  for (Index i = 0; i < n; ++i) {
+    to[i] = from[i];
+    asm volatile("" : : : "memory");
+  }
+}
+
+}  // namespace detail
+
 /// The first n elements at p, zeros after them; n may be more than a vector holds.
 template <class V>
 MOXIE_INLINE V load(const typename V::value_type* p, Index n) {
@@ -132,7 +146,7 @@ MOXIE_INLINE V load(const typename V::value_type* p, Index n) {
     return V::load_unaligned(p);
   }
   std::array<typename V::value_type, V::size> copy{};
-  std::copy_n(p, n, copy.begin());
+  detail::copy_few(p, n, copy.data());
   return V::load_unaligned(copy.data());
 }
 
@@ -146,7 +160,7 @@ MOXIE_INLINE void store(const V& v, typename V::value_type* p, Index n) {
   }
   std::array<typename V::value_type, V::size> copy;
   v.store_unaligned(copy.data());
-  std::copy_n(copy.begin(), n, p);
+  detail::copy_few(copy.data(), n, p);
 }
 
 namespace detail {

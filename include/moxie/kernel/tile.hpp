@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <moxie/kernel/element.hpp>
+#include <span>
 #include <type_traits>
 #include <utility>
 
@@ -21,37 +22,72 @@ struct Tile {
   static constexpr Index size = rows * cols;
 };
 
+/// Steps that a tile takes at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
+inline constexpr Index steps_at_once = 2;
+
 /// Lines of memory at equal distances, in bytes.
 struct Run {
   const std::byte* from = nullptr;
   std::ptrdiff_t pitch = 0;
   Index lines = 0;
+
+  /// In which a tile asks for them, a line a step.
+  Index steps() const { return (lines + steps_at_once - 1) / steps_at_once * steps_at_once; }
 };
 
-/// Memory that is needed soon, for which a tile asks on its way, a line a step: first lines that will be written, then a run.
+/// Memory that is needed soon, for which a tile asks on its way as far as it has steps: first for what will be read, then, as
+/// it ends, for what will be written, which is to be in the first-level cache when it is.
 class Ahead {
  public:
   void clear() {
-    count_ = 0;
-    run_ = {};
+    reads_.count = 0;
+    writes_.count = 0;
   }
-  /// The lines of n elements at p, as many as there is room for.
-  template <class Scalar>
-  void add(const Scalar* p, Index n) {
-    for (Index j = 0; j < n && count_ < most; j += Index{64 / sizeof(Scalar)}) {
-      lines_[std::size_t(count_++)] = p + j;
+  /// n elements at p: to be read where T is const, else to be written.
+  template <class T>
+  void add(T* p, Index n) {
+    runs<T>().add({reinterpret_cast<const std::byte*>(p), 64, (n + line<T> - 1) / line<T>});
+  }
+  /// n elements of each of so many rows, `stride` apart.
+  template <class T>
+  void add(T* p, Index stride, Index rows, Index n) {
+    for (Index j = 0; j < n; j += line<T>) {
+      runs<T>().add({reinterpret_cast<const std::byte*>(p + j), stride * Index{sizeof(T)}, rows});
     }
   }
-  void follow(const Run& run) { run_ = run; }
-  Index count() const { return count_; }
-  const void* line(Index i) const { return lines_[std::size_t(i)]; }
-  const Run& run() const { return run_; }
+  void read(const Run& run) { reads_.add(run); }
+  std::span<const Run> reads() const { return reads_.span(); }
+  std::span<const Run> writes() const { return writes_.span(); }
+  static Index steps(std::span<const Run> runs) {
+    Index sum = 0;
+    for (const Run& run : runs) {
+      sum += run.steps();
+    }
+    return sum;
+  }
 
  private:
-  static constexpr Index most = 256;
-  std::array<const void*, std::size_t(most)> lines_;
-  Index count_ = 0;
-  Run run_;
+  struct Runs {
+    std::array<Run, 32> of;
+    std::size_t count = 0;
+
+    void add(const Run& run) {
+      if (run.lines > 0 && count < of.size()) {
+        of[count++] = run;
+      }
+    }
+    std::span<const Run> span() const { return {of.data(), count}; }
+  };
+
+  template <class T>
+  static constexpr Index line = Index{64 / sizeof(T)};
+  template <class T>
+  Runs& runs() {
+    return std::is_const_v<T> ? reads_ : writes_;
+  }
+
+  Runs reads_;
+  Runs writes_;
 };
 
 /// Where a tile reads A: the starts of its rows, or one address of (steps x Tile::rows) packed units.
@@ -118,27 +154,31 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
       sum[i][1] = S::add(x, panel[1], sum[i][1]);
     }
   };
-  // Two steps at once: twelve pointers are more than the registers hold, and are then reloaded half as often. Each kind of
-  // asking has a loop of its own: what little it computes would take turns with the multiply-adds.
+  // Each kind of asking has a loop of its own: what little it computes would take turns with the multiply-adds.
   Index p = 0;
-  constexpr Index together = 2;
   const auto multiply_to = [&](Index last, auto&& ask) {
-    for (; p + together <= last; p += together) {
+    for (; p + steps_at_once <= last; p += steps_at_once) {
 #pragma GCC unroll 2
-      for (Index u = 0; u < together; ++u) {
-        ask(p + u);
+      for (Index u = 0; u < steps_at_once; ++u) {
+        ask();
         multiply(p + u, elements);
       }
     }
   };
-  multiply_to(std::min(whole, ahead.count()), [&](Index step) { __builtin_prefetch(ahead.line(step), 1, 3); });
-  const Run run = ahead.run();
-  auto line = reinterpret_cast<std::uintptr_t>(run.from);
-  multiply_to(std::min(whole, p + run.lines), [&](Index /*step*/) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr): may be beyond
-    line += std::uintptr_t(run.pitch);
-  });
-  multiply_to(whole, [](Index /*step*/) {});
+  const auto multiply_and_ask = [&](Index last, std::span<const Run> runs, auto write) {
+    for (const Run& run : runs) {
+      auto line = reinterpret_cast<std::uintptr_t>(run.from);
+      multiply_to(std::min(last, p + run.steps()), [&] {
+        const auto* const at = reinterpret_cast<const void*>(line);  // NOLINT(performance-no-int-to-ptr): may be beyond
+        __builtin_prefetch(at, write ? 1 : 0, write ? 3 : 2);
+        line += std::uintptr_t(run.pitch);
+      });
+    }
+  };
+  const Index end_of_reads = std::max(Index{0}, whole / steps_at_once * steps_at_once - Ahead::steps(ahead.writes()));
+  multiply_and_ask(end_of_reads, ahead.reads(), std::false_type{});
+  multiply_to(end_of_reads, [] {});
+  multiply_and_ask(whole, ahead.writes(), std::true_type{});
   for (; p < steps; ++p) {
     multiply(p, depth - p * elements);
   }
