@@ -132,7 +132,7 @@ TEST_CASE("tile: what is const will be read, all else written, in as many runs a
   CHECK(ahead.writes().empty());
   ahead.add(memory.data(), 16, 5, 100'000);
   REQUIRE(ahead.writes().size() == 32);
-  CHECK(is(ahead.writes()[31], memory.data() + 31 * 16, 64, 5));
+  CHECK(is(ahead.writes()[31], memory.data() + 496, 64, 5));
 }
 
 TEST_CASE_TEMPLATE("tile: asking for memory changes no bit", S, float, double) {
