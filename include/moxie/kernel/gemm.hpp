@@ -89,7 +89,8 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 /// What finishes a product is called once for every row of every tile: `finish(product, i, row, col, n, values)` with the
 /// number i of the product and n sums (pairs of sums, where B has halves: a vector of the first, a vector of the second) for
 /// columns [col, col + n) of C. `values` is aligned and holds two vectors. Where it has `rows_of`, and that is not null, sums
-/// of whole tiles go there instead.
+/// of whole tiles go there instead. Where it has `prefetch(ahead, product, i, row, rows, col, n)`, it tells `ahead` what it
+/// will touch at the end of such a tile.
 struct Store {
   void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index rows, Index col, Index n) const {
     if (auto* const first = rows_of(p, row, rows, col); first != nullptr) {
