@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <limits>
 #include <moxie/exchange/combine.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <moxie/testing/laws.hpp>
@@ -64,6 +65,24 @@ TEST_CASE("combine: leaves tokens without an assignment as they are") {
   CHECK((y.row(0).array() == -77).all());
   CHECK((y.row(1).array() == -76).all());
   CHECK((y.row(2).array() == -77).all());
+}
+
+TEST_CASE_TEMPLATE("combine: replaces y where it does not add, of tokens without an assignment too", S, float, double) {
+  const auto check = [](const auto& plan) {
+    const Matrix<S> h = moxie::test::random<S>(plan.rows(), 5, 854);
+    Matrix<S> sum = Matrix<S>::Zero(plan.tokens(), 5);
+    moxie::combine(plan, RowView<const S>(h), RowView<S>(sum), Exec{});
+    Matrix<S> y = Matrix<S>::Constant(plan.tokens(), 5, std::numeric_limits<S>::quiet_NaN());
+    moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{}, false);
+    CHECK(moxie::testing::detail::same_bits<S>(y, sum));
+  };
+  const Index expert[] = {-1, 0, -1};
+  const S weight[] = {1, 1, 1};
+  SparsePlan<S> partly;
+  partly.build(3, 1, 1, expert, weight);
+  check(partly);
+  check(sparse_plan<S>(200, 4, 2, 855));
+  check(dense_plan<S>(3, 4, 2, 3, 856));
 }
 
 TEST_CASE_TEMPLATE("combine: of a dense plan mixes the slots of each sequence into its tokens", S, float, double) {

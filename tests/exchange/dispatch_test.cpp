@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <limits>
 #include <moxie/exchange/dispatch.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <moxie/testing/laws.hpp>
@@ -87,6 +88,26 @@ TEST_CASE_TEMPLATE("dispatch: its backward is the adjoint, for sparse and dense 
   check(dense_plan<S>(0, 4, 2, 3, 821));
 }
 
+TEST_CASE_TEMPLATE("dispatch: its backward replaces dx where it does not add", S, float, double) {
+  const auto check = [](const auto& plan) {
+    const Matrix<S> x = moxie::test::random<S>(plan.tokens(), 5, 824);
+    const Matrix<S> drows = moxie::test::random<S>(plan.rows(), 5, 825);
+    typename std::remove_cvref_t<decltype(plan)>::Gradient dplan;
+    Matrix<S> sum = Matrix<S>::Zero(plan.tokens(), 5);
+    moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(drows), RowView<S>(sum), dplan, Exec{});
+    Matrix<S> dx = Matrix<S>::Constant(plan.tokens(), 5, std::numeric_limits<S>::quiet_NaN());
+    moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(drows), RowView<S>(dx), dplan, Exec{}, false);
+    CHECK(moxie::testing::detail::same_bits<S>(dx, sum));
+  };
+  const Index expert[] = {-1, 0, -1};
+  const S weight[] = {1, 1, 1};
+  moxie::SparsePlan<S> partly;
+  partly.build(3, 1, 1, expert, weight);
+  check(partly);
+  check(sparse_plan<S>(200, 4, 2, 826));
+  check(dense_plan<S>(3, 4, 2, 3, 827));
+}
+
 TEST_CASE("dispatch: backward matches central differences in x and in D") {
   const auto check = [](auto plan) {
     const Index dim = 3;
@@ -104,8 +125,8 @@ TEST_CASE("dispatch: backward matches central differences in x and in D") {
     INFO(of_x.message());
     CHECK(of_x.passes(moxie::test::gradient_tolerance));
     if constexpr (requires { dplan.dispatch; }) {
-      const auto of_d =
-          moxie::testing::check_gradient(loss, plan.dispatch(), dplan.dispatch.view(plan.tokens(), plan.slots()), {}, "D");
+      const auto of_d = moxie::testing::check_gradient(loss, plan.dispatch(),
+                                                       dplan.dispatch.view(plan.tokens(), plan.slots()), {}, "D");
       INFO(of_d.message());
       CHECK(of_d.passes(moxie::test::gradient_tolerance));
     }

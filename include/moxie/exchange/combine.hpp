@@ -7,23 +7,28 @@
 
 namespace moxie {
 
-/// y += C h: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices; one task owns a token, so no atomics.
+/// y = C h, or y += C h: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices; one task owns a token, so no
+/// atomics.
 template <class Scalar>
 void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
-             RowView<std::type_identity_t<Scalar>> y, const Exec& exec) {
+             RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {
   exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
+      auto sum = y.middle_rows(t, 1).eigen();
+      if (!add) {
+        sum.setZero();
+      }
       for (const Index r : plan.rows_of_token(t)) {
-        y.middle_rows(t, 1).eigen() += plan.weight(r) * h.middle_rows(r, 1).eigen();
+        sum += plan.weight(r) * h.middle_rows(r, 1).eigen();
       }
     }
   });
 }
 
-/// Y_b += C_b Ỹ_b.
+/// Y_b = C_b Ỹ_b, or Y_b += C_b Ỹ_b.
 template <class Scalar>
 void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
-             RowView<std::type_identity_t<Scalar>> y, const Exec& exec) {
+             RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {
   const Sequences sequences = plan.sequences();
   kernel::grouped_gemm<Scalar>(
       sequences.count(),
@@ -35,7 +40,7 @@ void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<S
                 plan.slots(),
                 kernel::plain<Scalar>(plan.combine().middle_rows(first, length)),
                 kernel::plain<Scalar>(h, plan.slot_rows(b)),
-                kernel::add_to<Scalar>(y.middle_rows(first, length))};
+                {kernel::rows_of(y.middle_rows(first, length)), add}};
       },
       exec);  // (L,N)(N,D) -> (L,D)
 }

@@ -36,26 +36,30 @@ GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::t
   return {plan.expert_starts(), slots, nullptr};
 }
 
-/// The adjoint of dispatch: dx += Aᵀ drows. Every token sums its rows in the order of its choices. A sparse plan's dispatch has
-/// no gradient of its own.
+/// The adjoint of dispatch: dx = Aᵀ drows, or dx += Aᵀ drows. Every token sums its rows in the order of its choices. A sparse
+/// plan's dispatch has no gradient of its own.
 template <class Scalar>
 void dispatch_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> /*x*/,
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
-                       typename SparsePlan<Scalar>::Gradient& /*dplan*/, const Exec& exec) {
+                       typename SparsePlan<Scalar>::Gradient& /*dplan*/, const Exec& exec, bool add = true) {
   exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
+      auto sum = dx.middle_rows(t, 1).eigen();
+      if (!add) {
+        sum.setZero();
+      }
       for (const Index r : plan.rows_of_token(t)) {
-        dx.middle_rows(t, 1).eigen() += drows.middle_rows(r, 1).eigen();
+        sum += drows.middle_rows(r, 1).eigen();
       }
     }
   });
 }
 
-/// dX_b += D_b dX̃_b, and dD_b = X_b dX̃_bᵀ into `dplan`.
+/// dX_b = D_b dX̃_b, or dX_b += D_b dX̃_b, and dD_b = X_b dX̃_bᵀ into `dplan`.
 template <class Scalar>
 void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
-                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
+                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec, bool add = true) {
   const Sequences sequences = plan.sequences();
   const RowView<Scalar> dd = dplan.dispatch.matrix(plan.tokens(), plan.slots());
   kernel::grouped_gemm<Scalar>(
@@ -70,7 +74,7 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
                   plan.slots(),
                   kernel::plain<Scalar>(plan.dispatch().middle_rows(first, length)),
                   kernel::plain<Scalar>(drows, plan.slot_rows(b)),
-                  kernel::add_to<Scalar>(dx.middle_rows(first, length))};
+                  {kernel::rows_of(dx.middle_rows(first, length)), add}};
         }
         return {length,  // (L,D)(D,N) -> (L,N)
                 plan.slots(),

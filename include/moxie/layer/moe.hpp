@@ -396,10 +396,8 @@ class Moe {
     detail::forward_bank(experts_, experts_part(weights), rows, into.h, into.experts, workspace, exec);
     if (shared_) {
       detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, into.shared, workspace, exec);
-    } else {
-      y.eigen().setZero();
     }
-    combine(tape.plan_, into.h, y, exec);
+    combine(tape.plan_, into.h, y, exec, shared_.has_value());
   }
 
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
@@ -429,10 +427,8 @@ class Moe {
     experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), kept.experts, workspace, exec);
     if (shared_) {
       shared_->backward(shared_part(p), all_rows(in, tape), dy, din.x, shared_part(grads), kept.shared, workspace, exec);
-    } else {
-      din.x.eigen().setZero();
     }
-    dispatch_backward(tape.plan_, in.x, drows, din.x, tape.dplan_, exec);
+    dispatch_backward(tape.plan_, in.x, drows, din.x, tape.dplan_, exec, shared_.has_value());
     router_.backward(router_part(p), in, tape.plan_, tape.dplan_, din, router_part(grads), tape.router_, workspace, exec);
   }
 
