@@ -42,7 +42,6 @@ class ExpertChoiceRouter {
     Buffer<Index> expert_;
     Buffer<Scalar> weight_;
     Buffer<Index> first_;  // the first pair of each sequence
-    Buffer<Index> order_;  // (E,T)
   };
 
   /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
@@ -80,12 +79,13 @@ class ExpertChoiceRouter {
     tape.token_.resize(pairs);
     tape.expert_.resize(pairs);
     tape.weight_.resize(pairs);
-    const RowView<Index> order = tape.order_.matrix(experts, in.count());
     // Some experts at once: their scores of a token share a cache line.
     constexpr Index together = Index{alignment / sizeof(Scalar)};
     exec.parallel_ranges(experts, together, [&](Index first, Index last) {
       thread_local Buffer<Scalar> columns;
-      const RowView<Scalar> score = columns.matrix(together, in.count());
+      thread_local Buffer<Index> order;
+      const RowView<Scalar> score = columns.spread(together, in.count());
+      order.resize(in.count());
       for (Index t = 0; t < in.count(); ++t) {
         for (Index e = first; e < last; ++e) {
           score(e - first, t) = s(t, e);
@@ -95,7 +95,7 @@ class ExpertChoiceRouter {
         in.sequences.for_each([&](Index b, Index begin, Index end) {
           const Index room = capacity(end - begin);
           const Scalar* of_token = score.row(e - first) + begin;
-          Index* best = order.row(e) + begin;
+          Index* const best = order.data();
           select_largest(of_token, end - begin, room, best);
           for (Index c = 0; c < room; ++c) {
             const Index pair = tape.first_[b] + e * room + c;
