@@ -159,8 +159,9 @@ class OnDevice {
     const Sequences sequences = Sequences(starts).over(seen.tokens);
     if constexpr (requires { tape.plan_.slots(); }) {
       tape.plan_.resize(sequences, experts, host_.router().slots() / experts);
-      std::copy(seen.dispatch.begin(), seen.dispatch.end(), tape.plan_.dispatch().data());
-      std::copy(seen.combine.begin(), seen.combine.end(), tape.plan_.combine().data());
+      const Index slots = tape.plan_.slots();
+      tape.plan_.dispatch().eigen() = Eigen::Map<const Matrix<Scalar>>(seen.dispatch.data(), seen.tokens, slots);
+      tape.plan_.combine().eigen() = Eigen::Map<const Matrix<Scalar>>(seen.combine.data(), seen.tokens, slots);
     } else {
       tape.router_.all_scores = Eigen::Map<const Matrix<Scalar>>(seen.scores.data(), seen.tokens, experts);
       tape.router_.all_choices = seen.choices;

@@ -39,8 +39,8 @@ struct Routed {
   moxie::Parameters<S> backward(const Tokens<S>& in, const Matrix<S>& u, const Matrix<S>& v, Matrix<S>& dx,
                                 const Exec& exec = {}) {
     typename moxie::DensePlan<S>::Gradient dplan;
-    dplan.dispatch.matrix(u.rows(), u.cols()).eigen() = u;
-    dplan.combine.matrix(v.rows(), v.cols()).eigen() = v;
+    dplan.dispatch.spread(u.rows(), u.cols()).eigen() = u;
+    dplan.combine.spread(v.rows(), v.cols()).eigen() = v;
     moxie::Parameters<S> dp = p;  // what is there is added to
     router.backward(p.view(), in, plan, dplan, dx, dp.view(), tape, workspace, exec);
     dp.flat() -= p.flat();

@@ -147,6 +147,10 @@ class Buffer {
   /// The same with rows spread over the cache.
   RowView<T> spread(Index rows, Index cols) { return matrix(rows, cols, detail::spread_stride<T>(cols)); }
   RowView<const T> spread_view(Index rows, Index cols) const { return view(rows, cols, detail::spread_stride<T>(cols)); }
+  RowView<T> spread_view(Index rows, Index cols) {
+    MOXIE_ASSERT(rows * detail::spread_stride<T>(cols) == size_);
+    return {data_, rows, cols, detail::spread_stride<T>(cols)};
+  }
 
  private:
   RowView<T> matrix(Index rows, Index cols, Index stride) {

@@ -66,7 +66,7 @@ void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_ide
                       RowView<const std::type_identity_t<Scalar>> dy, RowView<std::type_identity_t<Scalar>> dh,
                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
   const Sequences sequences = plan.sequences();
-  const RowView<Scalar> dc = dplan.combine.matrix(plan.tokens(), plan.slots());
+  const RowView<Scalar> dc = dplan.combine.spread(plan.tokens(), plan.slots());
   kernel::grouped_gemm<Scalar>(
       2 * sequences.count(),
       [&](Index i) -> kernel::Product<Scalar> {

@@ -61,7 +61,7 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
                        typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec, bool add = true) {
   const Sequences sequences = plan.sequences();
-  const RowView<Scalar> dd = dplan.dispatch.matrix(plan.tokens(), plan.slots());
+  const RowView<Scalar> dd = dplan.dispatch.spread(plan.tokens(), plan.slots());
   kernel::grouped_gemm<Scalar>(
       2 * sequences.count(),
       [&](Index i) -> kernel::Product<Scalar> {

@@ -151,7 +151,7 @@ template <class Scalar_>
 class DensePlan {
  public:
   using Scalar = Scalar_;
-  /// ∂loss / ∂D and ∂loss / ∂C, (T,N) each.
+  /// ∂loss / ∂D and ∂loss / ∂C, (T,N) each: `spread_view(tokens, slots)`.
   struct Gradient {
     Buffer<Scalar> dispatch;
     Buffer<Scalar> combine;
@@ -164,8 +164,8 @@ class DensePlan {
     experts_ = experts;
     slots_ = slots_per_expert;
     division.copy_starts(sequence_starts_);
-    dispatch_.resize(tokens_ * slots());
-    combine_.resize(tokens_ * slots());
+    dispatch_.spread(tokens_, slots());
+    combine_.spread(tokens_, slots());
     expert_starts_.resize(experts + 1);
     for (Index e = 0; e <= experts; ++e) {
       expert_starts_[e] = e * sequences * slots_per_expert;
@@ -190,10 +190,11 @@ class DensePlan {
   std::span<const Index> expert_starts() const { return expert_starts_.span(); }
   /// The row of each slot of sequence b, N indices.
   const Index* slot_rows(Index b) const { return slot_rows_.data() + b * slots(); }
-  RowView<Scalar> dispatch() { return {dispatch_.data(), tokens_, slots()}; }
-  RowView<Scalar> combine() { return {combine_.data(), tokens_, slots()}; }
-  RowView<const Scalar> dispatch() const { return {dispatch_.data(), tokens_, slots()}; }
-  RowView<const Scalar> combine() const { return {combine_.data(), tokens_, slots()}; }
+  /// Rows do not follow each other without gaps: see `stride()`.
+  RowView<Scalar> dispatch() { return dispatch_.spread_view(tokens_, slots()); }
+  RowView<Scalar> combine() { return combine_.spread_view(tokens_, slots()); }
+  RowView<const Scalar> dispatch() const { return dispatch_.spread_view(tokens_, slots()); }
+  RowView<const Scalar> combine() const { return combine_.spread_view(tokens_, slots()); }
 
  private:
   Index tokens_ = 0;

@@ -22,17 +22,21 @@ void for_each_row(Index rows, const Exec& exec, F&& f) {
 
 }  // namespace detail
 
-/// For each row: s_i = exp(z_i - max z) / Σ_j exp(z_j - max z). Sums in the order of `kernel::sum`, in `Scalar`. s may be z.
+/// s_i = exp(z_i - max z) / Σ_j exp(z_j - max z) of n numbers. Sums in the order of `kernel::sum`, in `Scalar`. s may be z.
+template <class Scalar>
+void softmax(Index n, const Scalar* z, Scalar* s) {
+  const Scalar largest = kernel::largest(n, z);
+  kernel::map(
+      n, s, [&](auto v) { return kernel::exp(v - decltype(v)(largest)); }, z);
+  const Scalar share = 1 / kernel::sum(n, s);
+  kernel::map(
+      n, s, [&](auto v) { return v * decltype(v)(share); }, s);
+}
+
+/// The softmax of each row.
 template <class Scalar>
 void softmax_rows(RowView<const std::type_identity_t<Scalar>> z, RowView<Scalar> s, const Exec& exec) {
-  detail::for_each_row(z.rows(), exec, [&](Index t) {
-    const Scalar largest = kernel::largest(z.cols(), z.row(t));
-    kernel::map(
-        z.cols(), s.row(t), [&](auto v) { return kernel::exp(v - decltype(v)(largest)); }, z.row(t));
-    const Scalar sum = kernel::sum(z.cols(), s.row(t));
-    kernel::map(
-        z.cols(), s.row(t), [&](auto v) { return v / decltype(v)(sum); }, s.row(t));
-  });
+  detail::for_each_row(z.rows(), exec, [&](Index t) { softmax(z.cols(), z.row(t), s.row(t)); });
 }
 /// In place.
 template <class Scalar>
@@ -79,16 +83,21 @@ void sigmoid_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowVie
 
 namespace detail {
 
-/// Throws ValueError that names the first token (or whatever `what` says) with a NaN or infinite logit. `row_of(i)` is its
-/// number.
+/// Throws ValueError that names the token (or whatever `what` says) if one of its logits is NaN or infinite.
+template <class Scalar>
+void expect_finite_logits(std::string_view where, Index n, const Scalar* z, Index row, std::string_view what = "token") {
+  if (!kernel::all_finite(n, z)) {
+    throw ValueError(std::string(where) + ": the logits of " + std::string(what) + " " + std::to_string(row) +
+                     " are not finite");
+  }
+}
+
+/// The same for each row i of z, which is token `row_of(i)`: names the first one.
 template <class Scalar, class RowOf>
 void expect_finite_logits(std::string_view where, RowView<const Scalar> z, RowOf&& row_of, const Exec& exec,
                           std::string_view what = "token") {
   for_each_row(z.rows(), exec, [&](Index t) {  // of all that throw, the first is heard
-    if (!kernel::all_finite(z.cols(), z.row(t))) {
-      throw ValueError(std::string(where) + ": the logits of " + std::string(what) + " " + std::to_string(row_of(t)) +
-                       " are not finite");
-    }
+    expect_finite_logits(where, z.cols(), z.row(t), row_of(t), what);
   });
 }
 

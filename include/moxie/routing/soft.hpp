@@ -69,19 +69,21 @@ class SoftRouter {
         }
       });
     }
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> z = config_.learned() ? workspace.matrix<Scalar>(in.count(), slots()) : RowView<Scalar>();
-    if (config_.learned()) {
-      logits(p, in, z, tape, exec);
-    }
     plan.resize(in.sequences, config_.experts, config_.slots_per_expert);
-    if (config_.combine == Mixing::learned) {
-      softmax_rows(z, plan.combine(), exec);
+    if (config_.learned()) {
+      // Logits lie where their softmax over tokens goes. Each step reads and writes them in memory once.
+      const RowView<Scalar> z = config_.dispatch == Mixing::learned ? plan.dispatch() : plan.combine();
+      logits(p, in, z, tape, workspace, exec);
+      detail::for_each_row(in.count(), exec, [&](Index t) {
+        detail::expect_finite_logits("SoftRouter::route", slots(), z.row(t), in.row(t));
+        if (config_.combine == Mixing::learned) {
+          softmax(slots(), z.row(t), plan.combine().row(t));
+        }
+      });
     }
     if (config_.dispatch == Mixing::learned) {
       for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
-        softmax_columns(z.middle_rows(in.sequences.begin(b), in.sequences.length(b)), first, count,
-                        plan.dispatch().middle_rows(in.sequences.begin(b), in.sequences.length(b)));
+        softmax_columns(first, count, plan.dispatch().middle_rows(in.sequences.begin(b), in.sequences.length(b)));
       });
     }
     exec.parallel_for(in.sequences.count(), [&](Index b) {
@@ -112,13 +114,13 @@ class SoftRouter {
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> dz = workspace.matrix<Scalar>(tokens, n);
     if (config_.combine == Mixing::learned) {
-      dz.eigen() = dplan.combine.view(tokens, n).eigen();
+      dz.eigen() = dplan.combine.spread_view(tokens, n).eigen();
       softmax_rows_backward(plan.combine(), dz, exec);
     } else {
       dz.eigen().setZero();
     }
     if (config_.dispatch == Mixing::learned) {
-      const RowView<const Scalar> dd = dplan.dispatch.view(tokens, n);
+      const RowView<const Scalar> dd = dplan.dispatch.spread_view(tokens, n);
       for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
         const auto part = [&](auto m) { return m.middle_rows(in.sequences.begin(b), in.sequences.length(b)); };
         add_softmax_columns_backward(part(plan.dispatch()), part(dd), first, count, part(dz));
@@ -150,7 +152,9 @@ class SoftRouter {
   }
 
  private:
-  void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape, const Exec& exec) const {
+  void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape, Workspace& workspace,
+              const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
     RowView<const Scalar> x = in.x;
     RowView<const Scalar> phi = p[phi_];
     if (config_.normalize) {
@@ -160,20 +164,13 @@ class SoftRouter {
           throw ValueError("SoftRouter::route: token " + std::to_string(in.row(t)) + " is not finite, or its norm is not");
         }
       }
-      phi = normalized(phi, tape.phi_, tape.phi_factor_, exec);
+      const RowView<Scalar> scaled = workspace.matrix<Scalar>(slots(), config_.model_dim);
+      scaled.eigen() = p[scale_](0, 0) * normalized(phi, tape.phi_, tape.phi_factor_, exec).eigen();
+      phi = scaled;
     }
     kernel::gemm<Scalar>({in.count(), slots(), config_.model_dim, kernel::plain<Scalar>(x), kernel::transposed<Scalar>(phi),
                           kernel::replace<Scalar>(z)},
                          exec);  // (T,D)(D,N) -> (T,N)
-    if (config_.normalize) {
-      const Scalar scale = p[scale_](0, 0);
-      detail::for_each_row(in.count(), exec, [&](Index t) {
-        kernel::map(
-            slots(), z.row(t), [&](auto v) { return v * decltype(v)(scale); }, z.row(t));
-      });
-    }
-    detail::expect_finite_logits<Scalar>(
-        "SoftRouter::route", z, [&](Index t) { return in.row(t); }, exec);
   }
 
   /// The weights of one sequence that are not learned.
@@ -212,7 +209,7 @@ class SoftRouter {
     });
   }
 
-  static constexpr Index block = 64;  // columns of a task
+  static constexpr Index block = 32;  // columns of a task
 
   /// Calls `f(sequence, first column, columns)` for blocks of columns of the sequences that have tokens.
   template <class F>
@@ -226,8 +223,8 @@ class SoftRouter {
     });
   }
 
-  /// Softmax of n columns of z (L,N) from column j on into those of d. Sums from the first token to the last.
-  static void softmax_columns(RowView<const Scalar> z, Index j, Index n, RowView<Scalar> d) {
+  /// Softmax of n columns of z (L,N) from column j on, in place. Sums from the first token to the last.
+  static void softmax_columns(Index j, Index n, RowView<Scalar> z) {
     std::array<Scalar, block> largest;
     std::array<Scalar, block> sum{};
     std::copy_n(z.row(0) + j, n, largest.begin());
@@ -237,16 +234,18 @@ class SoftRouter {
     }
     for (Index t = 0; t < z.rows(); ++t) {
       kernel::map(
-          n, std::array{d.row(t) + j, sum.data()},
+          n, std::array{z.row(t) + j, sum.data()},
           [](auto v, auto most, auto so_far) {
             const auto e = kernel::exp(v - most);
             return std::array{e, so_far + e};
           },
           z.row(t) + j, largest.data(), sum.data());
     }
+    kernel::map(
+        n, sum.data(), [](auto all) { return decltype(all)(1) / all; }, sum.data());
     for (Index t = 0; t < z.rows(); ++t) {
       kernel::map(
-          n, d.row(t) + j, [](auto v, auto all) { return v / all; }, d.row(t) + j, sum.data());
+          n, z.row(t) + j, [](auto v, auto share) { return v * share; }, z.row(t) + j, sum.data());
     }
   }
 

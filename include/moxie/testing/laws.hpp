@@ -308,8 +308,9 @@ LawResult dispatch_is_adjoint(const Plan& plan, Index dim, const LawOptions& opt
   dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), RowView<Scalar>(dx), dplan, options.exec);
   double error = detail::adjoint_error<Scalar>(ax, r, x, dx - before);
   if constexpr (requires { dplan.dispatch; }) {
-    error = detail::worse(error, detail::adjoint_error<Scalar>(ax, r, plan.dispatch().eigen(),
-                                                               dplan.dispatch.view(plan.tokens(), plan.slots()).eigen()));
+    error =
+        detail::worse(error, detail::adjoint_error<Scalar>(ax, r, plan.dispatch().eigen(),
+                                                           dplan.dispatch.spread_view(plan.tokens(), plan.slots()).eigen()));
   }
   return detail::measured("dispatch: backward is the adjoint", error, detail::tolerance<Scalar>(options));
 }
@@ -330,7 +331,7 @@ LawResult combine_is_adjoint(const Plan& plan, Index dim, const LawOptions& opti
   Matrix<Scalar> weights, dweights;
   if constexpr (requires { dplan.combine; }) {
     weights = plan.combine().eigen();
-    dweights = dplan.combine.view(plan.tokens(), plan.slots()).eigen();
+    dweights = dplan.combine.spread_view(plan.tokens(), plan.slots()).eigen();
   } else {
     weights.resize(1, plan.rows());
     for (Index r = 0; r < plan.rows(); ++r) {
