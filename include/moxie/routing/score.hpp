@@ -44,23 +44,24 @@ void softmax_rows(RowView<Scalar> z, const Exec& exec) {
   softmax_rows<Scalar>(z, z, exec);
 }
 
-/// The adjoint of the softmax, in place: ds -> dz, dz_i = s_i (ds_i - Σ_j ds_j s_j).
+/// The adjoint of the softmax of n numbers: dz_i = s_i (ds_i - Σ_j ds_j s_j). dz may be ds.
 ///
 /// Because Σ s = 1, a constant may be taken from all ds_i first: the one of the largest score, so that a score near 1 does not
 /// leave the difference of two nearly equal numbers.
 template <class Scalar>
+void softmax_backward(Index n, const Scalar* s, const Scalar* ds, Scalar* dz) {
+  const Scalar shift = ds[std::find(s, s + n, kernel::largest(n, s)) - s];
+  kernel::map(
+      n, dz, [&](auto v) { return v - decltype(v)(shift); }, ds);
+  const Scalar dot = kernel::dot(n, dz, s);
+  kernel::map(
+      n, dz, [&](auto v, auto p) { return p * (v - decltype(v)(dot)); }, dz, s);
+}
+
+/// The adjoint of the softmax of each row, in place: ds -> dz.
+template <class Scalar>
 void softmax_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
-  detail::for_each_row(s.rows(), exec, [&](Index t) {
-    const Scalar* score = s.row(t);
-    Scalar* d = ds.row(t);
-    const Index n = s.cols();
-    const Scalar shift = d[std::find(score, score + n, kernel::largest(n, score)) - score];
-    kernel::map(
-        n, d, [&](auto v) { return v - decltype(v)(shift); }, d);
-    const Scalar dot = kernel::dot(n, d, score);
-    kernel::map(
-        n, d, [&](auto v, auto p) { return p * (v - decltype(v)(dot)); }, d, score);
-  });
+  detail::for_each_row(s.rows(), exec, [&](Index t) { softmax_backward<Scalar>(s.cols(), s.row(t), ds.row(t), ds.row(t)); });
 }
 
 /// In place: s = 1 / (1 + exp(-z)).

@@ -112,10 +112,10 @@ class SoftRouter {
     const Index dim = config_.model_dim;
     const Index n = slots();
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dz = workspace.matrix<Scalar>(tokens, n);
+    const RowView<Scalar> dz = workspace.spread<Scalar>(tokens, n);
     if (config_.combine == Mixing::learned) {
-      dz.eigen() = dplan.combine.spread_view(tokens, n).eigen();
-      softmax_rows_backward(plan.combine(), dz, exec);
+      const RowView<const Scalar> dc = dplan.combine.spread_view(tokens, n);
+      detail::for_each_row(tokens, exec, [&](Index t) { softmax_backward(n, plan.combine().row(t), dc.row(t), dz.row(t)); });
     } else {
       dz.eigen().setZero();
     }
