@@ -30,7 +30,8 @@ struct Work {
 };
 
 /// Runs `step` and reports GFLOP/s, the fraction of the multiply-add peak, and of the step's own bound: for each of its phases,
-/// which wait for each other, the larger of flops / peak and bytes / read bandwidth.
+/// which wait for each other, the larger of flops / peak and bytes / read bandwidth; and whether the threads' cores are far
+/// apart.
 ///
 /// A processor's clock changes from one millisecond to the next, so the peak is measured again every few milliseconds, between
 /// steps, and the fraction is the median of those of the times between: each with the peaks before and after it. They take a
@@ -46,6 +47,7 @@ void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>&
     flops += phase.flops;
   }
   const double bandwidth_before = read_bandwidth(exec);
+  const double handover_before = handover(exec);
   step();  // takes the memory that a step needs,
   step();  // and touches it once it has been put together
   std::vector<double> times, peaks, fractions;
@@ -74,6 +76,7 @@ void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>&
   if (steps > 0) {
     end_part();
   }
+  const double handover_after = handover(exec);
   const double bandwidth = (bandwidth_before + read_bandwidth(exec)) / 2;
   const auto median = [](std::vector<double>& of) {
     const auto middle = of.begin() + std::ptrdiff_t(of.size() / 2);
@@ -89,6 +92,7 @@ void measure(benchmark::State& state, const Exec& exec, const std::vector<Work>&
   state.counters["gflops"] = flops / time / 1e9;
   state.counters["peak_fraction"] = median(fractions);
   state.counters["bound_fraction"] = bound / time;
+  state.counters["handover_ns"] = std::max(handover_before, handover_after) * 1e9;
 }
 
 }  // namespace moxie::bench

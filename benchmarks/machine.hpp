@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <chrono>
 #include <limits>
 #include <moxie/core/buffer.hpp>
@@ -85,6 +87,46 @@ inline double read_bandwidth(const Exec& exec) {
     time = std::min(time, seconds() - start);
   }
   return double(part) * double(sizeof(double)) * exec.thread_count() / time;
+}
+
+/// Seconds that a cache line takes from one thread to another, the usual one of 400 ways there and back; 0 if there is one
+/// thread. Some tens of nanoseconds where their cores share a cache, some hundreds where they don't: a virtual machine's
+/// processors move from one to the other.
+inline double handover(const Exec& exec) {
+  if (exec.thread_count() < 2) {
+    return 0;
+  }
+  constexpr int patience = 20'000'000;  // looks; a team may have fewer threads than it was asked for
+  alignas(alignment) std::atomic<int> ball = 0;
+  std::array<double, 400> times{};
+  const auto wait_for = [&](int value) {
+    for (int looks = 0; ball.load() != value; ++looks) {
+      if (looks == patience) {
+        return false;
+      }
+    }
+    return true;
+  };
+  exec.parallel_for(2, [&](Index thread) {
+    for (int i = 0; i < int(times.size()); ++i) {
+      if (thread == 0) {
+        const double start = seconds();
+        ball = 2 * i + 1;
+        if (!wait_for(2 * i + 2)) {
+          return;
+        }
+        times[std::size_t(i)] = (seconds() - start) / 2;
+      } else {
+        if (!wait_for(2 * i + 1)) {
+          return;
+        }
+        ball = 2 * i + 2;
+      }
+    }
+  });
+  const auto middle = times.begin() + times.size() / 2;
+  std::nth_element(times.begin(), middle, times.end());
+  return *middle;
 }
 
 }  // namespace moxie::bench
