@@ -20,9 +20,7 @@ void for_each_row(Index rows, const Exec& exec, F&& f) {
   });
 }
 
-}  // namespace detail
-
-/// s_i = exp(z_i - max z) / Σ_j exp(z_j - max z) of n numbers. Sums in the order of `kernel::sum`, in `Scalar`. s may be z.
+/// The softmax of n numbers. Sums in the order of `kernel::sum`, in `Scalar`. s may be z.
 template <class Scalar>
 void softmax(Index n, const Scalar* z, Scalar* s) {
   const Scalar largest = kernel::largest(n, z);
@@ -33,18 +31,7 @@ void softmax(Index n, const Scalar* z, Scalar* s) {
       n, s, [&](auto v) { return v * decltype(v)(share); }, s);
 }
 
-/// The softmax of each row.
-template <class Scalar>
-void softmax_rows(RowView<const std::type_identity_t<Scalar>> z, RowView<Scalar> s, const Exec& exec) {
-  detail::for_each_row(z.rows(), exec, [&](Index t) { softmax(z.cols(), z.row(t), s.row(t)); });
-}
-/// In place.
-template <class Scalar>
-void softmax_rows(RowView<Scalar> z, const Exec& exec) {
-  softmax_rows<Scalar>(z, z, exec);
-}
-
-/// The adjoint of the softmax of n numbers: dz_i = s_i (ds_i - Σ_j ds_j s_j). dz may be ds.
+/// The adjoint of the softmax of n numbers. dz may be ds.
 ///
 /// Because Σ s = 1, a constant may be taken from all ds_i first: the one of the largest score, so that a score near 1 does not
 /// leave the difference of two nearly equal numbers.
@@ -58,10 +45,24 @@ void softmax_backward(Index n, const Scalar* s, const Scalar* ds, Scalar* dz) {
       n, dz, [&](auto v, auto p) { return p * (v - decltype(v)(dot)); }, dz, s);
 }
 
-/// The adjoint of the softmax of each row, in place: ds -> dz.
+}  // namespace detail
+
+/// For each row: s_i = exp(z_i - max z) / Σ_j exp(z_j - max z). s may be z.
+template <class Scalar>
+void softmax_rows(RowView<const std::type_identity_t<Scalar>> z, RowView<Scalar> s, const Exec& exec) {
+  detail::for_each_row(z.rows(), exec, [&](Index t) { detail::softmax(z.cols(), z.row(t), s.row(t)); });
+}
+/// In place.
+template <class Scalar>
+void softmax_rows(RowView<Scalar> z, const Exec& exec) {
+  softmax_rows<Scalar>(z, z, exec);
+}
+
+/// The adjoint of the softmax of each row, in place: ds -> dz, dz_i = s_i (ds_i - Σ_j ds_j s_j).
 template <class Scalar>
 void softmax_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
-  detail::for_each_row(s.rows(), exec, [&](Index t) { softmax_backward<Scalar>(s.cols(), s.row(t), ds.row(t), ds.row(t)); });
+  detail::for_each_row(s.rows(), exec,
+                       [&](Index t) { detail::softmax_backward<Scalar>(s.cols(), s.row(t), ds.row(t), ds.row(t)); });
 }
 
 /// In place: s = 1 / (1 + exp(-z)).

@@ -57,7 +57,8 @@ class SoftRouter {
   }
 
   /// Throws ValueError naming the first token whose norm or logits are not finite, and for `in.top_k`, which slots do not have;
-  /// ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it.
+  /// ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it. What the
+  /// plan then holds is no plan.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
              const Exec& exec) const {
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
@@ -77,7 +78,7 @@ class SoftRouter {
       detail::for_each_row(in.count(), exec, [&](Index t) {
         detail::expect_finite_logits("SoftRouter::route", slots(), z.row(t), in.row(t));
         if (config_.combine == Mixing::learned) {
-          softmax(slots(), z.row(t), plan.combine().row(t));
+          detail::softmax(slots(), z.row(t), plan.combine().row(t));
         }
       });
     }
@@ -115,7 +116,8 @@ class SoftRouter {
     const RowView<Scalar> dz = workspace.spread<Scalar>(tokens, n);
     if (config_.combine == Mixing::learned) {
       const RowView<const Scalar> dc = dplan.combine.spread_view(tokens, n);
-      detail::for_each_row(tokens, exec, [&](Index t) { softmax_backward(n, plan.combine().row(t), dc.row(t), dz.row(t)); });
+      detail::for_each_row(tokens, exec,
+                           [&](Index t) { detail::softmax_backward(n, plan.combine().row(t), dc.row(t), dz.row(t)); });
     } else {
       dz.eigen().setZero();
     }
