@@ -7,8 +7,8 @@
 
 namespace moxie {
 
-/// y = C h, or y += C h: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices; one task owns a token, so no
-/// atomics.
+/// y += C h, or y = C h where it does not `add`: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices; one task
+/// owns a token, so no atomics.
 template <class Scalar>
 void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
              RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {
@@ -25,7 +25,7 @@ void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<
   });
 }
 
-/// Y_b = C_b Ỹ_b, or Y_b += C_b Ỹ_b.
+/// Y_b += C_b Ỹ_b, or Y_b = C_b Ỹ_b where it does not `add`.
 template <class Scalar>
 void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
              RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {

@@ -36,8 +36,8 @@ GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::t
   return {plan.expert_starts(), slots, nullptr};
 }
 
-/// The adjoint of dispatch: dx = Aᵀ drows, or dx += Aᵀ drows. Every token sums its rows in the order of its choices. A sparse
-/// plan's dispatch has no gradient of its own.
+/// The adjoint of dispatch: dx += Aᵀ drows, or dx = Aᵀ drows where it does not `add`. Every token sums its rows in the order of
+/// its choices. A sparse plan's dispatch has no gradient of its own.
 template <class Scalar>
 void dispatch_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> /*x*/,
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
@@ -55,7 +55,7 @@ void dispatch_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_i
   });
 }
 
-/// dX_b = D_b dX̃_b, or dX_b += D_b dX̃_b, and dD_b = X_b dX̃_bᵀ into `dplan`.
+/// dX_b += D_b dX̃_b, or dX_b = D_b dX̃_b where it does not `add`, and dD_b = X_b dX̃_bᵀ into `dplan`.
 template <class Scalar>
 void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
