@@ -145,6 +145,48 @@ TEST_CASE_TEMPLATE("gemm: rows may lie apart, and what is between them stays as 
   CHECK(moxie::test::is_untouched(c));
 }
 
+// Rows that start with a cache line, and rows that do not, where nothing can go past the caches.
+TEST_CASE_TEMPLATE("gemm: past the caches goes what else would be stored, and nothing more", S, float, double) {
+  constexpr Index line = 64 / Index{sizeof(S)};
+  for (const Index n : {Index{1}, Index{31}, Index{32}, Index{77}, Index{128}}) {
+    for (const Index m : {Index{1}, Index{7}, Index{12}, Index{45}}) {
+      const Index k = 30;
+      const Matrix<S> a = moxie::test::random<S>(m, k, 160);
+      const Matrix<S> b = moxie::test::random<S>(k, n, 161);
+      const Matrix<S> bias = moxie::test::random<S>(1, n, 162);
+      Matrix<S> expected = moxie::test::untouched<S>(m, n), expected_with_bias = expected;
+      const auto compute = [&](kernel::Destination<S> c, kernel::Destination<S> with_bias) {
+        const auto product = [&](kernel::Destination<S> to) {
+          return [&, to](Index) { return kernel::Product<S>{m, n, k, kernel::plain<S>(a), kernel::plain<S>(b), to}; };
+        };
+        kernel::run_stages<S>(
+            Exec{.threads = 2}, kernel::Stage(1, product(c)),
+            kernel::Stage(1, product(with_bias), kernel::store_with_bias<S>([&](Index) { return bias.data(); })));
+      };
+      compute(kernel::replace<S>(expected), kernel::replace<S>(expected_with_bias));
+      for (const Index offset : {Index{0}, Index{1}, line}) {
+        for (const Index stride : {(n + line - 1) / line * line, (n + line - 1) / line * line + 1}) {
+          const Index size = offset + m * stride;
+          moxie::Buffer<S> c(size), with_bias(size);
+          std::fill_n(c.data(), size, S(-7));
+          std::fill_n(with_bias.data(), size, S(-7));
+          const auto to = kernel::stream_to<S>(moxie::RowView<S>(c.data() + offset, m, n, stride));
+          CHECK(to.stream == (kernel::fill_lines<kernel::Batch<S>, 2> && offset % line == 0 && stride % line == 0));
+          compute(to, kernel::stream_to<S>(moxie::RowView<S>(with_bias.data() + offset, m, n, stride)));
+          bool same = true;
+          for (Index i = 0; i < size; ++i) {
+            const Index r = (i - offset) / stride, col = (i - offset) % stride;
+            const bool inside = i >= offset && col < n;
+            same = same && c.data()[i] == (inside ? expected(r, col) : S(-7)) &&
+                   with_bias.data()[i] == (inside ? expected_with_bias(r, col) : S(-7));
+          }
+          CHECK(same);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("gemm: an empty sum is zero, or nothing added") {
   const Matrix<float> a(3, 0), b(0, 4);
   Matrix<float> c = moxie::test::untouched<float>(3, 4);

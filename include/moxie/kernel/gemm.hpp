@@ -13,11 +13,12 @@
 
 namespace moxie::kernel {
 
-/// Where a product goes, and whether it replaces or is added to what is there.
+/// Where a product goes, and whether it replaces or is added to what is there, or goes past the caches.
 template <class Scalar>
 struct Destination {
   Rows<Scalar> rows;
   bool add = false;
+  bool stream = false;  ///< only where rows start with a cache line, and nothing is added
 
   Scalar* row(Index r) const { return rows.row(r); }
 };
@@ -66,6 +67,14 @@ template <class Scalar>
 Destination<Scalar> replace(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
   return {rows_of(m, index), false};
 }
+/// As `replace`, but past the caches where that can be: for what a pass of its own reads later, perhaps by other threads.
+template <class Scalar>
+Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m) {
+  constexpr std::size_t line = 64;
+  const bool on_lines =
+      reinterpret_cast<std::uintptr_t>(m.data()) % line == 0 && std::size_t(m.stride()) * sizeof(Scalar) % line == 0;
+  return {rows_of(m), false, fill_lines<Batch<Scalar>, 2> && on_lines};
+}
 template <class Scalar>
 Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
   return {rows_of(m, index), true};
@@ -93,6 +102,9 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 /// will touch at the end of such a tile.
 struct Store {
   void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index rows, Index col, Index n) const {
+    if (p.c.stream) {
+      return;
+    }
     if (auto* const first = rows_of(p, row, rows, col); first != nullptr) {
       ahead.add(first, p.c.rows.stride, rows, n);
       return;
@@ -143,8 +155,14 @@ struct StoreWithBias {
     using V = Batch<Scalar, Arch>;
     const Scalar* b = bias(e) + col;
     Scalar* to = p.c.row(row) + col;
+    const bool stream_all = p.c.stream && n == detail::Tile<Scalar, Arch>::cols;
     for (Index j = 0; j < n; j += Index{V::size}) {
-      store(V::load_aligned(values + j) + load<V>(b + j, n - j), to + j, n - j);
+      const V y = V::load_aligned(values + j) + load<V>(b + j, n - j);
+      if (stream_all) {
+        stream(y, to + j);
+      } else {
+        store(y, to + j, n - j);
+      }
     }
   }
 };
@@ -405,7 +423,11 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           if constexpr (requires { finish.rows_of(product, row, rows, col); }) {
             if (last && n == T::cols && height_of<Packed, Scalar, Arch>(rows) == rows) {
               if (Scalar* const to = finish.rows_of(product, row, rows, col); to != nullptr) {
-                end = {.rows = to, .stride = product.c.rows.stride, .add = product.c.add, .before = end.before};
+                end = {.rows = to,
+                       .stride = product.c.rows.stride,
+                       .add = product.c.add,
+                       .stream = product.c.stream,
+                       .before = end.before};
                 at_once = true;
               }
             }
@@ -572,7 +594,10 @@ void run_stages(const Exec& exec, const Stages&... stages) {
         std::this_thread::yield();
       }
     }
-    const detail::AtExit count_as_finished{[&] { finished.fetch_add(1, std::memory_order_release); }};  // even if it throws
+    const detail::AtExit count_as_finished{[&] {  // even if it throws
+      end_streams();
+      finished.fetch_add(1, std::memory_order_release);
+    }};
     const auto prepare = [&](detail::Lookahead<Scalar, Arch>& ahead) {
       const Index next = task + threads;  // this thread's next one, most likely
       if (next < total) {

@@ -10,6 +10,10 @@
 #include <moxie/kernel/scalar.hpp>
 #include <xsimd/xsimd.hpp>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 /// The room of vector instructions: nothing outside names xsimd. `Arch` is a template parameter of everything here, so that
 /// translation units built for different instruction sets never share one inline body.
 namespace moxie::kernel {
@@ -161,6 +165,40 @@ MOXIE_INLINE void store(const V& v, typename V::value_type* p, Index n) {
   std::array<typename V::value_type, V::size> copy;
   v.store_unaligned(copy.data());
   detail::copy_few(copy.data(), n, p);
+}
+
+/// Whether so many vectors side by side fill lines of the caches, and the processor can write lines past them.
+template <class V, Index Vectors = 1>
+inline constexpr bool fill_lines =
+#if defined(__AVX__)
+    sizeof(V) >= 32 && Vectors * sizeof(V) % 64 == 0;
+#else
+    false;
+#endif
+
+/// A vector to p, which is aligned, past the caches if it can be: nobody has to read the line first, nor to ask other cores for
+/// it. All vectors of a line should follow each other. Other threads see it after `end_streams`.
+template <class V>
+MOXIE_INLINE void stream(const V& v, typename V::value_type* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), std::bit_cast<__m512i>(v));
+    return;
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(v));
+    return;
+  }
+#endif
+  v.store_aligned(p);
+}
+/// Before what tells other threads that something streamed is there.
+MOXIE_INLINE void end_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
 }
 
 namespace detail {

@@ -117,12 +117,14 @@ struct Panel {
   }
 };
 
-/// What becomes of a tile's sums: sums, or sums + before (dense), go to rows `stride` apart, or are added to what is there.
+/// What becomes of a tile's sums: sums, or sums + before (dense), go to rows `stride` apart, past the caches or not, or are
+/// added to what is there.
 template <class Scalar>
 struct TileEnd {
   Scalar* rows;
   Index stride;
   bool add = false;
+  bool stream = false;
   const Scalar* before = nullptr;
 };
 
@@ -196,8 +198,13 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
       sum[i][0] += B::load_unaligned(to);
       sum[i][1] += B::load_unaligned(to + T::width);
     }
-    sum[i][0].store_unaligned(to);
-    sum[i][1].store_unaligned(to + T::width);
+    if (fill_lines<B, 2> && end.stream) {
+      stream(sum[i][0], to);
+      stream(sum[i][1], to + T::width);
+    } else {
+      sum[i][0].store_unaligned(to);
+      sum[i][1].store_unaligned(to + T::width);
+    }
   }
 }
 
