@@ -238,6 +238,12 @@ auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {
   };
 }
 
+/// Nothing, where `kernel::stream_or_store` writes a matrix past the caches, for which nobody has to ask.
+template <class Scalar, class Element>
+RowView<Element> unless_streamed(RowView<Element> m) {
+  return kernel::streams<kernel::Batch<Scalar>, Element> ? RowView<Element>() : m;
+}
+
 /// Half 0 or 1 of the columns.
 template <class T>
 RowView<T> half(RowView<T> m, Index which) {
@@ -257,7 +263,7 @@ void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, R
           rows.experts(),
           [&](Index e) {
             return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
-                             kernel::replace<Scalar>(rows.part(h, e)));
+                             kernel::stream_to<Scalar>(rows.part(h, e)));
           },
           end));
 }
@@ -278,7 +284,7 @@ void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh
       kernel::Stage(rows.experts(),
                     [&](Index e) {
                       return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(),
-                                                  kernel::replace<Scalar>(rows.part(drows, e)));
+                                                  kernel::stream_to<Scalar>(rows.part(drows, e)));
                     }),
       kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(regrouped(rows, hidden), dh, dw2(e), e); }));
 }

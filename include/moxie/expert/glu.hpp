@@ -127,11 +127,12 @@ class GluExperts {
         kernel::store(gate, gates.row(r) + col, n);
         kernel::store(up, ups.row(r) + col, n);
       }
-      kernel::store(Activation::value(gate) * up, hidden.row(r) + col, n);
+      kernel::stream_or_store(Activation::value(gate) * up, hidden.row(r) + col, n);
     };
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(x, hidden, gates, ups)), kernel::Store{}, exec);
+        kernel::Finish(activate, detail::rows_ahead(x, detail::unless_streamed<Scalar>(hidden), gates, ups)), kernel::Store{},
+        exec);
   }
 
   static constexpr detail::BankTensor gate_{0, 3};

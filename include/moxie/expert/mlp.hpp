@@ -124,12 +124,12 @@ class MlpExperts {
         if (a.size() != 0) {
           kernel::store(before, a.row(r) + col + j, n - j);
         }
-        kernel::store(Activation::value(before), hidden.row(r) + col + j, n - j);
+        kernel::stream_or_store(Activation::value(before), hidden.row(r) + col + j, n - j);
       }
     };
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(x, hidden, a)),
+        kernel::Finish(activate, detail::rows_ahead(x, detail::unless_streamed<Scalar>(hidden), a)),
         kernel::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
   }
 
