@@ -171,7 +171,7 @@ class SoftRouter {
       phi = scaled;
     }
     kernel::gemm<Scalar>({in.count(), slots(), config_.model_dim, kernel::plain<Scalar>(x), kernel::transposed<Scalar>(phi),
-                          kernel::replace<Scalar>(z)},
+                          kernel::stream_to<Scalar>(z)},
                          exec);  // (T,D)(D,N) -> (T,N)
   }
 
