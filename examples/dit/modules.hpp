@@ -51,7 +51,7 @@ class Linear {
               w.cols(),
               moxie::kernel::plain<S>(x),
               moxie::kernel::transposed<S>(w),
-              moxie::kernel::replace<S>(y)};
+              moxie::kernel::stream_to<S>(y)};
     };
     moxie::kernel::run_stages<S>(
         exec, moxie::kernel::Stage(1, product, moxie::kernel::store_with_bias<S>([&](Index) { return bias; })));
@@ -76,7 +76,7 @@ class Linear {
     backward(x, dy, dp, exec);
     const RowView<const S> w = p[weight_];
     moxie::kernel::gemm<S>({x.rows(), w.cols(), w.rows(), moxie::kernel::plain<S>(dy), moxie::kernel::plain<S>(w),
-                            add ? moxie::kernel::add_to<S>(dx) : moxie::kernel::replace<S>(dx)},
+                            add ? moxie::kernel::add_to<S>(dx) : moxie::kernel::stream_to<S>(dx)},
                            exec);  // (n,out)(out,in) -> (n,in)
   }
 
