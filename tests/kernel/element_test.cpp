@@ -79,12 +79,14 @@ TEST_CASE_TEMPLATE("stream_or_store: writes so many numbers, of its own kind or 
   }
   const B v = B::load_aligned(numbers);
   CHECK((!kernel::streams<B, T> || B::size * sizeof(T) == 64));
-  for (Index n = 1; n <= Index{B::size} + 1; ++n) {
-    alignas(64) T to[B::size + 1];
-    std::fill_n(to, B::size + 1, T(-7));
-    kernel::stream_or_store(v, to, n);
-    for (Index i = 0; i <= Index{B::size}; ++i) {
-      CHECK(S(to[i]) == (i < std::min(n, Index{B::size}) ? S(T(numbers[i])) : S(-7)));
+  for (const Index offset : {0, 1}) {
+    for (Index n = 1; n <= Index{B::size} + 1; ++n) {
+      alignas(64) T to[B::size + 2];
+      std::fill_n(to, B::size + 2, T(-7));
+      kernel::stream_or_store(v, to + offset, n);
+      for (Index i = 0; i <= Index{B::size}; ++i) {
+        CHECK(S(to[offset + i]) == (i < std::min(n, Index{B::size}) ? S(T(numbers[i])) : S(-7)));
+      }
     }
   }
 }

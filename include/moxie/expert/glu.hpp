@@ -85,16 +85,19 @@ class GluExperts {
         const V up = kernel::load<V>(ups.row(r) + col + j, n - j);
         const V value = Activation::value(gate);
         const V derivative = Activation::derivative(gate);  // before anything is stored: they share what they compute
-        kernel::store(value * up, hidden.row(r) + col + j, n - j);
-        kernel::store(dhidden * up * derivative, dgates.row(r) + col + j, n - j);
-        kernel::store(dhidden * value, dups.row(r) + col + j, n - j);
+        kernel::stream_or_store(value * up, hidden.row(r) + col + j, n - j);
+        kernel::stream_or_store(dhidden * up * derivative, dgates.row(r) + col + j, n - j);
+        kernel::stream_or_store(dhidden * value, dups.row(r) + col + j, n - j);
       }
     };
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
         [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
         [&](Index e) { return gate_up_weight(dp, e); }, [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
-        kernel::Finish(differentiate, detail::rows_ahead(x, gates, ups, hidden, dgates, dups)), exec);
+        kernel::Finish(differentiate,
+                       detail::rows_ahead(x, gates, ups, detail::unless_streamed<Scalar>(hidden),
+                                          detail::unless_streamed<Scalar>(dgates), detail::unless_streamed<Scalar>(dups))),
+        exec);
   }
 
  private:

@@ -82,15 +82,17 @@ class MlpExperts {
         const V before = kernel::load<V>(a.row(r) + col + j, n - j);
         const V value = Activation::value(before);
         const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
-        kernel::store(value, hidden.row(r) + col + j, n - j);
-        kernel::store(V::load_aligned(values + j) * derivative, da.row(r) + col + j, n - j);
+        kernel::stream_or_store(value, hidden.row(r) + col + j, n - j);
+        kernel::stream_or_store(V::load_aligned(values + j) * derivative, da.row(r) + col + j, n - j);
       }
     };
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, da, drows,
         [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
         [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
-        kernel::Finish(differentiate, detail::rows_ahead(x, a, hidden, da)), exec);
+        kernel::Finish(differentiate,
+                       detail::rows_ahead(x, a, detail::unless_streamed<Scalar>(hidden), detail::unless_streamed<Scalar>(da))),
+        exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
