@@ -150,14 +150,16 @@ TEST_CASE_TEMPLATE("gemm: past the caches goes what else would be stored, and no
   constexpr Index line = 64 / Index{sizeof(S)};
   for (const Index n : {Index{1}, Index{31}, Index{32}, Index{77}, Index{128}}) {
     for (const Index m : {Index{1}, Index{7}, Index{12}, Index{45}}) {
-      const Index k = 30;
+      const Index k = n == 77 ? 1600 : 30;  // in two passes
       const Matrix<S> a = moxie::test::random<S>(m, k, 160);
+      const Matrix<S> at = a.transpose();
       const Matrix<S> b = moxie::test::random<S>(k, n, 161);
       const Matrix<S> bias = moxie::test::random<S>(1, n, 162);
       Matrix<S> expected = moxie::test::untouched<S>(m, n), expected_with_bias = expected;
       const auto compute = [&](kernel::Destination<S> c, kernel::Destination<S> with_bias) {
         const auto product = [&](kernel::Destination<S> to) {
-          return [&, to](Index) { return kernel::Product<S>{m, n, k, kernel::plain<S>(a), kernel::plain<S>(b), to}; };
+          const auto left = n == 128 ? kernel::transposed<S>(at) : kernel::plain<S>(a);
+          return [&, left, to](Index) { return kernel::Product<S>{m, n, k, left, kernel::plain<S>(b), to}; };
         };
         kernel::run_stages<S>(
             Exec{.threads = 2}, kernel::Stage(1, product(c)),

@@ -239,9 +239,9 @@ auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {
 }
 
 /// Nothing, where `kernel::stream_or_store` writes a matrix past the caches, for which nobody has to ask.
-template <class Scalar, class Element>
+template <class Scalar, class Arch = kernel::DefaultArch, class Element>
 RowView<Element> unless_streamed(RowView<Element> m) {
-  return kernel::streams<kernel::Batch<Scalar>, Element> ? RowView<Element>() : m;
+  return kernel::streams<kernel::Batch<Scalar, Arch>, Element> && kernel::on_lines(m) ? RowView<Element>() : m;
 }
 
 /// Half 0 or 1 of the columns.

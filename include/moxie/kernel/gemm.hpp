@@ -18,7 +18,7 @@ template <class Scalar>
 struct Destination {
   Rows<Scalar> rows;
   bool add = false;
-  bool stream = false;  ///< only where rows start with a cache line, and nothing is added
+  bool stream = false;  ///< only where all rows start with cache lines, and nothing is added: see `stream_to`
 
   Scalar* row(Index r) const { return rows.row(r); }
 };
@@ -67,13 +67,17 @@ template <class Scalar>
 Destination<Scalar> replace(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
   return {rows_of(m, index), false};
 }
-/// As `replace`, but past the caches where that can be: for what a pass of its own reads later, perhaps by other threads.
-template <class Scalar>
-Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m) {
+/// Whether all rows start with a cache line.
+template <class T>
+bool on_lines(RowView<T> m) {
   constexpr std::size_t line = 64;
-  const bool on_lines =
-      reinterpret_cast<std::uintptr_t>(m.data()) % line == 0 && std::size_t(m.stride()) * sizeof(Scalar) % line == 0;
-  return {rows_of(m), false, fill_lines<Batch<Scalar>, 2> && on_lines};
+  return reinterpret_cast<std::uintptr_t>(m.data()) % line == 0 && std::size_t(m.stride()) * sizeof(T) % line == 0;
+}
+/// As `replace`, but where rows start with cache lines, the whole panels of tiles go past the caches: for what another pass
+/// reads later, perhaps by other threads. `run_stages` sees to it that these see it.
+template <class Scalar, class Arch = DefaultArch>
+Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m) {
+  return {rows_of(m), false, fill_lines<Batch<Scalar, Arch>, 2> && on_lines(m)};
 }
 template <class Scalar>
 Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
@@ -102,7 +106,7 @@ void pack_panels(const Product<Scalar, Element, Source>& p, Unit<Element>* out) 
 /// will touch at the end of such a tile.
 struct Store {
   void prefetch(auto& ahead, const auto& p, Index /*i*/, Index row, Index rows, Index col, Index n) const {
-    if (p.c.stream) {
+    if (p.c.stream && col + n <= p.n) {
       return;
     }
     if (auto* const first = rows_of(p, row, rows, col); first != nullptr) {
@@ -140,8 +144,13 @@ struct Store {
       v0 += B::load_unaligned(to);
       v1 += B::load_unaligned(to + T::width);
     }
-    v0.store_unaligned(to);
-    v1.store_unaligned(to + T::width);
+    if (p.c.stream) {
+      stream(v0, to);
+      stream(v1, to + T::width);
+    } else {
+      v0.store_unaligned(to);
+      v1.store_unaligned(to + T::width);
+    }
   }
 };
 
@@ -423,6 +432,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
           if constexpr (requires { finish.rows_of(product, row, rows, col); }) {
             if (last && n == T::cols && height_of<Packed, Scalar, Arch>(rows) == rows) {
               if (Scalar* const to = finish.rows_of(product, row, rows, col); to != nullptr) {
+                MOXIE_ASSERT(!product.c.stream || on_lines(RowView<Scalar>(to, rows, n, product.c.rows.stride)));
                 end = {.rows = to,
                        .stride = product.c.rows.stride,
                        .add = product.c.add,

@@ -177,7 +177,8 @@ inline constexpr bool fill_lines =
 #endif
 
 /// A vector to p, which is aligned, past the caches if it can be: nobody has to read the line first, nor to ask other cores for
-/// it. All vectors of a line should follow each other. Other threads see it after `end_streams`.
+/// it. All vectors of a line should follow each other. Other threads see it after `end_streams`, which `run_stages` calls at
+/// the end of every task.
 template <class V>
 MOXIE_INLINE void stream(const V& v, typename V::value_type* p) {
 #if defined(__AVX512F__)
@@ -196,8 +197,8 @@ MOXIE_INLINE void stream(const V& v, typename V::value_type* p) {
 }
 /// Before what tells other threads that something streamed is there.
 MOXIE_INLINE void end_streams() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
+#if defined(__AVX__)
+  _mm_sfence();
 #endif
 }
 
