@@ -142,6 +142,53 @@ void check_bfloat16(const Rounded& rounded, const Exact& exact) {
   CHECK(test::same_bits(frozen, a.h));
 }
 
+// So many rows that what is computed of them goes past the caches, against the same rows a few at a time: the same bits of h
+// and drows, forward and backward, and gradients as near as another order of their sums leaves them.
+template <class Bank_>
+void check_many_rows(const Bank_& bank) {
+  using S = typename Bank_::Scalar;
+  const Index width = bank.model_dim();
+  const Index count = kernel::second_level_cache() / 16 / Index{sizeof(S)} / width + 70;
+  const Index few = 24;
+  const auto p = random_parameters(bank);
+  const Matrix<S> x = test::random<S>(count, width, 908);
+  const Matrix<S> dh = test::random<S>(count, width, 909);
+  const auto run = [&](Index step) {
+    struct Result {
+      Matrix<S> h, drows;
+      Parameters<S> grads;
+    } out{{}, {}, p.zeros_like()};
+    Buffer<S> h_buffer, drows_buffer, kept_buffer;
+    const RowView<S> h = h_buffer.spread(count, width);
+    const RowView<S> drows = drows_buffer.spread(count, width);
+    CHECK(kernel::is_streamed(h));
+    Workspace workspace;
+    for (Index first = 0; first < count; first += step) {
+      const Index n = std::min(step, count - first);
+      const auto part = [&](auto m) { return m.middle_rows(first, n); };
+      const Index ends[] = {0, std::clamp(count / 2 - first, Index{0}, n), n};  // half of all rows are the first expert's
+      const GroupedRows<S> grouped{ends, part(RowView<const S>(x)), nullptr};
+      const RowView<S> kept = kept_buffer.spread(n, bank.kept_width());
+      const Exec exec{.threads = 2};
+      bank.forward(p.view(), grouped, part(h), kept, workspace, exec);
+      bank.backward(p.view(), grouped, part(RowView<const S>(dh)), part(drows), out.grads.view(), kept, workspace, exec);
+    }
+    out.h = h.eigen();
+    out.drows = drows.eigen();
+    return out;
+  };
+  const auto at_once = run(count);
+  const auto in_steps = run(few);
+  CHECK(test::same_bits(at_once.h, in_steps.h));
+  CHECK(test::same_bits(at_once.drows, in_steps.drows));
+  zip(
+      [&](const TensorInfo& info, RowView<const S> a, RowView<const S> b) {
+        INFO(info.name);
+        CHECK((a.eigen() - b.eigen()).norm() <= Tolerance<S>::layer * b.eigen().norm());
+      },
+      at_once.grads, in_steps.grads);
+}
+
 template <class Bank_>
 void check_laws(const Bank_& bank) {
   for (const auto& law : testing::check_bank_laws(bank)) {

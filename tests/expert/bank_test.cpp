@@ -124,4 +124,34 @@ TEST_CASE("bank products: without rows nothing is written") {
   CHECK(moxie::test::is_untouched(w));
 }
 
+TEST_CASE_TEMPLATE("bank results: a vector's first numbers, in the caches or past them", T, float, double, moxie::BFloat16) {
+  using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using V = moxie::kernel::Batch<S>;
+  constexpr Index width{V::size};
+  constexpr Index line = 64 / Index{sizeof(T)};
+  alignas(64) S numbers[V::size];
+  for (Index i = 0; i < width; ++i) {
+    numbers[i] = S(i) + S(1) / 3;
+  }
+  const V v = V::load_aligned(numbers);
+  const Index few = 3, many = moxie::kernel::second_level_cache() / 16 / 64 + 1;
+  for (const Index count : {few, many}) {
+    for (const Index stride : {2 * line, 2 * line + 1}) {
+      moxie::Buffer<T> memory(count * stride);
+      const RowView<T> to(memory.data(), count, 2 * line, stride);
+      const moxie::detail::Filled<S, T> filled(to);
+      const bool past_caches = count == many && stride % line == 0 && sizeof(T) == sizeof(S) && moxie::kernel::fill_lines<V>;
+      CHECK(filled.touched().rows() == (past_caches ? 0 : count));
+      for (Index n = 1; n <= width + 1; ++n) {
+        std::fill_n(memory.data(), memory.size(), T(-7));
+        filled.store(v, 2, width, n);
+        for (Index i = 0; i < memory.size(); ++i) {
+          const Index at = i - 2 * stride - width;
+          REQUIRE(S(memory[i]) == (at >= 0 && at < std::min(n, width) ? S(T(numbers[at])) : S(-7)));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace

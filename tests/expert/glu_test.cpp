@@ -51,6 +51,11 @@ TEST_CASE_TEMPLATE("GLU experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::ReGluExperts<S>(3, dim, {hidden}));
 }
 
+TEST_CASE_TEMPLATE("GLU experts: many rows give what few give", S, float, double) {
+  check_many_rows(moxie::SwiGluExperts<S>(2, 32, {80}));
+  check_many_rows(moxie::SwiGluExperts<S>(2, 37, {43}));  // lines that tiles do not fill
+}
+
 TEST_CASE("GLU experts: of BFloat16 elements are close, and keep the laws of banks") {
   using moxie::BFloat16;
   for (const auto& [width, wide] : {std::pair<Index, Index>{dim, hidden}, {33, 70}, {64, 32}}) {

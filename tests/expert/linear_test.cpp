@@ -31,6 +31,11 @@ TEST_CASE_TEMPLATE("linear experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::LinearExperts<S>(1, 1));
 }
 
+TEST_CASE_TEMPLATE("linear experts: many rows give what few give", S, float, double) {
+  check_many_rows(moxie::LinearExperts<S>(2, 64));
+  check_many_rows(moxie::LinearExperts<S>(2, 37, {.bias = false}));  // lines that tiles do not fill
+}
+
 TEST_CASE("linear experts: of BFloat16 elements are close, and keep the laws of banks") {
   using moxie::BFloat16;
   for (const moxie::Index width : {dim, moxie::Index{33}}) {

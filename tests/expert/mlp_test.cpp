@@ -40,6 +40,11 @@ TEST_CASE_TEMPLATE("MLP experts: keep the laws of banks", S, float, double) {
   check_laws(moxie::ReluSquaredExperts<S>(3, dim, {hidden}));
 }
 
+TEST_CASE_TEMPLATE("MLP experts: many rows give what few give", S, float, double) {
+  check_many_rows(moxie::GeluTanhExperts<S>(2, 32, {80}));
+  check_many_rows(moxie::GeluErfExperts<S>(2, 37, {43}));  // lines that tiles do not fill
+}
+
 TEST_CASE("MLP experts: of BFloat16 elements are close, and keep the laws of banks") {
   using moxie::BFloat16;
   for (const auto& [width, wide] : {std::pair<Index, Index>{dim, hidden}, {33, 71}, {64, 32}}) {

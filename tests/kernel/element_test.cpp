@@ -70,27 +70,6 @@ TEST_CASE("BFloat16: parts of vectors are loaded with zeros after them, and stor
   }
 }
 
-TEST_CASE_TEMPLATE("stream_or_store: writes so many numbers, of its own kind or rounded", T, float, double, BFloat16) {
-  using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  using B = kernel::Batch<S>;
-  alignas(64) S numbers[B::size];
-  for (std::size_t i = 0; i < B::size; ++i) {
-    numbers[i] = S(i) + S(1) / 3;
-  }
-  const B v = B::load_aligned(numbers);
-  CHECK((!kernel::streams<B, T> || B::size * sizeof(T) == 64));
-  for (const Index offset : {0, 1}) {
-    for (Index n = 1; n <= Index{B::size} + 1; ++n) {
-      alignas(64) T to[B::size + 2];
-      std::fill_n(to, B::size + 2, T(-7));
-      kernel::stream_or_store(v, to + offset, n);
-      for (Index i = 0; i <= Index{B::size}; ++i) {
-        CHECK(S(to[offset + i]) == (i < std::min(n, Index{B::size}) ? S(T(numbers[i])) : S(-7)));
-      }
-    }
-  }
-}
-
 TEST_CASE_TEMPLATE("BFloat16: units hold two numbers of a row, or of two rows, the first one below", Source, float, BFloat16) {
   std::vector<Source> row(static_cast<std::size_t>(3 * width) + 12), other(row.size());
   for (std::size_t i = 0; i < row.size(); ++i) {

@@ -172,9 +172,12 @@ TEST_CASE_TEMPLATE("gemm: past the caches goes what else would be stored, and no
           moxie::Buffer<S> c(size), with_bias(size);
           std::fill_n(c.data(), size, S(-7));
           std::fill_n(with_bias.data(), size, S(-7));
-          const auto to = kernel::stream_to<S>(moxie::RowView<S>(c.data() + offset, m, n, stride));
-          CHECK(to.stream == (kernel::fill_lines<kernel::Batch<S>, 2> && offset % line == 0 && stride % line == 0));
-          compute(to, kernel::stream_to<S>(moxie::RowView<S>(with_bias.data() + offset, m, n, stride)));
+          const auto past_caches = [&](S* first) {
+            const moxie::RowView<S> rows(first, m, n, stride);
+            return kernel::Destination<S>{kernel::rows_of(rows), false,
+                                          kernel::fill_lines<kernel::Batch<S>, 2> && kernel::on_lines(rows)};
+          };
+          compute(past_caches(c.data() + offset), past_caches(with_bias.data() + offset));
           bool same = true;
           for (Index i = 0; i < size; ++i) {
             const Index r = (i - offset) / stride, col = (i - offset) % stride;
@@ -187,6 +190,27 @@ TEST_CASE_TEMPLATE("gemm: past the caches goes what else would be stored, and no
       }
     }
   }
+}
+
+TEST_CASE_TEMPLATE("stream_to: past the caches goes what is large and starts with cache lines", S, float, double) {
+  constexpr Index line = 64 / Index{sizeof(S)};
+  constexpr bool can = kernel::fill_lines<kernel::Batch<S>, 2>;
+  const Index rows = kernel::second_level_cache() / 16 / 64;  // as many lines as stay in the caches
+  moxie::Buffer<S> memory((rows + 1) * (line + 1) + 1);
+  const auto view = [&](Index offset, Index count, Index stride) {
+    return moxie::RowView<S>(memory.data() + offset, count, line, stride);
+  };
+  CHECK(kernel::stream_to<S>(view(0, rows + 1, line)).stream == can);
+  CHECK_FALSE(kernel::stream_to<S>(view(0, rows, line)).stream);
+  CHECK_FALSE(kernel::stream_to<S>(view(1, rows + 1, line)).stream);
+  CHECK_FALSE(kernel::stream_to<S>(view(0, rows + 1, line + 1)).stream);
+
+  // A part is as far away as all of it.
+  const auto part = kernel::stream_to<S>(view(0, rows + 1, line), 3);
+  CHECK(part.stream == can);
+  CHECK_FALSE(part.add);
+  CHECK(part.row(0) == memory.data() + 3 * line);
+  CHECK(part.row(2) == memory.data() + 5 * line);
 }
 
 TEST_CASE("gemm: an empty sum is zero, or nothing added") {

@@ -86,7 +86,7 @@ void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_ide
                 h.cols(),
                 kernel::plain<Scalar>(dy.middle_rows(first, length)),
                 kernel::transposed<Scalar>(h, plan.slot_rows(b)),
-                kernel::stream_to<Scalar>(dc.middle_rows(first, length))};
+                kernel::stream_to<Scalar>(dc, first)};
       },
       exec);
 }

@@ -81,7 +81,7 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
                 x.cols(),
                 kernel::plain<Scalar>(x.middle_rows(first, length)),
                 kernel::transposed<Scalar>(drows, plan.slot_rows(b)),
-                kernel::stream_to<Scalar>(dd.middle_rows(first, length))};
+                kernel::stream_to<Scalar>(dd, first)};
       },
       exec);
 }

@@ -238,11 +238,34 @@ auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {
   };
 }
 
-/// Nothing, where `kernel::stream_or_store` writes a matrix past the caches, for which nobody has to ask.
-template <class Scalar, class Arch = kernel::DefaultArch, class Element>
-RowView<Element> unless_streamed(RowView<Element> m) {
-  return kernel::streams<kernel::Batch<Scalar, Arch>, Element> && kernel::on_lines(m) ? RowView<Element>() : m;
-}
+/// A matrix that ends of tiles fill for later stages, vectors of Scalars at a time: past the caches, where these fill lines and
+/// it `is_streamed`.
+template <class Scalar, class Element, class Arch = kernel::DefaultArch>
+class Filled {
+ public:
+  using V = kernel::Batch<Scalar, Arch>;
+
+  explicit Filled(RowView<Element> rows) : rows_(rows), streamed_(can_ && kernel::is_streamed(rows)) {}
+
+  /// The first n numbers of v from this column on, which is one that a tile's vector starts with.
+  MOXIE_INLINE void store(const V& v, Index row, Index col, Index n) const {
+    Element* const to = rows_.row(row) + col;
+    if constexpr (can_) {
+      if (streamed_ && n >= Index{V::size}) {
+        kernel::stream(v, to);
+        return;
+      }
+    }
+    kernel::store(v, to, n);
+  }
+  /// What the end of a tile has to ask for before: nothing, where it goes past the caches.
+  RowView<Element> touched() const { return streamed_ ? RowView<Element>() : rows_; }
+
+ private:
+  static constexpr bool can_ = std::is_same_v<Scalar, Element> && kernel::fill_lines<V>;
+  RowView<Element> rows_;
+  bool streamed_;
+};
 
 /// Half 0 or 1 of the columns.
 template <class T>
@@ -263,7 +286,7 @@ void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, R
           rows.experts(),
           [&](Index e) {
             return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
-                             kernel::stream_to<Scalar>(rows.part(h, e)));
+                             kernel::stream_to<Scalar>(h, rows.begin(e)));
           },
           end));
 }
@@ -284,7 +307,7 @@ void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh
       kernel::Stage(rows.experts(),
                     [&](Index e) {
                       return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(),
-                                                  kernel::stream_to<Scalar>(rows.part(drows, e)));
+                                                  kernel::stream_to<Scalar>(drows, rows.begin(e)));
                     }),
       kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(regrouped(rows, hidden), dh, dw2(e), e); }));
 }

@@ -72,8 +72,9 @@ class GluExperts {
     const RowView<const Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
     const RowView<const Element> gates = detail::half(gate_up, 0);
     const RowView<const Element> ups = detail::half(gate_up, 1);
-    const RowView<Element> dgates = detail::half(dgate_up, 0);
-    const RowView<Element> dups = detail::half(dgate_up, 1);
+    const detail::Filled<Scalar, Element> filled_hidden(hidden);
+    const detail::Filled<Scalar, Element> filled_dgates(detail::half(dgate_up, 0));
+    const detail::Filled<Scalar, Element> filled_dups(detail::half(dgate_up, 1));
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
                                    const Scalar* values) {
@@ -85,18 +86,17 @@ class GluExperts {
         const V up = kernel::load<V>(ups.row(r) + col + j, n - j);
         const V value = Activation::value(gate);
         const V derivative = Activation::derivative(gate);  // before anything is stored: they share what they compute
-        kernel::stream_or_store(value * up, hidden.row(r) + col + j, n - j);
-        kernel::stream_or_store(dhidden * up * derivative, dgates.row(r) + col + j, n - j);
-        kernel::stream_or_store(dhidden * value, dups.row(r) + col + j, n - j);
+        filled_hidden.store(value * up, r, col + j, n - j);
+        filled_dgates.store(dhidden * up * derivative, r, col + j, n - j);
+        filled_dups.store(dhidden * value, r, col + j, n - j);
       }
     };
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
         [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
         [&](Index e) { return gate_up_weight(dp, e); }, [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
-        kernel::Finish(differentiate,
-                       detail::rows_ahead(x, gates, ups, detail::unless_streamed<Scalar>(hidden),
-                                          detail::unless_streamed<Scalar>(dgates), detail::unless_streamed<Scalar>(dups))),
+        kernel::Finish(differentiate, detail::rows_ahead(x, gates, ups, filled_hidden.touched(), filled_dgates.touched(),
+                                                         filled_dups.touched())),
         exec);
   }
 
@@ -115,6 +115,7 @@ class GluExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const detail::Filled<Scalar, Element> filled(hidden);
     const RowView<Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
     const RowView<Element> gates = detail::half(gate_up, 0);
     const RowView<Element> ups = detail::half(gate_up, 1);
@@ -130,12 +131,11 @@ class GluExperts {
         kernel::store(gate, gates.row(r) + col, n);
         kernel::store(up, ups.row(r) + col, n);
       }
-      kernel::stream_or_store(Activation::value(gate) * up, hidden.row(r) + col, n);
+      filled.store(Activation::value(gate) * up, r, col, n);
     };
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(x, detail::unless_streamed<Scalar>(hidden), gates, ups)), kernel::Store{},
-        exec);
+        kernel::Finish(activate, detail::rows_ahead(x, filled.touched(), gates, ups)), kernel::Store{}, exec);
   }
 
   static constexpr detail::BankTensor gate_{0, 3};

@@ -80,7 +80,7 @@ class LinearExperts {
                       [&](Index e) { return detail::weight_gradient<Scalar>(x, d, kernel::rows_of(weight().of(dp, e)), e); }),
         kernel::Stage(experts_, [&](Index e) {
           return detail::back_through<Scalar>(rows.part(d, e), kernel::rows_of(weight().of(p, e)), model_dim_,
-                                              kernel::stream_to<Scalar>(rows.part(drows, e)));
+                                              kernel::stream_to<Scalar>(drows, rows.begin(e)));
         }));
     if (bias_) {
       detail::add_bias_gradient(rows, dh, detail::of(dp, bias()), exec);
@@ -94,7 +94,7 @@ class LinearExperts {
     const Workspace::Frame frame(workspace);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto product = [&](Index e) {
-      return detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::stream_to<Scalar>(rows.part(h, e)));
+      return detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::stream_to<Scalar>(h, rows.begin(e)));
     };
     if (bias_) {
       kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product, kernel::store_with_bias<Scalar>(bias_of)));

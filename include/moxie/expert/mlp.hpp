@@ -72,6 +72,8 @@ class MlpExperts {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
     const RowView<Element> da = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const detail::Filled<Scalar, Element> filled_hidden(hidden);
+    const detail::Filled<Scalar, Element> filled_da(da);
     const RowView<const Element> a = detail::kept_elements<Element>(kept, hidden_dim_);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
@@ -82,17 +84,15 @@ class MlpExperts {
         const V before = kernel::load<V>(a.row(r) + col + j, n - j);
         const V value = Activation::value(before);
         const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
-        kernel::stream_or_store(value, hidden.row(r) + col + j, n - j);
-        kernel::stream_or_store(V::load_aligned(values + j) * derivative, da.row(r) + col + j, n - j);
+        filled_hidden.store(value, r, col + j, n - j);
+        filled_da.store(V::load_aligned(values + j) * derivative, r, col + j, n - j);
       }
     };
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, da, drows,
         [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
         [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
-        kernel::Finish(differentiate,
-                       detail::rows_ahead(x, a, detail::unless_streamed<Scalar>(hidden), detail::unless_streamed<Scalar>(da))),
-        exec);
+        kernel::Finish(differentiate, detail::rows_ahead(x, a, filled_hidden.touched(), filled_da.touched())), exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
@@ -114,6 +114,7 @@ class MlpExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
+    const detail::Filled<Scalar, Element> filled(hidden);
     const RowView<Element> a = detail::kept_elements<Element>(kept, hidden_dim_);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
@@ -126,12 +127,12 @@ class MlpExperts {
         if (a.size() != 0) {
           kernel::store(before, a.row(r) + col + j, n - j);
         }
-        kernel::stream_or_store(Activation::value(before), hidden.row(r) + col + j, n - j);
+        filled.store(Activation::value(before), r, col + j, n - j);
       }
     };
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(x, detail::unless_streamed<Scalar>(hidden), a)),
+        kernel::Finish(activate, detail::rows_ahead(x, filled.touched(), a)),
         kernel::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
   }
 

@@ -204,20 +204,4 @@ MOXIE_INLINE void store(const V& v, BFloat16* p, Index n) {
   copy(__builtin_convertvector(bits >> 16U, detail::Halves<width>));
 }
 
-/// Whether such a vector of Ts fills a line, which `stream_or_store` writes past the caches.
-template <class V, class T>
-inline constexpr bool streams = std::is_same_v<typename V::value_type, T>&& fill_lines<V>;
-
-/// The first n numbers to p: past the caches where they fill a line, else as `store`.
-template <class V, class T>
-MOXIE_INLINE void stream_or_store(const V& v, T* p, Index n) {
-  if constexpr (streams<V, T>) {
-    if (n >= Index{V::size} && reinterpret_cast<std::uintptr_t>(p) % sizeof(v) == 0) {
-      stream(v, p);
-      return;
-    }
-  }
-  store(v, p, n);
-}
-
 }  // namespace moxie::kernel

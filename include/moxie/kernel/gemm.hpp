@@ -73,11 +73,17 @@ bool on_lines(RowView<T> m) {
   constexpr std::size_t line = 64;
   return reinterpret_cast<std::uintptr_t>(m.data()) % line == 0 && std::size_t(m.stride()) * sizeof(T) % line == 0;
 }
-/// As `replace`, but where rows start with cache lines, the whole panels of tiles go past the caches: for what another pass
-/// reads later, perhaps by other threads. `run_stages` sees to it that these see it.
+/// Whether what another pass reads later, perhaps by other threads, is better written to m past the caches: vectors can be, and
+/// so much hardly stays in the second-level caches until then, nor in the one whose thread reads it.
+template <class T>
+bool is_streamed(RowView<T> m) {
+  return on_lines(m) && m.size() * Index{sizeof(T)} > second_level_cache() / 16;
+}
+/// As `replace`, to rows [first, ...) of m, but where it `is_streamed`, the whole panels of tiles go past the caches.
+/// `run_stages` sees to it that other threads see them.
 template <class Scalar, class Arch = DefaultArch>
-Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m) {
-  return {rows_of(m), false, fill_lines<Batch<Scalar, Arch>, 2> && on_lines(m)};
+Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m, Index first = 0) {
+  return {{m.data() + first * m.stride(), m.stride(), nullptr}, false, fill_lines<Batch<Scalar, Arch>, 2> && is_streamed(m)};
 }
 template <class Scalar>
 Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
