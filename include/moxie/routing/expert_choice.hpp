@@ -86,7 +86,9 @@ class ExpertChoiceRouter {
       thread_local Buffer<Index> order;
       const RowView<Scalar> score = columns.spread(together, in.count());
       order.resize(in.count());
+      constexpr Index ahead = 8;
       for (Index t = 0; t < in.count(); ++t) {
+        __builtin_prefetch(s.row(std::min(t + ahead, in.count() - 1)) + first);
         for (Index e = first; e < last; ++e) {
           score(e - first, t) = s(t, e);
         }
