@@ -501,20 +501,25 @@ std::vector<Index> taken(Index panels, Index tiles, Index lines) {
   std::vector<Index> all;
   for (Index left = tiles; left > 0; --left) {
     const kernel::detail::Run run = later.take(left, lines);
-    all.push_back(run.lines);
+    all.push_back(run.second == 0 ? run.lines : 2 * run.lines);
     if (run.lines > 0) {  // in B
-      const auto* last = run.from + (run.lines - 1) * run.pitch;
+      const auto* last = run.from + (run.lines - 1) * run.pitch + run.second;
       CHECK(run.from >= reinterpret_cast<const std::byte*>(b.data()));
+      CHECK(run.second >= 0);
       CHECK(last < reinterpret_cast<const std::byte*>(b.data() + b.size()));
     }
   }
   return all;
 }
 
-TEST_CASE("gemm: the last tiles ask for what comes next, and the ends of runs are left out where tiles are few") {
+TEST_CASE("gemm: the last tiles ask for what comes next, for pairs of runs, and not for their ends, where tiles are few") {
   CHECK(taken(1, 2, 5) == std::vector<Index>{5, 5});
   CHECK(taken(1, 4, 5) == std::vector<Index>{0, 0, 5, 5});
-  CHECK(taken(1, 1, 9) == std::vector<Index>{5});
+  CHECK(taken(1, 1, 9) == std::vector<Index>{2 * 5});
+  CHECK(taken(1, 1, 3) == std::vector<Index>{2 * 3});
+  CHECK(taken(2, 2, 5) == std::vector<Index>{2 * 5, 2 * 5});
+  CHECK(taken(2, 3, 5) == std::vector<Index>{2 * 5, 5, 5});
+  CHECK(taken(2, 3, 3) == std::vector<Index>{2 * 3, 3, 3});
   CHECK(taken(1, 2, 3) == std::vector<Index>{3, 3});     // two of each run are left out
   CHECK(taken(1, 3, 3) == std::vector<Index>{3, 2, 3});  // of the last one
   CHECK(taken(1, 4, 3) == std::vector<Index>{3, 2, 3, 2});
@@ -525,6 +530,35 @@ TEST_CASE("gemm: the last tiles ask for what comes next, and the ends of runs ar
   CHECK(many.back() == 5);
   CHECK(many[67] == 0);
   CHECK(many[68] == 5);
+}
+
+TEST_CASE_TEMPLATE("gemm: all lines of a packed panel are asked for, by one tile or by two", S, float, double) {
+  using Arch = kernel::DefaultArch;
+  constexpr Index cols = kernel::detail::Tile<S, Arch>::cols;
+  const Index k = 32;
+  moxie::Buffer<S> packed(3 * k * cols);
+  const kernel::Product<S> product{.n = 3 * cols, .k = k, .panels = packed.data()};
+  for (const Index tiles : {1, 2}) {
+    kernel::detail::Lookahead<S, Arch> later;
+    later.add_panels(product, 1, 1, 0, k);
+    std::vector<std::size_t> lines;
+    const auto ask = [&](const std::byte* at) {
+      lines.push_back(std::size_t(at - reinterpret_cast<const std::byte*>(packed.data() + k * cols)) / 64);
+    };
+    for (Index left = tiles; left > 0; --left) {
+      const kernel::detail::Run run = later.take(left, k);
+      for (Index i = 0; i < run.lines; ++i) {
+        ask(run.from + i * run.pitch);
+        if (run.second != 0) {
+          ask(run.from + i * run.pitch + run.second);
+        }
+      }
+    }
+    std::sort(lines.begin(), lines.end());
+    lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
+    REQUIRE(lines.size() == std::size_t(k * cols) * sizeof(S) / 64);
+    CHECK(lines.back() + 1 == lines.size());
+  }
 }
 
 }  // namespace

@@ -157,6 +157,7 @@ TEST_CASE_TEMPLATE("tile: asking for memory changes no bit", S, float, double) {
         ahead.add(expected.data(), written * Index{64 / sizeof(S)});
         ahead.add(a.data(), depth, T::rows, lines);
         ahead.read({reinterpret_cast<const std::byte*>(b.data()), 64, lines});
+        ahead.read({reinterpret_cast<const std::byte*>(b.data()), 128, lines, 64});
         multiply(depth, rows.data(), Panel{panel.data()}, {.rows = sums.data(), .stride = T::cols}, ahead);
         CHECK(std::memcmp(sums.data(), expected.data(), std::size_t(T::size) * sizeof(S)) == 0);
       }

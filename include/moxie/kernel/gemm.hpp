@@ -274,7 +274,7 @@ class Lookahead {
       if (product.panels != nullptr) {
         const auto* panel = product.panels + (v / 2 * product.steps() + s0) * T::cols;
         constexpr Index size = T::width * Index{sizeof(*panel)};
-        runs_[std::size_t(count_++)] = {reinterpret_cast<const std::byte*>(panel) + v % 2 * steps * size, size, steps};
+        runs_[std::size_t(count_++)] = {reinterpret_cast<const std::byte*>(panel) + v % 2 * size, 2 * size, steps};
       } else {
         const Panels<Scalar, Arch, typename P::Element> all{product.n, product.halves};
         runs_[std::size_t(count_++)] = all.source(product.b, v / 2, v % 2, s0, steps);
@@ -282,7 +282,8 @@ class Lookahead {
     }
   }
   /// What the first of so many tiles asks for, of up to so many lines. Tiles that are not needed for it ask for nothing, so
-  /// that what the last ones ask for is still there; where there are too few, the ends of runs are left out.
+  /// that what the last ones ask for is still there; where there are too few, they ask for two runs, and the ends of runs are
+  /// left out.
   Run take(Index tiles, Index lines) {
     if (asked_ > 0 && tiles < count_ - next_) {
       ++next_;
@@ -295,6 +296,11 @@ class Lookahead {
     const bool begun = next_ > 0 || asked_ > 0;
     if (!begun && tiles > count_ * std::max(Index{1}, (run.lines + lines - 1) / lines)) {  // runs are about equal
       return {};
+    }
+    if (asked_ == 0 && tiles < count_ - next_) {
+      const Run& second = runs_[std::size_t(next_ + 1)];
+      next_ += 2;
+      return {run.from, run.pitch, std::min(lines, run.lines), second.lines > 0 ? second.from - run.from : 0};
     }
     const Run part{run.from + asked_ * run.pitch, run.pitch, std::min(lines, run.lines - asked_)};
     asked_ += part.lines;

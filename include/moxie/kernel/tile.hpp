@@ -25,13 +25,14 @@ struct Tile {
 /// Steps that a tile takes at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
 inline constexpr Index steps_at_once = 2;
 
-/// Lines of memory at equal distances, in bytes.
+/// Lines of memory at equal distances, in bytes, or pairs of lines, the second ones so far behind.
 struct Run {
   const std::byte* from = nullptr;
   std::ptrdiff_t pitch = 0;
   Index lines = 0;
+  std::ptrdiff_t second = 0;
 
-  /// In which a tile asks for them, a line a step.
+  /// In which a tile asks for them, a line or a pair a step.
   Index steps() const { return (lines + steps_at_once - 1) / steps_at_once * steps_at_once; }
 };
 
@@ -170,9 +171,14 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
   const auto multiply_and_ask = [&](Index last, std::span<const Run> runs, auto write) {
     for (const Run& run : runs) {
       auto line = reinterpret_cast<std::uintptr_t>(run.from);
+      // One loop for lines and for pairs, the second line of which may be the first: another loop costs all of them registers.
       multiply_to(std::min(last, p + run.steps()), [&] {
-        const auto* const at = reinterpret_cast<const void*>(line);  // NOLINT(performance-no-int-to-ptr): may be beyond
-        __builtin_prefetch(at, write ? 1 : 0, write ? 3 : 2);
+        const auto* const first = reinterpret_cast<const void*>(line);  // NOLINT(performance-no-int-to-ptr): may be beyond
+        __builtin_prefetch(first, write ? 1 : 0, write ? 3 : 2);
+        if (!write) {
+          const auto at = line + std::uintptr_t(run.second);
+          __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);  // NOLINT(performance-no-int-to-ptr)
+        }
         line += std::uintptr_t(run.pitch);
       });
     }
