@@ -42,7 +42,7 @@ TEST_CASE_TEMPLATE("gemm: agrees with the sum of products for all shapes, transp
   for (const Index m : sizes) {
     for (const Index n : sizes) {
       for (const Index k : depths) {
-        if (m * n * k > 129 * 33 * 257) {
+        if (m * n * k > Index{129} * 33 * 257) {
           continue;  // tried below
         }
         const Matrix<S> a = moxie::test::random<S>(m, k, 101);
@@ -515,11 +515,11 @@ std::vector<Index> taken(Index panels, Index tiles, Index lines) {
 TEST_CASE("gemm: the last tiles ask for what comes next, for pairs of runs, and not for their ends, where tiles are few") {
   CHECK(taken(1, 2, 5) == std::vector<Index>{5, 5});
   CHECK(taken(1, 4, 5) == std::vector<Index>{0, 0, 5, 5});
-  CHECK(taken(1, 1, 9) == std::vector<Index>{2 * 5});
-  CHECK(taken(1, 1, 3) == std::vector<Index>{2 * 3});
-  CHECK(taken(2, 2, 5) == std::vector<Index>{2 * 5, 2 * 5});
-  CHECK(taken(2, 3, 5) == std::vector<Index>{2 * 5, 5, 5});
-  CHECK(taken(2, 3, 3) == std::vector<Index>{2 * 3, 3, 3});
+  CHECK(taken(1, 1, 9) == std::vector<Index>{10});  // of two runs
+  CHECK(taken(1, 1, 3) == std::vector<Index>{6});
+  CHECK(taken(2, 2, 5) == std::vector<Index>{10, 10});
+  CHECK(taken(2, 3, 5) == std::vector<Index>{10, 5, 5});
+  CHECK(taken(2, 3, 3) == std::vector<Index>{6, 3, 3});
   CHECK(taken(1, 2, 3) == std::vector<Index>{3, 3});     // two of each run are left out
   CHECK(taken(1, 3, 3) == std::vector<Index>{3, 2, 3});  // of the last one
   CHECK(taken(1, 4, 3) == std::vector<Index>{3, 2, 3, 2});
