@@ -25,6 +25,10 @@
 #else
 #include <atomic>
 #include <moxie/core/exec.hpp>
+// Thrust's own choice is CUDA, whose headers it includes then, also where no policy of ours asks for it.
+#if !defined(THRUST_DEVICE_SYSTEM) && !__has_include(<cuda_runtime_api.h>)
+#define THRUST_DEVICE_SYSTEM THRUST_DEVICE_SYSTEM_CPP
+#endif
 #if defined(_OPENMP)
 #include <thrust/system/omp/execution_policy.h>
 #else

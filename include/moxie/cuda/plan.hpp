@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <thrust/sort.h>
-
 #include <algorithm>
 #include <moxie/core/sequences.hpp>
+#include <moxie/cuda/exec.hpp>
 #include <moxie/cuda/functor.hpp>
 #include <moxie/cuda/random.hpp>
+// After exec.hpp, which tells Thrust what to do without CUDA.
+#include <thrust/sort.h>
 
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
