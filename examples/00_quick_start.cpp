@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
 //
-// The README's ten lines: forward, backward and a step of gradient descent over named parameters.
+// The README's lines: forward, backward and a step of gradient descent over named parameters, then inference.
 #include <cstdio>
 #include <moxie/moxie.hpp>
 
 int main() {
-  const auto x = moxie::random_normal<float>(64, 32, moxie::Rng{1});
-  const auto target = moxie::random_normal<float>(64, 32, moxie::Rng{2});
   double first = 0, last = 0;
 
   // [quick start]
+  const auto x = moxie::random_normal<float>(64, 32, moxie::Rng{1});  // 64 tokens
+  const auto target = moxie::random_normal<float>(64, 32, moxie::Rng{2});
   moxie::TopKMoE<float> layer({.model_dim = 32, .experts = 8, .top_k = 2, .expert = {.hidden_dim = 64}});
   layer.initialize(moxie::Rng{42});
   auto grads = layer.parameters().zeros_like();
@@ -26,6 +26,13 @@ int main() {
     // [quick start]
   }
   // [quick start]
-  std::printf("squared error %.1f -> %.1f\n", first, last);
-  return last < 0.5 * first ? 0 : 1;
+
+  const moxie::Matrix<float> trained = y;
+  // [inference]
+  const auto frozen = layer.freeze();  // weights packed once: freeze again after an update
+  auto nothing = layer.make_tape(64, moxie::Keep::nothing);
+  layer.forward(frozen, x, y, nothing, {.threads = 2});
+  // [inference]
+  std::printf("squared error %.1f -> %.1f, after the last update %.1f\n", first, last, double((y - target).squaredNorm()));
+  return last < 0.5 * first && (y - target).squaredNorm() < (trained - target).squaredNorm() ? 0 : 1;
 }

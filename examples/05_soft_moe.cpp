@@ -6,11 +6,11 @@
 // weighted mean of all slots' outputs. For a sequence X (L,D), slots Φ (N,D), N = E·S:
 //
 //     Z = l2norm(X) (g · l2norm(Φ))ᵀ      (L,N)
-//     D = softmax over tokens,  C = softmax over slots
-//     Y = C f(Dᵀ X)
+//     A = softmax over tokens (the paper's D),  C = softmax over slots
+//     Y = C f(Aᵀ X)
 //
-// So the work depends on the number of slots alone, no expert is ever idle, and everything has a gradient. It is not causal:
-// every output depends on all tokens of its sequence, and on none of another sequence.
+// So the arithmetic depends on the number of slots, not of experts, no expert is ever idle, and everything has a gradient. It is
+// not causal: every output depends on all tokens of its sequence, and on none of another sequence.
 #include <cstdio>
 #include <moxie/moxie.hpp>
 

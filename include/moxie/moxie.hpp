@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-/// The whole library but its optional headers (moxie/io, moxie/testing). Every header also compiles alone.
+/// The whole library but its optional headers (moxie/io, moxie/testing, moxie/cuda). Every header also compiles alone.
 #include <moxie/core/parameters.hpp>
 #include <moxie/expert/expert_bank.hpp>
 #include <moxie/expert/glu.hpp>
