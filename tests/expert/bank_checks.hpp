@@ -149,7 +149,7 @@ void check_many_rows(const Bank_& bank) {
   using S = typename Bank_::Scalar;
   const Index width = bank.model_dim();
   const Index count = kernel::second_level_cache() / 16 / Index{sizeof(S)} / width + 70;
-  const Index few = 24;
+  const Index few = 12;
   const auto p = random_parameters(bank);
   const Matrix<S> x = test::random<S>(count, width, 908);
   const Matrix<S> dh = test::random<S>(count, width, 909);
@@ -162,6 +162,7 @@ void check_many_rows(const Bank_& bank) {
     const RowView<S> h = h_buffer.spread(count, width);
     const RowView<S> drows = drows_buffer.spread(count, width);
     CHECK(kernel::is_streamed(h));
+    CHECK(kernel::is_streamed(drows));
     Workspace workspace;
     for (Index first = 0; first < count; first += step) {
       const Index n = std::min(step, count - first);
@@ -169,6 +170,7 @@ void check_many_rows(const Bank_& bank) {
       const Index ends[] = {0, std::clamp(count / 2 - first, Index{0}, n), n};  // half of all rows are the first expert's
       const GroupedRows<S> grouped{ends, part(RowView<const S>(x)), nullptr};
       const RowView<S> kept = kept_buffer.spread(n, bank.kept_width());
+      CHECK(kernel::is_streamed(part(h)) == (step == count));
       const Exec exec{.threads = 2};
       bank.forward(p.view(), grouped, part(h), kept, workspace, exec);
       bank.backward(p.view(), grouped, part(RowView<const S>(dh)), part(drows), out.grads.view(), kept, workspace, exec);

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <moxie/kernel/gemm.hpp>
+#include <numeric>
 #include <support.hpp>
 
 namespace {
@@ -532,33 +533,46 @@ TEST_CASE("gemm: the last tiles ask for what comes next, for pairs of runs, and 
   CHECK(many[68] == 5);
 }
 
-TEST_CASE_TEMPLATE("gemm: all lines of a packed panel are asked for, by one tile or by two", S, float, double) {
+// The lines that so many tiles ask for, of the second of three packed panels; a tile takes up to so many steps for it.
+template <class S, class Element>
+std::vector<std::size_t> lines_of_packed_panel(Index k, Index tiles, Index steps) {
   using Arch = kernel::DefaultArch;
-  constexpr Index cols = kernel::detail::Tile<S, Arch>::cols;
-  const Index k = 32;
-  moxie::Buffer<S> packed(3 * k * cols);
-  const kernel::Product<S> product{.n = 3 * cols, .k = k, .panels = packed.data()};
-  for (const Index tiles : {1, 2}) {
-    kernel::detail::Lookahead<S, Arch> later;
-    later.add_panels(product, 1, 1, 0, k);
-    std::vector<std::size_t> lines;
-    const auto ask = [&](const std::byte* at) {
-      lines.push_back(std::size_t(at - reinterpret_cast<const std::byte*>(packed.data() + k * cols)) / 64);
-    };
-    for (Index left = tiles; left > 0; --left) {
-      const kernel::detail::Run run = later.take(left, k);
-      for (Index i = 0; i < run.lines; ++i) {
-        ask(run.from + i * run.pitch);
-        if (run.second != 0) {
-          ask(run.from + i * run.pitch + run.second);
-        }
+  const kernel::Product<S, Element, S> shape{.n = 3 * kernel::detail::Tile<S, Arch>::cols, .k = k};
+  moxie::Buffer<kernel::Unit<Element>> packed(kernel::panels_size(shape));
+  auto product = shape;
+  product.panels = packed.data();
+  kernel::detail::Lookahead<S, Arch> later;
+  later.add_panels(product, 1, 1, 0, product.steps());
+  std::vector<std::size_t> lines;
+  const auto* const panel = reinterpret_cast<const std::byte*>(packed.data() + packed.size() / 3);
+  for (Index left = tiles; left > 0; --left) {
+    const kernel::detail::Run run = later.take(left, steps);
+    for (Index i = 0; i < run.lines; ++i) {
+      lines.push_back(std::size_t(run.from + i * run.pitch - panel) / 64);
+      if (run.second != 0) {
+        lines.push_back(std::size_t(run.from + i * run.pitch + run.second - panel) / 64);
       }
     }
-    std::sort(lines.begin(), lines.end());
-    lines.erase(std::unique(lines.begin(), lines.end()), lines.end());
-    REQUIRE(lines.size() == std::size_t(k * cols) * sizeof(S) / 64);
-    CHECK(lines.back() + 1 == lines.size());
   }
+  std::sort(lines.begin(), lines.end());
+  return lines;
+}
+
+template <class S, class Element>
+void check_lines_of_packed_panel() {
+  const Index k = 64;
+  const auto steps = kernel::Product<S, Element, S>{.k = k}.steps();
+  std::vector<std::size_t> all(std::size_t(steps * kernel::detail::Tile<S, kernel::DefaultArch>::cols) * sizeof(S) / 64);
+  std::iota(all.begin(), all.end(), std::size_t{0});
+  CHECK(lines_of_packed_panel<S, Element>(k, 1, steps) == all);
+  CHECK(lines_of_packed_panel<S, Element>(k, 2, steps) == all);
+  all.resize(std::min(all.size(), std::size_t(steps / 4 * 2)));  // a quarter of the steps: the first lines, two a step
+  CHECK(lines_of_packed_panel<S, Element>(k, 1, steps / 4) == all);
+}
+TEST_CASE("gemm: a tile or two ask for every line of a packed panel once, and for the first ones where they have few steps") {
+  check_lines_of_packed_panel<float, float>();
+  check_lines_of_packed_panel<double, double>();
+  check_lines_of_packed_panel<float, BFloat16>();
 }
 
 }  // namespace

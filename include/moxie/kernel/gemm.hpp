@@ -73,8 +73,8 @@ bool on_lines(RowView<T> m) {
   constexpr std::size_t line = 64;
   return reinterpret_cast<std::uintptr_t>(m.data()) % line == 0 && std::size_t(m.stride()) * sizeof(T) % line == 0;
 }
-/// Whether what another pass reads later, perhaps by other threads, is better written to m past the caches: vectors can be, and
-/// so much hardly stays in the second-level caches until then, nor in the one whose thread reads it.
+/// Whether what another pass reads later is better written to m past the caches: all rows start with lines, and m is more than
+/// a sixteenth of the second-level cache. What is computed meanwhile has displaced so much, and another thread may read it.
 template <class T>
 bool is_streamed(RowView<T> m) {
   return on_lines(m) && m.size() * Index{sizeof(T)} > second_level_cache() / 16;
@@ -266,25 +266,26 @@ class Lookahead {
     next_ = 0;
     asked_ = 0;
   }
-  /// Panels [q, q + panels) of a product, steps [s0, s0 + steps): a run for each of their vectors.
+  /// Panels [q, q + panels) of a product, steps [s0, s0 + steps): two runs a panel.
   template <class P>
   void add_panels(const P& product, Index q, Index panels, Index s0, Index steps) {
     using T = Tile<Scalar, Arch>;
     for (Index v = 2 * q; v < 2 * (q + panels) && count_ < most; ++v) {
-      if (product.panels != nullptr) {
+      if (product.panels != nullptr) {  // every other line
         const auto* panel = product.panels + (v / 2 * product.steps() + s0) * T::cols;
-        constexpr Index size = T::width * Index{sizeof(*panel)};
-        runs_[std::size_t(count_++)] = {reinterpret_cast<const std::byte*>(panel) + v % 2 * size, 2 * size, steps};
+        const Index lines = (steps * T::cols * Index{sizeof(*panel)} + 63) / 64;
+        runs_[std::size_t(count_++)] = {reinterpret_cast<const std::byte*>(panel) + v % 2 * 64, 128, (lines + 1 - v % 2) / 2};
       } else {
         const Panels<Scalar, Arch, typename P::Element> all{product.n, product.halves};
         runs_[std::size_t(count_++)] = all.source(product.b, v / 2, v % 2, s0, steps);
       }
     }
   }
-  /// What the first of so many tiles asks for, of up to so many lines. Tiles that are not needed for it ask for nothing, so
-  /// that what the last ones ask for is still there; where there are too few, they ask for two runs, and the ends of runs are
-  /// left out.
+  /// What the first of so many tiles, at least one, asks for, in up to so many steps. Tiles that are not needed for it ask for
+  /// nothing, so that what the last ones ask for is still there; where there are fewer tiles than runs, one asks for two runs,
+  /// and the ends of runs are left out.
   Run take(Index tiles, Index lines) {
+    MOXIE_ASSERT(tiles > 0);
     if (asked_ > 0 && tiles < count_ - next_) {
       ++next_;
       asked_ = 0;

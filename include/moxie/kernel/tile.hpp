@@ -25,7 +25,7 @@ struct Tile {
 /// Steps that a tile takes at once: twelve pointers are more than the registers hold, and are then reloaded half as often.
 inline constexpr Index steps_at_once = 2;
 
-/// Lines of memory at equal distances, in bytes, or pairs of lines, the second ones so far behind.
+/// Lines of memory at equal distances, in bytes; where `second` is not 0, with each the line that is so many bytes after it.
 struct Run {
   const std::byte* from = nullptr;
   std::ptrdiff_t pitch = 0;

@@ -79,7 +79,7 @@ class ExpertChoiceRouter {
     tape.token_.resize(pairs);
     tape.expert_.resize(pairs);
     tape.weight_.resize(pairs);
-    // Some experts at once: their scores of a token share a cache line.
+    // Some experts at once: their scores of a token share a cache line, or two.
     constexpr Index together = Index{alignment / sizeof(Scalar)};
     exec.parallel_ranges(experts, together, [&](Index first, Index last) {
       thread_local Buffer<Scalar> columns;
@@ -88,7 +88,9 @@ class ExpertChoiceRouter {
       order.resize(in.count());
       constexpr Index ahead = 8;
       for (Index t = 0; t < in.count(); ++t) {
-        __builtin_prefetch(s.row(std::min(t + ahead, in.count() - 1)) + first);
+        const Scalar* const later = s.row(std::min(t + ahead, in.count() - 1));
+        __builtin_prefetch(later + first);
+        __builtin_prefetch(later + last - 1);
         for (Index e = first; e < last; ++e) {
           score(e - first, t) = s(t, e);
         }
