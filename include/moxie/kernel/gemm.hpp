@@ -284,26 +284,26 @@ class Lookahead {
   /// What the first of so many tiles, at least one, asks for, in up to so many steps. Tiles that are not needed for it ask for
   /// nothing, so that what the last ones ask for is still there; where there are fewer tiles than runs, one asks for two runs,
   /// and the ends of runs are left out.
-  Run take(Index tiles, Index lines) {
+  Run take(Index tiles, Index steps) {
     MOXIE_ASSERT(tiles > 0);
     if (asked_ > 0 && tiles < count_ - next_) {
       ++next_;
       asked_ = 0;
     }
-    if (next_ == count_ || lines < 1) {
+    if (next_ == count_ || steps < 1) {
       return {};
     }
     const Run& run = runs_[std::size_t(next_)];
     const bool begun = next_ > 0 || asked_ > 0;
-    if (!begun && tiles > count_ * std::max(Index{1}, (run.lines + lines - 1) / lines)) {  // runs are about equal
+    if (!begun && tiles > count_ * std::max(Index{1}, (run.lines + steps - 1) / steps)) {  // runs are about equal
       return {};
     }
     if (asked_ == 0 && tiles < count_ - next_) {
       const Run& second = runs_[std::size_t(next_ + 1)];
       next_ += 2;
-      return {run.from, run.pitch, std::min(lines, run.lines), second.lines > 0 ? second.from - run.from : 0};
+      return {run.from, run.pitch, std::min(steps, run.lines), second.lines > 0 ? second.from - run.from : 0};
     }
-    const Run part{run.from + asked_ * run.pitch, run.pitch, std::min(lines, run.lines - asked_)};
+    const Run part{run.from + asked_ * run.pitch, run.pitch, std::min(steps, run.lines - asked_)};
     asked_ += part.lines;
     if (asked_ >= run.lines) {
       ++next_;
