@@ -533,6 +533,26 @@ TEST_CASE("gemm: the last tiles ask for what comes next, for pairs of runs, and 
   CHECK(many[68] == 5);
 }
 
+TEST_CASE("gemm: where packing asks for the first run, a single tile asks for the second") {
+  using Arch = kernel::DefaultArch;
+  constexpr Index width = kernel::detail::Tile<float, Arch>::width;
+  const moxie::Matrix<float> bt = moxie::Matrix<float>::Zero(2 * width, 48);
+  const kernel::Product<float> product{.n = 2 * width, .k = 48, .b = kernel::transposed<float>(bt)};
+  kernel::detail::Lookahead<float, Arch> later;
+  later.add_panels(product, 0, 1, 0, 48);
+  const auto* const from = reinterpret_cast<const std::byte*>(bt.data());
+  const kernel::detail::Run first = later.take();
+  CHECK(first.from == from);
+  CHECK(first.lines == 48);
+  CHECK(first.second == 0);
+  const kernel::detail::Run second = later.take(1, 40);
+  CHECK(second.from == from + width * 48 * Index{sizeof(float)});
+  CHECK(second.lines == 40);
+  CHECK(second.second == 0);
+  later.clear();
+  CHECK(later.take().lines == 0);
+}
+
 // The lines that so many tiles ask for, of the second of three packed panels; a tile takes up to so many steps for it.
 template <class S, class Element>
 std::vector<std::size_t> lines_of_packed_panel(Index k, Index tiles, Index steps) {

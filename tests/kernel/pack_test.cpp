@@ -46,11 +46,11 @@ TEST_CASE_TEMPLATE("pack: panels hold the columns of B, one vector after the oth
         const Index k0 = 4;
         const Matrix<S> b = moxie::test::random<S>(k0 + depth + 2, all, 202);
         const Matrix<S> bt = b.transpose();
-        for (const bool transpose : {false, true}) {
+        for (const auto& [transpose, later] : {std::pair{false, false}, std::pair{true, false}, std::pair{true, true}}) {
           const Index stride = depth * cols + 64;
           Buffer<S> out(panels.count() * stride);
           panels.pack(transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b), 0, panels.count(), k0, depth, out.data(),
-                      stride);
+                      stride, later ? panels.source(kernel::transposed<S>(bt), 0, 0, 0, bt.cols()) : kernel::detail::Run{});
           Index wrong = 0;
           Index outputs = 0;
           for (Index q = 0; q < panels.count(); ++q) {

@@ -281,6 +281,8 @@ class Lookahead {
       }
     }
   }
+  /// The next run, all of it.
+  Run take() { return next_ < count_ ? runs_[std::size_t(next_++)] : Run{}; }
   /// What the first of so many tiles, at least one, asks for, in up to so many steps. Tiles that are not needed for it ask for
   /// nothing, so that what the last ones ask for is still there; where there are fewer tiles than runs, one asks for two runs,
   /// and the ends of runs are left out.
@@ -400,15 +402,16 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
     const Unit<Element>* panel = packed ? product.panels + (first * product.steps() + s0) * T::cols : memory.panels();
     // So many panels the first tile packs.
     const Index fresh = packed || !side_by_side ? 0 : std::clamp(product.n / T::cols - first, Index{0}, group);
-    if (!packed && fresh < group) {
-      panels.pack(product.b, first + fresh, group - fresh, k0, depth, memory.panels() + fresh * packed_stride, packed_stride);
-    }
     later.clear();
     if (part + group < count * cut.passes) {
       const Index next = (pass + (part % count + group == count ? 1 : 0)) * cut.depth;
       later.add_panels(product, q0 + (part + group) % count, group, next, std::min(cut.depth, product.steps() - next));
     } else {
       prepare(later);
+    }
+    if (!packed && fresh < group) {  // a single tile is over long before all lines are there: half are asked for while packing
+      panels.pack(product.b, first + fresh, group - fresh, k0, depth, memory.panels() + fresh * packed_stride, packed_stride,
+                  group == 1 && tiles == 1 ? later.take() : Run{});
     }
     for (Index tile = 0, row = m0; tile < tiles; ++tile) {
       // Heights that differ by two at most, unless tiles are copied by whole vectors.

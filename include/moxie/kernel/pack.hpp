@@ -63,7 +63,7 @@ MOXIE_INLINE void load_pieces(typename VectorOf<T, Count * Rows>::Type& to, cons
 /// Units of Width steps, from column p on, of Width rows become rows of `to`. Pieces of 128 bits come to their place when they
 /// are loaded; in them, interleaving the first half of the vectors with the second, log2(lane) times over, transposes.
 template <class Element, Index Width, class Source>
-void transpose_square(const Source* const* from, Index p, Unit<Element>* to, Index stride) {
+MOXIE_INLINE void transpose_square(const Source* const* from, Index p, Unit<Element>* to, Index stride) {
   using U = Unit<Element>;
   if constexpr (Width == 1) {
     to[0] = unit<Element>(from[0] + p, UnitOf<Element>::elements);
@@ -170,11 +170,25 @@ struct Panels {
   }
 
   /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (steps x cols) each and `stride` apart. Where there
-  /// is no column, something that is not stored; where a step has no second row, zeros.
+  /// is no column, something that is not stored; where a step has no second row, zeros. Where B is transposed, asks for what is
+  /// `later` on the way.
   template <class Source>
-  void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride) const {
+  void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride,
+            const detail::Run& later = {}) const {
+    if (b.transposed && later.lines > 0) {
+      const Index squares = std::max(Index{1}, depth / square * 2 * panels);
+      const Index each = (later.lines + squares - 1) / squares;
+      auto line = reinterpret_cast<std::uintptr_t>(later.from);
+      const auto end = line + std::uintptr_t(later.pitch * later.lines);
+      pack_transposed(b, q0, panels, k0, depth, out, stride, [&] {
+        for (Index l = 0; l < each && line < end; ++l, line += std::uintptr_t(later.pitch)) {
+          __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr): as in a tile
+        }
+      });
+      return;
+    }
     if (b.transposed) {
-      pack_transposed(b, q0, panels, k0, depth, out, stride);
+      pack_transposed(b, q0, panels, k0, depth, out, stride, [] {});
       return;
     }
     constexpr Index ahead = 32;
@@ -195,10 +209,11 @@ struct Panels {
   }
 
  private:
-  template <class Source>
+  static constexpr Index square = T::width * elements;  // so many numbers of a column
+
+  template <class Source, class Ask>
   void pack_transposed(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out,
-                       Index stride) const {
-    constexpr Index square = T::width * elements;  // so many numbers of a column
+                       Index stride, const Ask& ask) const {
     for (Index i = 0; i < 2 * panels; ++i) {
       const Source* from[T::width];
       for (Index j = 0; j < T::width; ++j) {
@@ -207,6 +222,7 @@ struct Panels {
       Unit<Element>* to = out + i / 2 * stride + i % 2 * T::width;
       Index p = 0;
       for (; p + square <= depth; p += square) {
+        ask();
         detail::transpose_square<Element, T::width>(from, p, to + p / elements * T::cols, T::cols);
       }
       for (; p < depth; p += elements) {
