@@ -227,10 +227,12 @@ class SoftRouter {
 
   /// Softmax of n columns of z (L,N) from column j on, in place. Sums from the first token to the last.
   static void softmax_columns(Index j, Index n, RowView<Scalar> z) {
+    constexpr Index ahead = 16;  // rows: that only so many columns of each are read, processors do not foresee
     std::array<Scalar, block> largest;
     std::array<Scalar, block> sum{};
     std::copy_n(z.row(0) + j, n, largest.begin());
     for (Index t = 1; t < z.rows(); ++t) {
+      kernel::prefetch(z.row(std::min(t + ahead, z.rows() - 1)) + j, n);
       kernel::map(
           n, largest.data(), [](auto a, auto b) { return kernel::max(a, b); }, largest.data(), z.row(t) + j);
     }
