@@ -51,14 +51,14 @@ def print_peers(table, peers):
 
 
 def scaling(table):
-    """pass -> router -> experts -> (ms, ms of the bound)."""
+    """pass -> router -> experts -> (ms, ms of the bound), the routers in the order of ROUTERS."""
     out = {}
     for (which, case), row in table.items():
         if case.startswith("scaling-"):
             router, experts = case.removeprefix("scaling-").split("/")
             _, _, bound, time = row["moxie"]
             out.setdefault(which, {}).setdefault(router, {})[int(experts)] = (time, time * bound)
-    return out
+    return {which: {r: routers[r] for r in ROUTERS if r in routers} for which, routers in out.items()}
 
 
 def print_scaling(which, routers):
@@ -116,6 +116,7 @@ set output '{path}'
 set logscale x 2
 set logscale y
 set xlabel 'experts'
+set xtics 8, 4
 set ylabel 'milliseconds'
 set key top left
 set grid
