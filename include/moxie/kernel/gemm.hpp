@@ -411,7 +411,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
     }
     if (!packed && fresh < group) {  // a single tile is over long before all lines are there: half are asked for while packing
       panels.pack(product.b, first + fresh, group - fresh, k0, depth, memory.panels() + fresh * packed_stride, packed_stride,
-                  group == 1 && tiles == 1 ? later.take() : Run{});
+                  product.b.transposed && group == 1 && tiles == 1 ? later.take() : Run{});
     }
     for (Index tile = 0, row = m0; tile < tiles; ++tile) {
       // Heights that differ by two at most, unless tiles are copied by whole vectors.
