@@ -213,6 +213,8 @@ struct Cut {
   /// Steps of a pass: all of most layers' widths; few where both factors have to be packed, so that many columns share one A.
   static constexpr Index longest = 1536;
   static constexpr Index longest_transposed = 256;
+  /// Of a transposed A so many are copied at once, so that whole cache lines of its rows are read.
+  static constexpr Index copied_rows = 8 * T::rows;
 
   Index passes = 1;  // over k
   Index depth = 0;   // of a pass, in steps; the last may be shorter
@@ -233,7 +235,9 @@ struct Cut {
       rows = std::clamp(budget / (panels * T::cols) / T::rows * T::rows, T::rows, most_rows);
     }
     for (; shrink > 0; --shrink) {
-      if (panels > 1) {
+      if (p.a.transposed && rows >= 2 * copied_rows) {  // each part of the panels would copy all rows again
+        rows = rows / 2 / copied_rows * copied_rows;
+      } else if (panels > 1) {
         panels = (panels + 1) / 2;
       } else {
         rows = std::max(T::rows, rows / 2 / T::rows * T::rows);
@@ -371,7 +375,7 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
   const Index tiles = (m1 - m0 + T::rows - 1) / T::rows;
   // Rows that lie a multiple of 4 KiB apart share the sets of the first-level cache: a tile of them is copied.
   const bool copy_rows = product.a.transposed || product.a.rows.stride * Index{sizeof(Element)} % 4096 == 0;
-  constexpr Index copied_tiles = 8;  // of a transposed A: whole cache lines of its rows are read
+  constexpr Index copied_tiles = Cut<P, Arch>::copied_rows / T::rows;
   // What is packed side by side starts in different sets of the cache. In units.
   const Index copied_stride = moxie::detail::spread_stride<Scalar>(cut.depth);
   const Index copied_tile_stride = moxie::detail::spread_stride<Scalar>(cut.depth * T::rows);
@@ -478,8 +482,8 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
         const Index local = tile % copied_tiles;
         Unit<Element>* const copies = memory.template rows<Unit<Element>>();
         if (local == 0) {
-          constexpr Index most = copied_tiles * T::rows;
-          pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, std::min(most, m1 - row), copies, copied_tile_stride);
+          const Index copied = std::min(Cut<P, Arch>::copied_rows, m1 - row);
+          pack_transposed_rows<Scalar, Arch>(product.a, k0, depth, row, copied, copies, copied_tile_stride);
         }
         const Unit<Element>* a = copies + local * copied_tile_stride;
         multiply(std::true_type{}, &a);
