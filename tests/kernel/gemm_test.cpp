@@ -533,6 +533,34 @@ TEST_CASE("gemm: the last tiles ask for what comes next, for pairs of runs, and 
   CHECK(many[68] == 5);
 }
 
+TEST_CASE("gemm: a transposed A is shared by rows as far as they fill cache lines, then by panels, all else by panels first") {
+  using Arch = kernel::DefaultArch;
+  using Cut = kernel::detail::Cut<kernel::Product<float>, Arch>;
+  constexpr Index copied = Cut::copied_rows;
+  const moxie::Matrix<float> at = moxie::Matrix<float>::Zero(8, 4 * copied);
+  const moxie::Matrix<float> b = moxie::Matrix<float>::Zero(8, 4 * kernel::detail::Tile<float, Arch>::cols);
+  kernel::Product<float> product{4 * copied, b.cols(), 8, kernel::transposed<float>(at), kernel::plain<float>(b)};
+  const Cut whole(product, 0);
+  CHECK(whole.tasks(product) == 1);
+  Index shrink = 0;
+  Index panels = 0;
+  do {
+    const Cut cut(product, ++shrink);
+    if (cut.rows > copied) {
+      CHECK(cut.panels == whole.panels);
+    }
+    panels = cut.panels;
+    CHECK(cut.rows >= copied);
+  } while (panels == whole.panels && shrink < 20);
+  CHECK(panels == whole.panels / 2);
+  CHECK(Cut(product, shrink).rows == copied);
+
+  const moxie::Matrix<float> a = at.transpose();
+  product.a = kernel::plain<float>(a);
+  CHECK(Cut(product, 1).panels == whole.panels / 2);
+  CHECK(Cut(product, 1).rows == whole.rows);
+}
+
 TEST_CASE("gemm: where packing asks for the first run, a single tile asks for the second") {
   using Arch = kernel::DefaultArch;
   constexpr Index width = kernel::detail::Tile<float, Arch>::width;

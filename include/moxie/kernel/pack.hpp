@@ -175,7 +175,7 @@ struct Panels {
   template <class Source>
   void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride,
             const detail::Run& later = {}) const {
-    if (b.transposed && later.lines > 0) {
+    if (b.transposed && later.lines > 0) {  // a loop of its own, as in a tile
       const Index squares = std::max(Index{1}, depth / square * 2 * panels);
       const Index each = (later.lines + squares - 1) / squares;
       auto line = reinterpret_cast<std::uintptr_t>(later.from);
