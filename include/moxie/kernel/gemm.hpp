@@ -388,6 +388,8 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
   const bool packed = product.panels != nullptr;
   const bool side_by_side = !product.b.transposed && !product.halves;  // a panel's columns, in B
   const Index panel_stride = packed ? product.steps() * T::cols : packed_stride;
+  // Steps of few rows are short: the processor reads packed panels far ahead of them by itself, and asking would be in its way.
+  const bool asks = !packed || m1 - m0 > 4;
 
   memory.resize(packed ? 0 : group * packed_stride,
                 product.a.transposed ? copied_tiles * copied_tile_stride
@@ -407,10 +409,10 @@ void multiply_part(const P& product, Index i, const Cut<P, Arch>& cut, Index tas
     // So many panels the first tile packs.
     const Index fresh = packed || !side_by_side ? 0 : std::clamp(product.n / T::cols - first, Index{0}, group);
     later.clear();
-    if (part + group < count * cut.passes) {
+    if (asks && part + group < count * cut.passes) {
       const Index next = (pass + (part % count + group == count ? 1 : 0)) * cut.depth;
       later.add_panels(product, q0 + (part + group) % count, group, next, std::min(cut.depth, product.steps() - next));
-    } else {
+    } else if (asks) {
       prepare(later);
     }
     if (!packed && fresh < group) {  // a single tile is over long before all lines are there: half are asked for while packing
