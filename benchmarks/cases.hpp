@@ -29,6 +29,7 @@ inline constexpr Case cases[] = {
     {"one-8E1A", 384, 1536, 8, 1, 4096, Load::one},
     {"S/2-8E2A-T256", 384, 1536, 8, 2, 256},
     {"S/2-8E2A-T64", 384, 1536, 8, 2, 64},
+    {"S/2-8E2A-T16", 384, 1536, 8, 2, 16},
 };
 
 /// A layer and tokens. The first feature of a token is 1, so that the first column of the gate sets the load.
