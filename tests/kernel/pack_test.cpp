@@ -160,7 +160,9 @@ TEST_CASE_TEMPLATE("pack: a vector's memory is a run, where it lies at equal dis
         CHECK(rows.pitch == 2 * n * size);
         CHECK(rows.lines == 5);
         CHECK(cols.from == bytes(&bt(column, 0)));
-        CHECK(cols.pitch * cols.lines == width * depth * size);
+        CHECK(cols.pitch <= 64);
+        CHECK(cols.pitch * cols.lines >= columns * depth * size);
+        CHECK(cols.pitch * (cols.lines - 1) < columns * depth * size);
       }
     }
   }
@@ -173,6 +175,25 @@ TEST_CASE_TEMPLATE("pack: a vector's memory is a run, where it lies at equal dis
   const auto beyond = panels.source(stacked, 0, 0, 5, 4);
   CHECK(beyond.from == bytes(&b(7, 0)));
   CHECK(beyond.lines == 4);
+}
+
+TEST_CASE("pack: where a step takes two numbers, all lines of both are in the run") {
+  using P = kernel::Panels<float, kernel::DefaultArch, moxie::BFloat16>;
+  const Index steps = 6;
+  const Matrix<float> b = moxie::test::random<float>(2 * steps, 2 * P::T::cols, 206);
+  const Matrix<float> bt = b.transpose();
+  const P panels{b.cols(), false};
+  const auto rows = panels.source(kernel::plain<float>(b), 1, 1, 2, steps - 2);
+  CHECK(rows.from == reinterpret_cast<const std::byte*>(&b(4, P::T::cols + P::T::width)));
+  CHECK(rows.pitch == b.cols() * Index{sizeof(float)});
+  CHECK(rows.lines == 2 * (steps - 2));
+  const auto cols = panels.source(kernel::transposed<float>(bt), 1, 1, 0, steps);
+  CHECK(cols.from == reinterpret_cast<const std::byte*>(&bt(P::T::cols + P::T::width, 0)));
+  CHECK(cols.pitch <= 64);
+  CHECK(cols.pitch * cols.lines == P::T::width * 2 * steps * Index{sizeof(float)});
+  const RowView<const float> view(b);
+  const kernel::Operand<float> stacked{kernel::stacked(view.middle_rows(0, 5), view.middle_rows(7, 5))};
+  CHECK(panels.source(stacked, 0, 0, 1, 4).lines == 3);  // up to the gap, within a step
 }
 
 TEST_CASE("pack: rows are found by stride, by index, and beyond a gap") {

@@ -164,9 +164,13 @@ struct Panels {
     if (steps <= 0 || columns == 0 || rows.index != nullptr || !dense) {
       return {};
     }
-    const Index pitch = b.transposed ? T::width * elements : rows.stride * elements;
-    const Index lines = b.transposed || row >= rows.gap_at ? steps : std::min(steps, (rows.gap_at - row) / elements);
-    return {reinterpret_cast<const std::byte*>(b.row(row) + from), pitch * size, lines};
+    const auto* const first = reinterpret_cast<const std::byte*>(b.row(row) + from);
+    if (b.transposed) {  // as much as a step takes, at most a line
+      constexpr Index pitch = std::min(Index{64}, T::width * elements * size);
+      return {first, pitch, (columns * steps * elements * size + pitch - 1) / pitch};
+    }
+    const Index lines = steps * elements;
+    return {first, rows.stride * size, row >= rows.gap_at ? lines : std::min(lines, rows.gap_at - row)};
   }
 
   /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (steps x cols) each and `stride` apart. Where there
