@@ -129,7 +129,7 @@ std::function<void()> product(Factors& f, const Exec& exec, bool frozen) {
                            .c = kernel::replace<float>(f.y)};
   if (frozen) {
     panels.resize(kernel::panels_size(p));
-    kernel::pack_panels(p, panels.data());
+    kernel::prepack(p, panels.data());
   }
   return [=]() mutable {
     p.panels = frozen ? panels.data() : nullptr;

@@ -44,17 +44,14 @@ class Linear {
 
   void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> y, const Exec& exec) const {
     const RowView<const S> w = p[weight_];
-    const S* const bias = p[bias_].data();
-    const auto product = [&](Index) -> moxie::kernel::Product<S> {  // (n,in)(in,out) -> (n,out)
-      return {x.rows(),
-              w.rows(),
-              w.cols(),
-              moxie::kernel::plain<S>(x),
-              moxie::kernel::transposed<S>(w),
-              moxie::kernel::stream_to<S>(y)};
-    };
-    moxie::kernel::run_stages<S>(
-        exec, moxie::kernel::Stage(1, product, moxie::kernel::store_with_bias<S>([&](Index) { return bias; })));
+    moxie::kernel::Product<S> product{x.rows(),
+                                      w.rows(),
+                                      w.cols(),
+                                      moxie::kernel::plain<S>(x),
+                                      moxie::kernel::transposed<S>(w),
+                                      moxie::kernel::stream_to<S>(y)};  // (n,in)(in,out) -> (n,out)
+    product.bias = p[bias_].data();
+    moxie::kernel::gemm<S>(product, exec);
   }
 
   /// dW += dyᵀ x, db += Σ dy.

@@ -148,7 +148,7 @@ template <class Bank_>
 void check_many_rows(const Bank_& bank) {
   using S = typename Bank_::Scalar;
   const Index width = bank.model_dim();
-  const Index count = kernel::second_level_cache() / 16 / Index{sizeof(S)} / width + 70;
+  const Index count = kernel::l2_cache() / 16 / Index{sizeof(S)} / width + 70;
   const Index few = 12;
   const auto p = random_parameters(bank);
   const Matrix<S> x = test::random<S>(count, width, 908);

@@ -66,13 +66,22 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
                                         kernel::replace<S>(grouped.part(RowView<S>(to), e)));
       };
     };
-    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(h)));
-    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, product(with_bias), kernel::store_with_bias<S>(bias_of)));
-    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, [&](Index e) {
-                            return moxie::detail::back_through<S>(grouped.part(RowView<const S>(dh), e),
-                                                                  kernel::rows_of(weight(e)), in,
-                                                                  kernel::replace<S>(grouped.part(RowView<S>(drows), e)));
-                          }));
+    kernel::grouped_gemm<S>(experts, product(h), Exec{});
+    kernel::grouped_gemm<S>(
+        experts,
+        [&](Index e) {
+          auto biased = product(with_bias)(e);
+          biased.bias = bias_of(e);
+          return biased;
+        },
+        Exec{});
+    kernel::grouped_gemm<S>(
+        experts,
+        [&](Index e) {
+          return moxie::detail::back_through<S>(grouped.part(RowView<const S>(dh), e), kernel::rows_of(weight(e)), in,
+                                                kernel::replace<S>(grouped.part(RowView<S>(drows), e)));
+        },
+        Exec{});
     CHECK(moxie::test::relative_error(h, expected_h) < Tolerance<S>::sum);
     CHECK(moxie::test::relative_error(with_bias, expected_with_bias) < Tolerance<S>::sum);
     CHECK(moxie::test::relative_error(drows, expected_d) < Tolerance<S>::sum);
@@ -91,10 +100,13 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
       }
     }
     const Matrix<S> idle = dw[1];
-    kernel::run_stages<S>(Exec{}, kernel::Stage(experts, [&](Index e) {
-                            return moxie::detail::weight_gradient<S>(grouped, RowView<const S>(dh),
-                                                                     kernel::rows_of(RowView<S>(dw[std::size_t(e)])), e);
-                          }));
+    kernel::grouped_gemm<S>(
+        experts,
+        [&](Index e) {
+          return moxie::detail::weight_gradient<S>(grouped, RowView<const S>(dh),
+                                                   kernel::rows_of(RowView<S>(dw[std::size_t(e)])), e);
+        },
+        Exec{});
     moxie::detail::add_bias_gradient(
         grouped, RowView<const S>(dh), [&](Index e) { return RowView<S>(db[std::size_t(e)]); }, Exec{});
     for (std::size_t e = 0; e < std::size_t(experts); ++e) {
@@ -111,16 +123,14 @@ TEST_CASE("bank products: without rows nothing is written") {
   Matrix<float> w = moxie::test::untouched<float>(4, 4);
   const GroupedRows<float> grouped{none, h, nullptr};
   namespace kernel = moxie::kernel;
-  kernel::run_stages<float>(Exec{},
-                            kernel::Stage(2,
-                                          [&](Index e) {
-                                            return moxie::detail::with_rows(
-                                                moxie::detail::through<float>(RowView<const float>(w)), grouped.operand(e), 0);
-                                          }),
-                            kernel::Stage(2, [&](Index e) {
-                              return moxie::detail::weight_gradient<float>(grouped, RowView<const float>(h),
-                                                                           kernel::rows_of(RowView<float>(w)), e);
-                            }));
+  kernel::TaskGraph<float> graph;
+  graph.add(2, [&](Index e) {
+    return moxie::detail::with_rows(moxie::detail::through<float>(RowView<const float>(w)), grouped.operand(e), 0);
+  });
+  graph.add(2, [&](Index e) {
+    return moxie::detail::weight_gradient<float>(grouped, RowView<const float>(h), kernel::rows_of(RowView<float>(w)), e);
+  });
+  graph.run(Exec{});
   CHECK(moxie::test::is_untouched(w));
 }
 
@@ -134,7 +144,7 @@ TEST_CASE_TEMPLATE("bank results: a vector's first numbers, in the caches or pas
     numbers[i] = S(i) + S(1) / 3;
   }
   const V v = V::load_aligned(numbers);
-  const Index few = 3, many = moxie::kernel::second_level_cache() / 16 / 64 + 1;
+  const Index few = 3, many = moxie::kernel::l2_cache() / 16 / 64 + 1;
   for (const Index count : {few, many}) {
     for (const Index stride : {2 * line, 2 * line + 1}) {
       moxie::Buffer<T> memory(count * stride);

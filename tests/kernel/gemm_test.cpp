@@ -146,74 +146,6 @@ TEST_CASE_TEMPLATE("gemm: rows may lie apart, and what is between them stays as 
   CHECK(moxie::test::is_untouched(c));
 }
 
-// Rows that start with a cache line, and rows that do not, where nothing can go past the caches.
-TEST_CASE_TEMPLATE("gemm: past the caches goes what else would be stored, and nothing more", S, float, double) {
-  constexpr Index line = 64 / Index{sizeof(S)};
-  for (const Index n : {Index{1}, Index{31}, Index{32}, Index{77}, Index{128}}) {
-    for (const Index m : {Index{1}, Index{7}, Index{12}, Index{45}}) {
-      const Index k = n == 77 ? 1600 : 30;  // in two passes
-      const Matrix<S> a = moxie::test::random<S>(m, k, 160);
-      const Matrix<S> at = a.transpose();
-      const Matrix<S> b = moxie::test::random<S>(k, n, 161);
-      const Matrix<S> bias = moxie::test::random<S>(1, n, 162);
-      Matrix<S> expected = moxie::test::untouched<S>(m, n), expected_with_bias = expected;
-      const auto compute = [&](kernel::Destination<S> c, kernel::Destination<S> with_bias) {
-        const auto product = [&](kernel::Destination<S> to) {
-          const auto left = n == 128 ? kernel::transposed<S>(at) : kernel::plain<S>(a);
-          return [&, left, to](Index) { return kernel::Product<S>{m, n, k, left, kernel::plain<S>(b), to}; };
-        };
-        kernel::run_stages<S>(
-            Exec{.threads = 2}, kernel::Stage(1, product(c)),
-            kernel::Stage(1, product(with_bias), kernel::store_with_bias<S>([&](Index) { return bias.data(); })));
-      };
-      compute(kernel::replace<S>(expected), kernel::replace<S>(expected_with_bias));
-      for (const Index offset : {Index{0}, Index{1}, line}) {
-        for (const Index stride : {(n + line - 1) / line * line, (n + line - 1) / line * line + 1}) {
-          const Index size = offset + m * stride;
-          moxie::Buffer<S> c(size), with_bias(size);
-          std::fill_n(c.data(), size, S(-7));
-          std::fill_n(with_bias.data(), size, S(-7));
-          const auto past_caches = [&](S* first) {
-            const moxie::RowView<S> rows(first, m, n, stride);
-            return kernel::Destination<S>{kernel::rows_of(rows), false,
-                                          kernel::fill_lines<kernel::Batch<S>, 2> && kernel::on_lines(rows)};
-          };
-          compute(past_caches(c.data() + offset), past_caches(with_bias.data() + offset));
-          bool same = true;
-          for (Index i = 0; i < size; ++i) {
-            const Index r = (i - offset) / stride, col = (i - offset) % stride;
-            const bool inside = i >= offset && col < n;
-            same = same && c.data()[i] == (inside ? expected(r, col) : S(-7)) &&
-                   with_bias.data()[i] == (inside ? expected_with_bias(r, col) : S(-7));
-          }
-          CHECK(same);
-        }
-      }
-    }
-  }
-}
-
-TEST_CASE_TEMPLATE("stream_to: past the caches goes what is large and starts with cache lines", S, float, double) {
-  constexpr Index line = 64 / Index{sizeof(S)};
-  constexpr bool can = kernel::fill_lines<kernel::Batch<S>, 2>;
-  const Index rows = kernel::second_level_cache() / 16 / 64;  // as many lines as stay in the caches
-  moxie::Buffer<S> memory((rows + 1) * (line + 1) + 1);
-  const auto view = [&](Index offset, Index count, Index stride) {
-    return moxie::RowView<S>(memory.data() + offset, count, line, stride);
-  };
-  CHECK(kernel::stream_to<S>(view(0, rows + 1, line)).stream == can);
-  CHECK_FALSE(kernel::stream_to<S>(view(0, rows, line)).stream);
-  CHECK_FALSE(kernel::stream_to<S>(view(1, rows + 1, line)).stream);
-  CHECK_FALSE(kernel::stream_to<S>(view(0, rows + 1, line + 1)).stream);
-
-  // A part is as far away as all of it.
-  const auto part = kernel::stream_to<S>(view(0, rows + 1, line), 3);
-  CHECK(part.stream == can);
-  CHECK_FALSE(part.add);
-  CHECK(part.row(0) == memory.data() + 3 * line);
-  CHECK(part.row(2) == memory.data() + 5 * line);
-}
-
 TEST_CASE("gemm: an empty sum is zero, or nothing added") {
   const Matrix<float> a(3, 0), b(0, 4);
   Matrix<float> c = moxie::test::untouched<float>(3, 4);
@@ -248,7 +180,7 @@ TEST_CASE_TEMPLATE("gemm: a row and a column alone have the bits that they have 
   for (const auto& operand : {kernel::plain<S>(b), kernel::transposed<S>(bt)}) {
     kernel::Product<S> product{.m = m, .n = n, .k = k, .a = kernel::plain<S>(a), .b = operand, .c = kernel::replace<S>(other)};
     moxie::Buffer<S> panels(kernel::panels_size(product));
-    kernel::pack_panels(product, panels.data());
+    kernel::prepack(product, panels.data());
     product.b = {};
     product.panels = panels.data();
     other.setZero();
@@ -268,8 +200,8 @@ TEST_CASE_TEMPLATE("gemm: a row and a column alone have the bits that they have 
 
 // Every depth and remainder, both factors plain or transposed, B rounded while it is packed or before.
 TEST_CASE_TEMPLATE("gemm: of BFloat16 elements is the sum of their products, in float", Source, float, BFloat16) {
-  using T = kernel::detail::Tile<float, kernel::DefaultArch>;
-  using P = kernel::Product<float, BFloat16, Source>;
+  using T = kernel::detail::RegisterTile<float, kernel::DefaultArch>;
+  using P = kernel::Product<float, BFloat16>;
   double worst = 0;
   Index cases = 0;
   for (const Index m : {Index{1}, T::rows + 3, 5 * T::rows}) {
@@ -296,7 +228,7 @@ TEST_CASE_TEMPLATE("gemm: of BFloat16 elements is the sum of their products, in 
           worst = error <= worst ? worst : error;
           ++cases;
           moxie::Buffer<std::uint32_t> panels(kernel::panels_size(product));
-          kernel::pack_panels(product, panels.data());
+          kernel::prepack(product, panels.data());
           product.b = {};
           product.panels = panels.data();
           product.c = kernel::replace<float>(again);
@@ -325,7 +257,7 @@ TEST_CASE_TEMPLATE("gemm: stacked rows are one matrix", S, float, double) {
                      n,
                      k,
                      {stack(moxie::RowView<const S>(a), 4, m, 5)},
-                     {stack(moxie::RowView<const S>(b), k / 2, k, 3)},
+                     kernel::Operand<S>{stack(moxie::RowView<const S>(b), k / 2, k, 3)},
                      {stack(moxie::RowView<S>(c), 2, m, 2)}},
                     Exec{});
     Matrix<double> top_a(m, k), top_b(k, n);
@@ -336,100 +268,6 @@ TEST_CASE_TEMPLATE("gemm: stacked rows are one matrix", S, float, double) {
     CHECK(moxie::test::relative_error(Matrix<S>(c.bottomRows(m - 2)), Matrix<double>(expected.bottomRows(m - 2))) <
           Tolerance<S>::sum);
     CHECK(moxie::test::is_untouched<S>(c.middleRows(2, 2)));
-  }
-}
-
-// Columns j and n + j of B meet in a tile; here whoever finishes it subtracts them: two sums, twice the tolerance of one.
-TEST_CASE_TEMPLATE("gemm: two halves of B end side by side", S, float, double) {
-  for (const Index n : {Index{1}, Index{7}, Index{16}, Index{45}}) {
-    const Index m = 17, k = 1600;
-    const Matrix<S> a = moxie::test::random<S>(m, k, 123);
-    const Matrix<S> b = moxie::test::random<S>(k, 2 * n, 124);
-    const Matrix<S> bt = b.transpose();
-    const Matrix<double> both = moxie::test::as_double(a) * moxie::test::as_double(b);
-    for (const bool transpose : {false, true}) {
-      Matrix<S> c = moxie::test::untouched<S>(m, n);
-      const auto subtract = [](auto arch, const auto& p, Index i, Index row, Index col, Index count, const S* values) {
-        using V = kernel::Batch<S, decltype(arch)>;
-        CHECK(i == 0);
-        kernel::store(V::load_aligned(values) - V::load_aligned(values + V::size), p.c.row(row) + col, count);
-      };
-      kernel::run_stages<S>(Exec{.threads = 2}, kernel::Stage(
-                                                    1,
-                                                    [&](Index) -> kernel::Product<S> {
-                                                      return {.m = m,
-                                                              .n = n,
-                                                              .k = k,
-                                                              .a = kernel::plain<S>(a),
-                                                              .b = transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b),
-                                                              .c = kernel::replace<S>(c),
-                                                              .halves = true};
-                                                    },
-                                                    subtract));
-      CHECK(moxie::test::relative_error(c, Matrix<double>(both.leftCols(n) - both.rightCols(n))) < 2 * Tolerance<S>::sum);
-    }
-  }
-}
-
-// x_i -> x_i A_i -> (x_i A_i) B_i: the second stage reads what the first writes.
-TEST_CASE_TEMPLATE("stages: a product waits for the same one of earlier stages, for any number of threads", S, float, double) {
-  const Index count = 13, k = 40;
-  std::vector<Matrix<S>> x, a, b;
-  for (Index i = 0; i < count; ++i) {
-    const auto seed = std::uint64_t(i);
-    x.push_back(moxie::test::random<S>(i % 4 * 20, k, 130 + seed));
-    a.push_back(moxie::test::random<S>(k, 2 * k, 150 + seed));
-    b.push_back(moxie::test::random<S>(2 * k, 7, 170 + seed));
-  }
-  const auto at = [](auto& list, Index i) -> auto& { return list[std::size_t(i)]; };
-  std::vector<Matrix<S>> first;
-  for (const int threads : {1, 2, 3, 8}) {
-    std::vector<Matrix<S>> middle, c;
-    for (Index i = 0; i < count; ++i) {
-      middle.push_back(moxie::test::untouched<S>(at(x, i).rows(), 2 * k));
-      c.push_back(moxie::test::untouched<S>(at(x, i).rows(), 7));
-    }
-    kernel::run_stages<S>(Exec{.threads = threads},
-                          kernel::Stage(count,
-                                        [&](Index i) -> kernel::Product<S> {
-                                          return {at(x, i).rows(),
-                                                  2 * k,
-                                                  k,
-                                                  kernel::plain<S>(at(x, i)),
-                                                  kernel::plain<S>(at(a, i)),
-                                                  kernel::replace<S>(at(middle, i))};
-                                        }),
-                          kernel::Stage(count, [&](Index i) -> kernel::Product<S> {
-                            return {at(x, i).rows(),
-                                    7,
-                                    2 * k,
-                                    kernel::plain<S>(at(middle, i)),
-                                    kernel::plain<S>(at(b, i)),
-                                    kernel::replace<S>(at(c, i))};
-                          }));
-    for (Index i = 0; i < count; ++i) {
-      const Matrix<double> expected =
-          moxie::test::as_double(at(x, i)) * moxie::test::as_double(at(a, i)) * moxie::test::as_double(at(b, i));
-      CHECK(moxie::test::relative_error(at(c, i), expected) < Tolerance<S>::sum);
-      CHECK((first.empty() || moxie::test::same_bits(at(c, i), at(first, i))));
-    }
-    first = c;
-  }
-}
-
-TEST_CASE("stages: what a product's function throws reaches the caller, and nobody waits for ever") {
-  const Matrix<float> a = moxie::test::random<float>(8, 8, 190);
-  Matrix<float> c(8, 8), d(8, 8);
-  const auto product = [&](Matrix<float>& to) {
-    return kernel::Product<float>{8, 8, 8, kernel::plain<float>(a), kernel::plain<float>(a), kernel::replace<float>(to)};
-  };
-  const auto refuse = [](auto, const auto&, Index, Index, Index, Index, const float*) { throw moxie::ValueError("refused"); };
-  for (const int threads : {1, 4}) {
-    CHECK_THROWS_AS(kernel::run_stages<float>(Exec{.threads = threads},
-                                              kernel::Stage(
-                                                  3, [&](Index) { return product(c); }, refuse),
-                                              kernel::Stage(3, [&](Index) { return product(d); })),
-                    moxie::ValueError);
   }
 }
 
@@ -489,138 +327,6 @@ TEST_CASE("gemm: zeros beyond the depth of a pass do not hide a NaN, and none ap
     CHECK(c.row(i).array().isNaN().all() == (i == 4));
     CHECK(c.row(i).array().isNaN().any() == (i == 4));
   }
-}
-
-// Panels of 5 steps each, whose memory tiles ask for.
-std::vector<Index> taken(Index panels, Index tiles, Index lines) {
-  using Arch = kernel::DefaultArch;
-  constexpr Index cols = kernel::detail::Tile<float, Arch>::cols;
-  const moxie::Matrix<float> b = moxie::Matrix<float>::Zero(5, panels * cols);
-  const kernel::Product<float> product{.n = panels * cols, .k = 5, .b = kernel::plain<float>(b)};
-  kernel::detail::Lookahead<float, Arch> later;
-  later.add_panels(product, 0, panels, 0, 5);
-  std::vector<Index> all;
-  for (Index left = tiles; left > 0; --left) {
-    const kernel::detail::Run run = later.take(left, lines);
-    all.push_back(run.second == 0 ? run.lines : 2 * run.lines);
-    if (run.lines > 0) {  // in B
-      const auto* last = run.from + (run.lines - 1) * run.pitch + run.second;
-      CHECK(run.from >= reinterpret_cast<const std::byte*>(b.data()));
-      CHECK(run.second >= 0);
-      CHECK(last < reinterpret_cast<const std::byte*>(b.data() + b.size()));
-    }
-  }
-  return all;
-}
-
-TEST_CASE("gemm: the last tiles ask for what comes next, for pairs of runs, and not for their ends, where tiles are few") {
-  CHECK(taken(1, 2, 5) == std::vector<Index>{5, 5});
-  CHECK(taken(1, 4, 5) == std::vector<Index>{0, 0, 5, 5});
-  CHECK(taken(1, 1, 9) == std::vector<Index>{10});  // of two runs
-  CHECK(taken(1, 1, 3) == std::vector<Index>{6});
-  CHECK(taken(2, 2, 5) == std::vector<Index>{10, 10});
-  CHECK(taken(2, 3, 5) == std::vector<Index>{10, 5, 5});
-  CHECK(taken(2, 3, 3) == std::vector<Index>{6, 3, 3});
-  CHECK(taken(1, 2, 3) == std::vector<Index>{3, 3});     // two of each run are left out
-  CHECK(taken(1, 3, 3) == std::vector<Index>{3, 2, 3});  // of the last one
-  CHECK(taken(1, 4, 3) == std::vector<Index>{3, 2, 3, 2});
-  CHECK(taken(2, 4, 4) == std::vector<Index>{4, 4, 4, 4});
-  CHECK(taken(1, 3, 0) == std::vector<Index>{0, 0, 0});
-  const std::vector<Index> many = taken(20, 100, 5);  // of 40 runs it knows 32
-  CHECK(std::count(many.begin(), many.end(), 5) == 32);
-  CHECK(many.back() == 5);
-  CHECK(many[67] == 0);
-  CHECK(many[68] == 5);
-}
-
-TEST_CASE("gemm: a transposed A is shared by rows as far as they fill cache lines, then by panels, all else by panels first") {
-  using Arch = kernel::DefaultArch;
-  using Cut = kernel::detail::Cut<kernel::Product<float>, Arch>;
-  constexpr Index copied = Cut::copied_rows;
-  const moxie::Matrix<float> at = moxie::Matrix<float>::Zero(8, 4 * copied);
-  const moxie::Matrix<float> b = moxie::Matrix<float>::Zero(8, 4 * kernel::detail::Tile<float, Arch>::cols);
-  kernel::Product<float> product{4 * copied, b.cols(), 8, kernel::transposed<float>(at), kernel::plain<float>(b)};
-  const Cut whole(product, 0);
-  CHECK(whole.tasks(product) == 1);
-  Index shrink = 0;
-  Index panels = 0;
-  do {
-    const Cut cut(product, ++shrink);
-    if (cut.rows > copied) {
-      CHECK(cut.panels == whole.panels);
-    }
-    panels = cut.panels;
-    CHECK(cut.rows >= copied);
-  } while (panels == whole.panels && shrink < 20);
-  CHECK(panels == whole.panels / 2);
-  CHECK(Cut(product, shrink).rows == copied);
-
-  const moxie::Matrix<float> a = at.transpose();
-  product.a = kernel::plain<float>(a);
-  CHECK(Cut(product, 1).panels == whole.panels / 2);
-  CHECK(Cut(product, 1).rows == whole.rows);
-}
-
-TEST_CASE("gemm: where packing asks for the first run, a single tile asks for the second") {
-  using Arch = kernel::DefaultArch;
-  constexpr Index width = kernel::detail::Tile<float, Arch>::width;
-  const moxie::Matrix<float> bt = moxie::Matrix<float>::Zero(2 * width, 48);
-  const kernel::Product<float> product{.n = 2 * width, .k = 48, .b = kernel::transposed<float>(bt)};
-  kernel::detail::Lookahead<float, Arch> later;
-  later.add_panels(product, 0, 1, 0, 48);
-  const auto* const from = reinterpret_cast<const std::byte*>(bt.data());
-  const kernel::detail::Run first = later.take();
-  CHECK(first.from == from);
-  CHECK(first.lines == 48);
-  CHECK(first.second == 0);
-  const kernel::detail::Run second = later.take(1, 40);
-  CHECK(second.from == from + width * 48 * Index{sizeof(float)});
-  CHECK(second.lines == 40);
-  CHECK(second.second == 0);
-  later.clear();
-  CHECK(later.take().lines == 0);
-}
-
-// The lines that so many tiles ask for, of the second of three packed panels; a tile takes up to so many steps for it.
-template <class S, class Element>
-std::vector<std::size_t> lines_of_packed_panel(Index k, Index tiles, Index steps) {
-  using Arch = kernel::DefaultArch;
-  const kernel::Product<S, Element, S> shape{.n = 3 * kernel::detail::Tile<S, Arch>::cols, .k = k};
-  moxie::Buffer<kernel::Unit<Element>> packed(kernel::panels_size(shape));
-  auto product = shape;
-  product.panels = packed.data();
-  kernel::detail::Lookahead<S, Arch> later;
-  later.add_panels(product, 1, 1, 0, product.steps());
-  std::vector<std::size_t> lines;
-  const auto* const panel = reinterpret_cast<const std::byte*>(packed.data() + packed.size() / 3);
-  for (Index left = tiles; left > 0; --left) {
-    const kernel::detail::Run run = later.take(left, steps);
-    for (Index i = 0; i < run.lines; ++i) {
-      lines.push_back(std::size_t(run.from + i * run.pitch - panel) / 64);
-      if (run.second != 0) {
-        lines.push_back(std::size_t(run.from + i * run.pitch + run.second - panel) / 64);
-      }
-    }
-  }
-  std::sort(lines.begin(), lines.end());
-  return lines;
-}
-
-template <class S, class Element>
-void check_lines_of_packed_panel() {
-  const Index k = 64;
-  const auto steps = kernel::Product<S, Element, S>{.k = k}.steps();
-  std::vector<std::size_t> all(std::size_t(steps * kernel::detail::Tile<S, kernel::DefaultArch>::cols) * sizeof(S) / 64);
-  std::iota(all.begin(), all.end(), std::size_t{0});
-  CHECK(lines_of_packed_panel<S, Element>(k, 1, steps) == all);
-  CHECK(lines_of_packed_panel<S, Element>(k, 2, steps) == all);
-  all.resize(std::min(all.size(), std::size_t(steps / 4 * 2)));  // a quarter of the steps: the first lines, two a step
-  CHECK(lines_of_packed_panel<S, Element>(k, 1, steps / 4) == all);
-}
-TEST_CASE("gemm: a tile or two ask for every line of a packed panel once, and for the first ones where they have few steps") {
-  check_lines_of_packed_panel<float, float>();
-  check_lines_of_packed_panel<double, double>();
-  check_lines_of_packed_panel<float, BFloat16>();
 }
 
 }  // namespace

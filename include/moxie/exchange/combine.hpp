@@ -40,7 +40,7 @@ void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<S
                 plan.slots(),
                 kernel::plain<Scalar>(plan.combine().middle_rows(first, length)),
                 kernel::plain<Scalar>(h, plan.slot_rows(b)),
-                {kernel::rows_of(y.middle_rows(first, length)), add}};
+                {kernel::rows_of(y.middle_rows(first, length)), add ? kernel::Write::add : kernel::Write::replace}};
       },
       exec);  // (L,N)(N,D) -> (L,D)
 }

@@ -74,7 +74,7 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
                   plan.slots(),
                   kernel::plain<Scalar>(plan.dispatch().middle_rows(first, length)),
                   kernel::plain<Scalar>(drows, plan.slot_rows(b)),
-                  {kernel::rows_of(dx.middle_rows(first, length)), add}};
+                  {kernel::rows_of(dx.middle_rows(first, length)), add ? kernel::Write::add : kernel::Write::replace}};
         }
         return {length,  // (L,D)(D,N) -> (L,N)
                 plan.slots(),

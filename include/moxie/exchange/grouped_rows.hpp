@@ -2,7 +2,7 @@
 #pragma once
 
 #include <moxie/core/matrix.hpp>
-#include <moxie/kernel/pack.hpp>
+#include <moxie/kernel/product.hpp>
 #include <span>
 
 namespace moxie {

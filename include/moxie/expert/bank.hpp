@@ -53,7 +53,7 @@ concept Bank = std::copyable<B> &&
 template <class Scalar, class Element = Scalar>
 class FrozenWeights {
  public:
-  using Product = kernel::Product<Scalar, Element, Scalar>;
+  using Product = kernel::Product<Scalar, Element>;
 
   /// Of the factors B of these products, numbered from 0, and of vectors (biases).
   FrozenWeights(std::vector<Product> products, const std::vector<RowView<const Scalar>>& vectors, const Exec& exec)
@@ -64,7 +64,7 @@ class FrozenWeights {
         vectors, [](RowView<const Scalar> v) { return v.size(); }, vector_offsets_));
     exec.parallel_for(Index(products_.size()), [&](Index i) {
       auto& product = products_[std::size_t(i)];
-      kernel::pack_panels(product, panels_.data() + panel_offsets_[std::size_t(i)]);
+      kernel::prepack(product, panels_.data() + panel_offsets_[std::size_t(i)]);
       product.b = {};
     });
     for (std::size_t i = 0; i < vectors.size(); ++i) {
@@ -183,15 +183,20 @@ P with_rows(P product, kernel::Operand<typename P::Element> rows, Index count, k
 
 /// A product with Wᵀ, without rows: (.,in)(in,out) -> (.,out). Weights are (out,in).
 template <class Element, class Scalar>
-kernel::Product<Scalar, Element, Scalar> through(RowView<const Scalar> weight) {
+kernel::Product<Scalar, Element> through(RowView<const Scalar> weight) {
   return {.n = weight.rows(), .k = weight.cols(), .b = kernel::transposed<Scalar>(weight)};
 }
 
 /// dh_e W_e: (R_e,out)(out,in) -> (R_e,in).
 template <class Scalar, class Element>
-kernel::Product<Scalar, Element, Scalar> back_through(RowView<const Element> dh, kernel::Rows<const Scalar> weight, Index in,
-                                                      kernel::Destination<Scalar> drows = {}) {
-  return {.m = dh.rows(), .n = in, .k = dh.cols(), .a = kernel::plain<Element>(dh), .b = {weight}, .c = drows};
+kernel::Product<Scalar, Element> back_through(RowView<const Element> dh, kernel::Rows<const Scalar> weight, Index in,
+                                              kernel::Destination<Scalar> drows = {}) {
+  return {.m = dh.rows(),
+          .n = in,
+          .k = dh.cols(),
+          .a = kernel::plain<Element>(dh),
+          .b = kernel::Operand<Scalar>{weight},
+          .c = drows};
 }
 
 /// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order.
@@ -206,7 +211,7 @@ kernel::Product<Scalar, Element> weight_gradient(const GroupedRows<Element>& row
           .k = rows.count(e),
           .a = kernel::transposed<Element>(rows.part(dh, e)),
           .b = rows.operand(e),
-          .c = {dw, true}};
+          .c = {dw, kernel::Write::add}};
 }
 
 /// db_e += column sums of dh_e, in order of rows.
@@ -225,21 +230,17 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
   });
 }
 
-/// Says to a product which rows of these matrices the end of a tile will touch; empty ones are left out.
-template <class Element, class... T>
-auto rows_ahead(const GroupedRows<Element>& rows, RowView<T>... matrices) {
-  return [=](auto& ahead, const auto& /*product*/, Index e, Index row, Index count, Index col, Index n) {
-    const auto add = [&](const auto& m) {
-      if (m.size() != 0) {
-        ahead.add(m.row(rows.begin(e) + row) + col, m.stride(), count, n);
-      }
-    };
-    (add(matrices), ...);
-  };
+/// Prefetches the rows of a tile in a matrix that has a row for each of `rows`; an empty one is left out.
+template <class Element, class Scalar, class T>
+void prefetch_rows(kernel::detail::PrefetchList& list, const GroupedRows<Element>& rows, const kernel::TileSums<Scalar>& tile,
+                   RowView<T> m) {
+  if (m.size() != 0) {
+    list.add(m.row(rows.begin(tile.product) + tile.row) + tile.col, m.stride(), tile.rows, tile.cols);
+  }
 }
 
-/// A matrix that ends of tiles fill for later stages, vectors of Scalars at a time: past the caches, where these fill lines and
-/// it `is_streamed`.
+/// A matrix that epilogues fill for later stages, a vector of Scalars at a time; by non-temporal stores where vectors fill
+/// lines and it `is_streamed`.
 template <class Scalar, class Element, class Arch = kernel::DefaultArch>
 class Filled {
  public:
@@ -258,7 +259,7 @@ class Filled {
     }
     kernel::store(v, to, n);
   }
-  /// What the end of a tile has to ask for before: nothing, where it goes past the caches.
+  /// What an epilogue prefetches: nothing where stores are non-temporal.
   RowView<Element> touched() const { return streamed_ ? RowView<Element>() : rows_; }
 
  private:
@@ -273,43 +274,38 @@ RowView<T> half(RowView<T> m, Index which) {
   return {m.rows() == 0 ? nullptr : m.row(0) + which * (m.cols() / 2), m.rows(), m.cols() / 2, m.stride()};
 }
 
-/// Experts with one hidden layer: `to_hidden(e)` and `to_out(e)` are an expert's two products without rows; `activate` ends the
-/// first, which fills `hidden` (R,H), and `end` the second, which fills h (R,D).
-template <class Scalar, class Element, class First, class Second, class Activate, class End>
+/// Experts with one hidden layer: `to_hidden(e)` and `to_out(e)` are an expert's two products without rows. `activate` ends the
+/// first, which fills `hidden` (R,H); the second fills h (R,D).
+template <class Scalar, class Element, class First, class Second>
 void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, RowView<Scalar> h, const First& to_hidden,
-                    const Second& to_out, Activate activate, End end, const Exec& exec) {
-  kernel::run_stages<Scalar>(
-      exec,
-      kernel::Stage(
-          rows.experts(), [&](Index e) { return with_rows(to_hidden(e), rows.operand(e), rows.count(e)); }, activate),
-      kernel::Stage(
-          rows.experts(),
-          [&](Index e) {
-            return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
-                             kernel::stream_to<Scalar>(h, rows.begin(e)));
-          },
-          end));
+                    const Second& to_out, const kernel::Epilogue<Scalar>& activate, const Exec& exec) {
+  kernel::TaskGraph<Scalar, Element> graph;
+  graph.add(
+      rows.experts(), [&](Index e) { return with_rows(to_hidden(e), rows.operand(e), rows.count(e)); }, activate);
+  graph.add(rows.experts(), [&](Index e) {
+    return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
+                     kernel::stream_to<Scalar>(h, rows.begin(e)));
+  });
+  graph.run(exec);
 }
 
-/// Their adjoint, with W1 and W2 the weights of the two products as rows, (out,in) each: `differentiate` ends dh W2, and fills
+/// Their adjoint. W1 and W2 are the weights of the two products as rows, (out,in) each. `differentiate` ends dh W2, and fills
 /// `hidden` and `before`, the gradient of what the first product gave; drows = before W1, dW1 += beforeᵀ rows, dW2 += dhᵀ
 /// hidden.
-template <class Scalar, class Element, class Weight1, class Weight2, class Gradient1, class Gradient2, class Differentiate>
+template <class Scalar, class Element, class Weight1, class Weight2, class Gradient1, class Gradient2>
 void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh,
                      RowView<const std::type_identity_t<Element>> hidden, RowView<const std::type_identity_t<Element>> before,
                      RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const Gradient1& dw1, const Gradient2& dw2,
-                     Differentiate differentiate, const Exec& exec) {
-  kernel::run_stages<Scalar>(
-      exec,
-      kernel::Stage(
-          rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate),
-      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(rows, before, dw1(e), e); }),
-      kernel::Stage(rows.experts(),
-                    [&](Index e) {
-                      return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(),
-                                                  kernel::stream_to<Scalar>(drows, rows.begin(e)));
-                    }),
-      kernel::Stage(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(regrouped(rows, hidden), dh, dw2(e), e); }));
+                     const kernel::Epilogue<Scalar>& differentiate, const Exec& exec) {
+  kernel::TaskGraph<Scalar, Element> graph;
+  graph.add(
+      rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate);
+  graph.add(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(rows, before, dw1(e), e); });
+  graph.add(rows.experts(), [&](Index e) {
+    return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(), kernel::stream_to<Scalar>(drows, rows.begin(e)));
+  });
+  graph.add(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(regrouped(rows, hidden), dh, dw2(e), e); });
+  graph.run(exec);
 }
 
 }  // namespace detail

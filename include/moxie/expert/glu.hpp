@@ -70,41 +70,91 @@ class GluExperts {
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
     const RowView<Element> dgate_up = workspace.spread<Element>(rows.count(), 2 * hidden_dim_);
     const RowView<const Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
-    const RowView<const Element> gates = detail::half(gate_up, 0);
-    const RowView<const Element> ups = detail::half(gate_up, 1);
-    const detail::Filled<Scalar, Element> filled_hidden(hidden);
-    const detail::Filled<Scalar, Element> filled_dgates(detail::half(dgate_up, 0));
-    const detail::Filled<Scalar, Element> filled_dups(detail::half(dgate_up, 1));
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
-                                   const Scalar* values) {
-      using V = kernel::Batch<Scalar, decltype(arch)>;
-      const Index r = rows.begin(e) + row;
-      for (Index j = 0; j < n; j += Index{V::size}) {
-        const V dhidden = V::load_aligned(values + j);
-        const V gate = kernel::load<V>(gates.row(r) + col + j, n - j);
-        const V up = kernel::load<V>(ups.row(r) + col + j, n - j);
-        const V value = Activation::value(gate);
-        const V derivative = Activation::derivative(gate);  // before anything is stored: they share what they compute
-        filled_hidden.store(value * up, r, col + j, n - j);
-        filled_dgates.store(dhidden * up * derivative, r, col + j, n - j);
-        filled_dups.store(dhidden * value, r, col + j, n - j);
-      }
-    };
+    const Differentiate differentiate{rows,
+                                      detail::half(gate_up, 0),
+                                      detail::half(gate_up, 1),
+                                      detail::Filled<Scalar, Element>(hidden),
+                                      detail::Filled<Scalar, Element>(detail::half(dgate_up, 0)),
+                                      detail::Filled<Scalar, Element>(detail::half(dgate_up, 1))};
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
         [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
         [&](Index e) { return gate_up_weight(dp, e); }, [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
-        kernel::Finish(differentiate, detail::rows_ahead(x, gates, ups, filled_hidden.touched(), filled_dgates.touched(),
-                                                         filled_dups.touched())),
-        exec);
+        kernel::Epilogue<Scalar>::of(differentiate), exec);
   }
 
  private:
+  using V = kernel::Batch<Scalar>;
+
+  /// hidden = act(g) ⊙ u. A tile holds a vector of gates beside the same units' ups.
+  struct Activate {
+    const GroupedRows<Scalar>& rows;
+    RowView<Element> gates;  // kept, or empty
+    RowView<Element> ups;
+    detail::Filled<Scalar, Element> hidden;
+
+    void apply(const kernel::TileSums<Scalar>& tile) const {
+      for (Index i = 0; i < tile.rows; ++i) {
+        const Index r = rows.begin(tile.product) + tile.row + i;
+        const V gate = V::load_aligned(tile.of_row(i));
+        const V up = V::load_aligned(tile.of_row(i) + V::size);
+        if (gates.size() != 0) {
+          kernel::store(gate, gates.row(r) + tile.col, tile.cols);
+          kernel::store(up, ups.row(r) + tile.col, tile.cols);
+        }
+        hidden.store(Activation::value(gate) * up, r, tile.col, tile.cols);
+      }
+    }
+    void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
+      detail::prefetch_rows(list, rows, tile, hidden.touched());
+      detail::prefetch_rows(list, rows, tile, gates);
+      detail::prefetch_rows(list, rows, tile, ups);
+    }
+  };
+
+  /// hidden = act(g) ⊙ u, dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ act(g). The sums are dhidden.
+  struct Differentiate {
+    const GroupedRows<Scalar>& rows;
+    RowView<const Element> gates;
+    RowView<const Element> ups;
+    detail::Filled<Scalar, Element> hidden;
+    detail::Filled<Scalar, Element> dgates;
+    detail::Filled<Scalar, Element> dups;
+
+    void apply(const kernel::TileSums<Scalar>& tile) const {
+      for (Index i = 0; i < tile.rows; ++i) {
+        const Index r = rows.begin(tile.product) + tile.row + i;
+        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
+          const Index col = tile.col + j;
+          const Index n = tile.cols - j;
+          const V dhidden = V::load_aligned(tile.of_row(i) + j);
+          const V gate = kernel::load<V>(gates.row(r) + col, n);
+          const V up = kernel::load<V>(ups.row(r) + col, n);
+          const V value = Activation::value(gate);
+          const V derivative = Activation::derivative(gate);  // before anything is stored: they share what they compute
+          hidden.store(value * up, r, col, n);
+          dgates.store(dhidden * up * derivative, r, col, n);
+          dups.store(dhidden * value, r, col, n);
+        }
+      }
+    }
+    void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
+      detail::prefetch_rows(list, rows, tile, gates);
+      detail::prefetch_rows(list, rows, tile, ups);
+      detail::prefetch_rows(list, rows, tile, hidden.touched());
+      detail::prefetch_rows(list, rows, tile, dgates.touched());
+      detail::prefetch_rows(list, rows, tile, dups.touched());
+    }
+  };
+
   // The two products of an expert, without rows.
   using Product = typename Frozen::Product;
   Product to_hidden(ParameterView<const Scalar> p, Index e) const {
-    return {.n = hidden_dim_, .k = model_dim_, .b = {gate_up_weight(p, e), true}, .halves = true};
+    return {.n = hidden_dim_,
+            .k = model_dim_,
+            .b = kernel::Operand<Scalar>{gate_up_weight(p, e), kernel::Transpose::yes},
+            .gated = true};
   }
   static Product to_out(ParameterView<const Scalar> p, Index e) { return detail::through<Element>(down_.of(p, e)); }
   static Product to_hidden(const Frozen& weights, Index e) { return weights.product(2 * e); }
@@ -115,27 +165,12 @@ class GluExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const detail::Filled<Scalar, Element> filled(hidden);
     const RowView<Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
-    const RowView<Element> gates = detail::half(gate_up, 0);
-    const RowView<Element> ups = detail::half(gate_up, 1);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    // A tile holds a vector of gates beside the same units' ups.
-    const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
-                              const Scalar* values) {
-      using V = kernel::Batch<Scalar, decltype(arch)>;
-      const Index r = rows.begin(e) + row;
-      const V gate = V::load_aligned(values);
-      const V up = V::load_aligned(values + V::size);
-      if (gates.size() != 0) {
-        kernel::store(gate, gates.row(r) + col, n);
-        kernel::store(up, ups.row(r) + col, n);
-      }
-      filled.store(Activation::value(gate) * up, r, col, n);
-    };
+    const Activate activate{rows, detail::half(gate_up, 0), detail::half(gate_up, 1), detail::Filled<Scalar, Element>(hidden)};
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(x, filled.touched(), gates, ups)), kernel::Store{}, exec);
+        kernel::Epilogue<Scalar>::of(activate), exec);
   }
 
   static constexpr detail::BankTensor gate_{0, 3};

@@ -74,14 +74,13 @@ class LinearExperts {
     const Workspace::Frame frame(workspace);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
     const RowView<const Element> d = detail::as_elements<Element>(dh, workspace, exec);
-    kernel::run_stages<Scalar>(
-        exec,
-        kernel::Stage(experts_,
-                      [&](Index e) { return detail::weight_gradient<Scalar>(x, d, kernel::rows_of(weight().of(dp, e)), e); }),
-        kernel::Stage(experts_, [&](Index e) {
-          return detail::back_through<Scalar>(rows.part(d, e), kernel::rows_of(weight().of(p, e)), model_dim_,
-                                              kernel::stream_to<Scalar>(drows, rows.begin(e)));
-        }));
+    kernel::TaskGraph<Scalar, Element> graph;
+    graph.add(experts_, [&](Index e) { return detail::weight_gradient<Scalar>(x, d, kernel::rows_of(weight().of(dp, e)), e); });
+    graph.add(experts_, [&](Index e) {
+      return detail::back_through<Scalar>(rows.part(d, e), kernel::rows_of(weight().of(p, e)), model_dim_,
+                                          kernel::stream_to<Scalar>(drows, rows.begin(e)));
+    });
+    graph.run(exec);
     if (bias_) {
       detail::add_bias_gradient(rows, dh, detail::of(dp, bias()), exec);
     }
@@ -93,14 +92,13 @@ class LinearExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const auto product = [&](Index e) {
-      return detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::stream_to<Scalar>(h, rows.begin(e)));
-    };
-    if (bias_) {
-      kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product, kernel::store_with_bias<Scalar>(bias_of)));
-    } else {
-      kernel::run_stages<Scalar>(exec, kernel::Stage(experts_, product));
-    }
+    kernel::TaskGraph<Scalar, Element> graph;
+    graph.add(experts_, [&](Index e) {
+      auto product = detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::stream_to<Scalar>(h, rows.begin(e)));
+      product.bias = bias_ ? bias_of(e) : nullptr;
+      return product;
+    });
+    graph.run(exec);
   }
 
   detail::BankTensor weight() const { return {0, bias_ ? 2 : 1}; }

@@ -72,32 +72,77 @@ class MlpExperts {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
     const RowView<Element> da = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const detail::Filled<Scalar, Element> filled_hidden(hidden);
-    const detail::Filled<Scalar, Element> filled_da(da);
-    const RowView<const Element> a = detail::kept_elements<Element>(kept, hidden_dim_);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const auto differentiate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
-                                   const Scalar* values) {
-      using V = kernel::Batch<Scalar, decltype(arch)>;
-      const Index r = rows.begin(e) + row;
-      for (Index j = 0; j < n; j += Index{V::size}) {
-        const V before = kernel::load<V>(a.row(r) + col + j, n - j);
-        const V value = Activation::value(before);
-        const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
-        filled_hidden.store(value, r, col + j, n - j);
-        filled_da.store(V::load_aligned(values + j) * derivative, r, col + j, n - j);
-      }
-    };
+    const Differentiate differentiate{rows, detail::kept_elements<Element>(kept, hidden_dim_),
+                                      detail::Filled<Scalar, Element>(hidden), detail::Filled<Scalar, Element>(da)};
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, da, drows,
         [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
         [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
-        kernel::Finish(differentiate, detail::rows_ahead(x, a, filled_hidden.touched(), filled_da.touched())), exec);
+        kernel::Epilogue<Scalar>::of(differentiate), exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
 
  private:
+  using V = kernel::Batch<Scalar>;
+
+  /// a = sums + b1, hidden = act(a).
+  template <class Weights>
+  struct Activate {
+    const GroupedRows<Scalar>& rows;
+    const Weights& weights;
+    RowView<Element> a;  // kept, or empty
+    detail::Filled<Scalar, Element> hidden;
+
+    void apply(const kernel::TileSums<Scalar>& tile) const {
+      const Scalar* const bias = hidden_bias(weights, tile.product) + tile.col;
+      for (Index i = 0; i < tile.rows; ++i) {
+        const Index r = rows.begin(tile.product) + tile.row + i;
+        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
+          const Index n = tile.cols - j;
+          const V before = V::load_aligned(tile.of_row(i) + j) + kernel::load<V>(bias + j, n);
+          if (a.size() != 0) {
+            kernel::store(before, a.row(r) + tile.col + j, n);
+          }
+          hidden.store(Activation::value(before), r, tile.col + j, n);
+        }
+      }
+    }
+    void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
+      detail::prefetch_rows(list, rows, tile, hidden.touched());
+      detail::prefetch_rows(list, rows, tile, a);
+    }
+  };
+
+  /// hidden = act(a), da = dhidden ⊙ act'(a). The sums are dhidden.
+  struct Differentiate {
+    const GroupedRows<Scalar>& rows;
+    RowView<const Element> a;
+    detail::Filled<Scalar, Element> hidden;
+    detail::Filled<Scalar, Element> da;
+
+    void apply(const kernel::TileSums<Scalar>& tile) const {
+      for (Index i = 0; i < tile.rows; ++i) {
+        const Index r = rows.begin(tile.product) + tile.row + i;
+        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
+          const Index col = tile.col + j;
+          const Index n = tile.cols - j;
+          const V before = kernel::load<V>(a.row(r) + col, n);
+          const V value = Activation::value(before);
+          const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
+          hidden.store(value, r, col, n);
+          da.store(V::load_aligned(tile.of_row(i) + j) * derivative, r, col, n);
+        }
+      }
+    }
+    void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
+      detail::prefetch_rows(list, rows, tile, a);
+      detail::prefetch_rows(list, rows, tile, hidden.touched());
+      detail::prefetch_rows(list, rows, tile, da.touched());
+    }
+  };
+
   // The two products of an expert, without rows, and their biases.
   using Product = typename Frozen::Product;
   static Product to_hidden(ParameterView<const Scalar> p, Index e) { return detail::through<Element>(fc1_.of(p, e)); }
@@ -114,26 +159,17 @@ class MlpExperts {
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const detail::Filled<Scalar, Element> filled(hidden);
-    const RowView<Element> a = detail::kept_elements<Element>(kept, hidden_dim_);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const auto activate = [&](auto arch, const auto& /*product*/, Index e, Index row, Index col, Index n,
-                              const Scalar* values) {
-      using V = kernel::Batch<Scalar, decltype(arch)>;
-      const Index r = rows.begin(e) + row;
-      const Scalar* bias = hidden_bias(weights, e) + col;
-      for (Index j = 0; j < n; j += Index{V::size}) {
-        const V before = V::load_aligned(values + j) + kernel::load<V>(bias + j, n - j);
-        if (a.size() != 0) {
-          kernel::store(before, a.row(r) + col + j, n - j);
-        }
-        filled.store(Activation::value(before), r, col + j, n - j);
-      }
-    };
+    const Activate<Weights> activate{rows, weights, detail::kept_elements<Element>(kept, hidden_dim_),
+                                     detail::Filled<Scalar, Element>(hidden)};
     detail::forward_hidden(
-        x, hidden, h, [&](Index e) { return to_hidden(weights, e); }, [&](Index e) { return to_out(weights, e); },
-        kernel::Finish(activate, detail::rows_ahead(x, filled.touched(), a)),
-        kernel::store_with_bias<Scalar>([&](Index e) { return out_bias(weights, e); }), exec);
+        x, hidden, h, [&](Index e) { return to_hidden(weights, e); },
+        [&](Index e) {
+          Product product = to_out(weights, e);
+          product.bias = out_bias(weights, e);
+          return product;
+        },
+        kernel::Epilogue<Scalar>::of(activate), exec);
   }
 
   static constexpr detail::BankTensor fc1_{0, 4};

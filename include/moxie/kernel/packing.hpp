@@ -3,32 +3,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <moxie/kernel/tile.hpp>
+#include <moxie/kernel/microkernel.hpp>
+#include <moxie/kernel/prefetch.hpp>
+#include <moxie/kernel/product.hpp>
 #include <utility>
 
+/// Copies factors into the order in which tiles read them: packed panels of B, packed tiles of a transposed A.
 namespace moxie::kernel {
-
-/// Rows in memory: row r starts at `data + stride · (index ? index[r] : r)`, so rows can be gathered by an index without a
-/// copy; those from `gap_at` on lie `gap` elements further, so two matrices of one stride can be one on top of the other.
-template <class T>
-struct Rows {
-  T* data = nullptr;
-  Index stride = 0;
-  const Index* index = nullptr;
-  Index gap_at = 0;
-  Index gap = 0;
-
-  T* row(Index r) const { return data + stride * (index != nullptr ? index[r] : r) + (r >= gap_at ? gap : 0); }
-};
-
-/// A factor of a product: rows, or their transpose.
-template <class Scalar>
-struct Operand {
-  Rows<const Scalar> rows;
-  bool transposed = false;
-
-  const Scalar* row(Index r) const { return rows.row(r); }
-};
 
 namespace detail {
 
@@ -128,44 +109,44 @@ Rows from_column(Rows rows, Index column) {
 
 }  // namespace detail
 
-/// How the columns of a factor B (k,n) lie in panels of two vectors: one after the other, or, where they are two halves (gate
-/// and up), a vector of each half side by side, so that a tile holds both values of a unit.
+/// The columns of a factor B (k,n) in panels of two vectors: one vector after the other, or, where B is gated, a vector of gate
+/// columns beside the vector of the same units' up columns.
 template <class Scalar, class Arch, class Element = Scalar>
 struct Panels {
-  using T = detail::Tile<Scalar, Arch>;
+  using T = detail::RegisterTile<Scalar, Arch>;
   static constexpr Index elements = UnitOf<Element>::elements;
 
-  Index n = 0;  ///< outputs: columns, or columns of a half
-  bool halves = false;
+  Index n = 0;  ///< outputs: columns, or gate columns
+  bool gated = false;
 
-  Index outputs() const { return halves ? T::width : T::cols; }  ///< of a panel
+  Index outputs() const { return gated ? T::width : T::cols; }  ///< of a panel
   Index count() const { return (n + outputs() - 1) / outputs(); }
   Index outputs_of(Index panel) const { return std::min(outputs(), n - panel * outputs()); }
   /// The column of B that vector v of a panel starts with, and how many of the vector's columns there are.
   std::pair<Index, Index> vector(Index panel, Index v) const {
-    const Index first = halves ? panel * T::width : panel * T::cols + v * T::width;
-    return {first + (halves ? v * n : 0), std::clamp(n - first, Index{0}, T::width)};
+    const Index first = gated ? panel * T::width : panel * T::cols + v * T::width;
+    return {first + (gated ? v * n : 0), std::clamp(n - first, Index{0}, T::width)};
   }
 
-  /// The column of B in one lane of vector v. Padding repeats the last one of the vector's half, and is then not stored.
+  /// The column of B in one lane of vector v. Padding repeats the last column of the vector, and is never stored.
   Index column(Index panel, Index v, Index lane) const {
-    return std::min(vector(panel, v).first + lane, (halves ? v * n : 0) + n - 1);
+    return std::min(vector(panel, v).first + lane, (gated ? v * n : 0) + n - 1);
   }
 
-  /// The memory of vector v of a panel in steps [s0, s0 + steps) of B, as far as it lies at equal distances.
+  /// The memory of vector v of a panel in steps [s0, s0 + steps) of B, as far as its lines lie at equal distances.
   template <class Source>
-  detail::Run source(const Operand<Source>& b, Index panel, Index v, Index s0, Index steps) const {
+  detail::PrefetchRun source(const Operand<Source>& b, Index panel, Index v, Index s0, Index steps) const {
     constexpr Index size = sizeof(Source);
     const auto& rows = b.rows;
     const auto [column, columns] = vector(panel, v);
-    const Index row = b.transposed ? column : s0 * elements;
-    const Index from = b.transposed ? s0 * elements : column;
-    const bool dense = !b.transposed || rows.stride == steps * elements;
+    const Index row = b.transposed() ? column : s0 * elements;
+    const Index from = b.transposed() ? s0 * elements : column;
+    const bool dense = !b.transposed() || rows.stride == steps * elements;
     if (steps <= 0 || columns == 0 || rows.index != nullptr || !dense) {
       return {};
     }
     const auto* const first = reinterpret_cast<const std::byte*>(b.row(row) + from);
-    if (b.transposed) {  // as much as a step takes, at most a line
+    if (b.transposed()) {  // as much as a step takes, at most a line
       constexpr Index pitch = std::min(Index{64}, T::width * elements * size);
       return {first, pitch, (columns * steps * elements * size + pitch - 1) / pitch};
     }
@@ -173,35 +154,23 @@ struct Panels {
     return {first, rows.stride * size, row >= rows.gap_at ? lines : std::min(lines, rows.gap_at - row)};
   }
 
-  /// Packs rows [k0, k0 + depth) of B's panels [q0, q0 + panels) to `out`, (steps x cols) each and `stride` apart. Where there
-  /// is no column, something that is not stored; where a step has no second row, zeros. Where B is transposed, asks for what is
-  /// `later` on the way.
+  /// Packs rows [k0, k0 + depth) of panels [q0, q0 + panels) of B to `out`, (steps x nr) each, `stride` apart. A column that
+  /// does not exist becomes something that is never stored; the second number of a last step that has none becomes zero. Where
+  /// B is transposed, prefetches the lines of `next` on the way.
   template <class Source>
   void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride,
-            const detail::Run& later = {}) const {
-    if (b.transposed && later.lines > 0) {  // a loop of its own, as in a tile
-      const Index squares = std::max(Index{1}, depth / square * 2 * panels);
-      const Index each = (later.lines + squares - 1) / squares;
-      auto line = reinterpret_cast<std::uintptr_t>(later.from);
-      const auto end = line + std::uintptr_t(later.pitch * later.lines);
-      pack_transposed(b, q0, panels, k0, depth, out, stride, [&] {
-        for (Index l = 0; l < each && line < end; ++l, line += std::uintptr_t(later.pitch)) {
-          __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr): as in a tile
-        }
-      });
+            const detail::PrefetchRun& next = {}) const {
+    if (b.transposed()) {
+      pack_transposed(b, q0, panels, k0, depth, out, stride, next);
       return;
     }
-    if (b.transposed) {
-      pack_transposed(b, q0, panels, k0, depth, out, stride, [] {});
-      return;
-    }
-    constexpr Index ahead = 32;
+    constexpr Index distance = 32;  // rows between prefetching and reading
     for (Index p = 0; p < depth; p += elements) {
       const auto rows = detail::rows_of_step<Element>(b, k0 + p, k0 + depth);
-      if (!halves) {
+      if (!gated) {
         const Index first = q0 * T::cols;
         for (Index i = 0; i < elements; ++i) {
-          prefetch(b.row(k0 + std::min(p + i + ahead, depth - 1)) + first, std::min(panels * T::cols, n - first));
+          prefetch(b.row(k0 + std::min(p + i + distance, depth - 1)) + first, std::min(panels * T::cols, n - first));
         }
       }
       for (Index i = 0; i < 2 * panels; ++i) {
@@ -213,11 +182,15 @@ struct Panels {
   }
 
  private:
-  static constexpr Index square = T::width * elements;  // so many numbers of a column
+  static constexpr Index square = T::width * elements;  // numbers of a column that are transposed at once
 
-  template <class Source, class Ask>
+  template <class Source>
   void pack_transposed(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out,
-                       Index stride, const Ask& ask) const {
+                       Index stride, const detail::PrefetchRun& next) const {
+    const Index squares = std::max(Index{1}, depth / square * 2 * panels);
+    const Index lines = (next.lines + squares - 1) / squares;  // that each square prefetches
+    auto line = reinterpret_cast<std::uintptr_t>(next.from);
+    const auto end = line + std::uintptr_t(next.pitch * next.lines);
     for (Index i = 0; i < 2 * panels; ++i) {
       const Source* from[T::width];
       for (Index j = 0; j < T::width; ++j) {
@@ -226,7 +199,9 @@ struct Panels {
       Unit<Element>* to = out + i / 2 * stride + i % 2 * T::width;
       Index p = 0;
       for (; p + square <= depth; p += square) {
-        ask();
+        for (Index l = 0; l < lines && line < end; ++l, line += std::uintptr_t(next.pitch)) {
+          __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr): as in a tile
+        }
         detail::transpose_square<Element, T::width>(from, p, to + p / elements * T::cols, T::cols);
       }
       for (; p < depth; p += elements) {
@@ -240,18 +215,18 @@ struct Panels {
 
 namespace detail {
 
-/// Copies rows [k0, k0 + depth), columns [m0, m0 + rows) of a transposed A to tiles (steps x Tile::rows), `stride` apart,
-/// padded with zeros: what packed tiles read.
+/// Packs rows [k0, k0 + depth), columns [m0, m0 + rows) of a transposed A to tiles (steps x mr), `stride` apart, padded with
+/// zeros.
 template <class Scalar, class Arch, class Element>
 void pack_transposed_rows(const Operand<Element>& a, Index k0, Index depth, Index m0, Index rows, Unit<Element>* out,
                           Index stride) {
-  using T = Tile<Scalar, Arch>;
+  using T = RegisterTile<Scalar, Arch>;
   constexpr Index elements = UnitOf<Element>::elements;
-  constexpr Index ahead = 32;
+  constexpr Index distance = 32;
   for (Index p = 0; p < depth; p += elements) {
     const auto from = rows_of_step<Element>(a, k0 + p, k0 + depth);
     for (Index i = 0; i < elements; ++i) {
-      prefetch(a.row(k0 + std::min(p + i + ahead, depth - 1)) + m0, rows);
+      prefetch(a.row(k0 + std::min(p + i + distance, depth - 1)) + m0, rows);
     }
     Unit<Element>* to = out + p / elements * T::rows;
     for (Index i = 0; i < rows; i += T::rows, to += stride) {
@@ -260,10 +235,10 @@ void pack_transposed_rows(const Operand<Element>& a, Index k0, Index depth, Inde
   }
 }
 
-/// Where a tile reads B, and packs it for the tiles after it: whole vectors of B's rows [k0, end). The first tile's arithmetic
-/// hides what packing costs.
+/// Where a tile reads B and packs it for the tiles after it: whole vectors of B's rows [k0, end), from one column on. The
+/// tile's arithmetic hides the cost of packing.
 template <class Scalar, class Element, class Arch, class Source>
-struct FreshPanel {
+struct PackingPanel {
   const Operand<Source>& b;
   Index k0;
   Index end;
@@ -271,12 +246,12 @@ struct FreshPanel {
   Unit<Element>* units;
 
   MOXIE_INLINE auto load(Index step) const {
-    using T = Tile<Scalar, Arch>;
+    using T = RegisterTile<Scalar, Arch>;
     constexpr Index elements = UnitOf<Element>::elements;
-    constexpr Index ahead = 32;
+    constexpr Index distance = 32;
     const Index k = k0 + step * elements;
     for (Index i = 0; i < elements; ++i) {
-      prefetch(b.row(std::min(k + i + ahead, end - 1)) + column, T::cols);
+      prefetch(b.row(std::min(k + i + distance, end - 1)) + column, T::cols);
     }
     Unit<Element>* const to = units + step * T::cols;
     if constexpr (std::is_same_v<Unit<Element>, Source>) {
@@ -290,10 +265,26 @@ struct FreshPanel {
       const auto rows = from_column(rows_of_step<Element>(b, k, end), column);
       units_across<Element, T::width>(rows, T::width, to);
       units_across<Element, T::width>(from_column(rows, T::width), T::width, to + T::width);
-      return Panel<Scalar, Element, Arch>{units}.load(step);
+      return PackedPanel<Scalar, Element, Arch>{units}.load(step);
     }
   }
 };
 
 }  // namespace detail
+
+/// How many units the packed panels of all of B take.
+template <class Arch = DefaultArch, class Scalar, class Element>
+Index panels_size(const Product<Scalar, Element>& p) {
+  return Panels<Scalar, Arch, Element>{p.n, p.gated}.count() * p.steps() * detail::RegisterTile<Scalar, Arch>::cols;
+}
+/// Packs all of B once, for any number of products with the same B: set `Product::panels` to `out`, which is aligned and holds
+/// `panels_size` units.
+template <class Arch = DefaultArch, class Scalar, class Element>
+void prepack(const Product<Scalar, Element>& p, Unit<Element>* out) {
+  const Panels<Scalar, Arch, Element> panels{p.n, p.gated};
+  p.b.visit([&](const auto& b) {
+    panels.pack(b, 0, panels.count(), 0, p.k, out, p.steps() * detail::RegisterTile<Scalar, Arch>::cols);
+  });
+}
+
 }  // namespace moxie::kernel

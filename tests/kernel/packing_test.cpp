@@ -3,7 +3,7 @@
 
 #include <cstring>
 #include <moxie/core/buffer.hpp>
-#include <moxie/kernel/gemm.hpp>
+#include <moxie/kernel/packing.hpp>
 #include <support.hpp>
 
 namespace {
@@ -14,7 +14,7 @@ using moxie::Matrix;
 using moxie::RowView;
 namespace kernel = moxie::kernel;
 
-TEST_CASE_TEMPLATE("pack: a square of every vector width is transposed", S, float, double) {
+TEST_CASE_TEMPLATE("packing: a square of every vector width is transposed", S, float, double) {
   const auto check = [](auto width) {
     constexpr Index n = decltype(width)::value;
     const Matrix<S> from = moxie::test::random<S>(n, 2 * n + 1, 201);
@@ -35,13 +35,13 @@ TEST_CASE_TEMPLATE("pack: a square of every vector width is transposed", S, floa
 }
 
 // Every element of B is in its panel, once; zeros, or repeated columns that nobody reads, elsewhere.
-TEST_CASE_TEMPLATE("pack: panels hold the columns of B, one vector after the other or of two halves", S, float, double) {
+TEST_CASE_TEMPLATE("packing: panels hold the columns of B, one vector after the other, or gate beside up", S, float, double) {
   using P = kernel::Panels<S, kernel::DefaultArch>;
   constexpr Index width = P::T::width, cols = P::T::cols;
-  for (const bool halves : {false, true}) {
+  for (const bool gated : {false, true}) {
     for (const Index n : {Index{1}, width - 1, width, width + 1, 3 * cols + 2}) {
-      const P panels{n, halves};
-      const Index all = halves ? 2 * n : n;
+      const P panels{n, gated};
+      const Index all = gated ? 2 * n : n;
       for (const Index depth : {Index{1}, width, 5 * width + 3}) {
         const Index k0 = 4;
         const Matrix<S> b = moxie::test::random<S>(k0 + depth + 2, all, 202);
@@ -50,15 +50,16 @@ TEST_CASE_TEMPLATE("pack: panels hold the columns of B, one vector after the oth
           const Index stride = depth * cols + 64;
           Buffer<S> out(panels.count() * stride);
           panels.pack(transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b), 0, panels.count(), k0, depth, out.data(),
-                      stride, later ? panels.source(kernel::transposed<S>(bt), 0, 0, 0, bt.cols()) : kernel::detail::Run{});
+                      stride,
+                      later ? panels.source(kernel::transposed<S>(bt), 0, 0, 0, bt.cols()) : kernel::detail::PrefetchRun{});
           Index wrong = 0;
           Index outputs = 0;
           for (Index q = 0; q < panels.count(); ++q) {
             outputs += panels.outputs_of(q);
             for (Index p = 0; p < depth; ++p) {
               for (Index j = 0; j < cols; ++j) {
-                const Index half = halves ? j / width : 0;
-                const Index column = halves ? q * width + j % width : q * cols + j;
+                const Index half = gated ? j / width : 0;
+                const Index column = gated ? q * width + j % width : q * cols + j;
                 if (column < n && out[q * stride + p * cols + j] != b(k0 + p, half * n + column)) {
                   ++wrong;
                 }
@@ -73,19 +74,19 @@ TEST_CASE_TEMPLATE("pack: panels hold the columns of B, one vector after the oth
   }
 }
 
-// Rows from k0 on, by an index or two matrices one on top of the other, as a tile asks for them.
+// Rows from k0 on, by an index or two matrices one on top of the other, as a tile reads them.
 template <class S, class Element, class Source>
 void check_fresh(const kernel::Rows<const Source>& rows, Index k0, Index depth, Index columns) {
   using Arch = kernel::DefaultArch;
-  constexpr Index cols = kernel::detail::Tile<S, Arch>::cols;
+  constexpr Index cols = kernel::detail::RegisterTile<S, Arch>::cols;
   constexpr Index elements = kernel::UnitOf<Element>::elements;
-  const kernel::Operand<Source> b{rows, false};
+  const kernel::Operand<Source> b{rows};
   const kernel::Panels<S, Arch, Element> panels{columns, false};
   const Index steps = (depth + elements - 1) / elements;
   for (Index q = 0; q < columns / cols; ++q) {
     Buffer<kernel::Unit<Element>> packed(steps * cols), fresh(steps * cols), loaded(steps * cols);
     panels.pack(b, q, 1, k0, depth, packed.data(), steps * cols);
-    const kernel::detail::FreshPanel<S, Element, Arch, Source> panel{b, k0, k0 + depth, q * cols, fresh.data()};
+    const kernel::detail::PackingPanel<S, Element, Arch, Source> panel{b, k0, k0 + depth, q * cols, fresh.data()};
     for (Index step = 0; step < steps; ++step) {
       const auto vectors = panel.load(step);
       std::memcpy(loaded.data() + step * cols, vectors.data(), sizeof(vectors));
@@ -96,7 +97,7 @@ void check_fresh(const kernel::Rows<const Source>& rows, Index k0, Index depth, 
   }
 }
 
-TEST_CASE("pack: what the first tile packs on the way is what packing packs") {
+TEST_CASE("packing: what the first tile packs on the way is what packing packs") {
   const auto check = []<class S, class Element, class Source>(S, Element, const Matrix<Source>& m) {
     const Index index[] = {3, 0, 8, 1, 7, 2, 5, 4, 6};
     for (const Index depth : {1, 2, 5}) {
@@ -108,7 +109,7 @@ TEST_CASE("pack: what the first tile packs on the way is what packing packs") {
     }
   };
   const Matrix<float> floats =
-      moxie::test::random<float>(9, 3 * kernel::detail::Tile<float, kernel::DefaultArch>::cols + 1, 211);
+      moxie::test::random<float>(9, 3 * kernel::detail::RegisterTile<float, kernel::DefaultArch>::cols + 1, 211);
   const Matrix<moxie::BFloat16> halves = floats.cast<moxie::BFloat16>();
   check(0.0F, 0.0F, floats);
   check(0.0, 0.0, Matrix<double>(floats.cast<double>()));
@@ -116,8 +117,8 @@ TEST_CASE("pack: what the first tile packs on the way is what packing packs") {
   check(0.0F, moxie::BFloat16(), halves);
 }
 
-TEST_CASE_TEMPLATE("pack: rows of a transposed A are cut into tiles, padded with zeros", S, float, double) {
-  using T = kernel::detail::Tile<S, kernel::DefaultArch>;
+TEST_CASE_TEMPLATE("packing: rows of a transposed A are cut into tiles, padded with zeros", S, float, double) {
+  using T = kernel::detail::RegisterTile<S, kernel::DefaultArch>;
   const Index depth = 9, k0 = 2, m0 = 3;
   const Matrix<S> a = moxie::test::random<S>(k0 + depth + 1, m0 + 3 * T::rows, 203);
   for (const Index rows : {Index{1}, T::rows, T::rows + 1, 3 * T::rows}) {
@@ -134,7 +135,7 @@ TEST_CASE_TEMPLATE("pack: rows of a transposed A are cut into tiles, padded with
   }
 }
 
-TEST_CASE_TEMPLATE("pack: a vector's memory is a run, where it lies at equal distances", S, float, double) {
+TEST_CASE_TEMPLATE("packing: a vector's memory is a run, where it lies at equal distances", S, float, double) {
   using P = kernel::Panels<S, kernel::DefaultArch>;
   constexpr Index width = P::T::width;
   constexpr std::ptrdiff_t size = sizeof(S);
@@ -143,8 +144,8 @@ TEST_CASE_TEMPLATE("pack: a vector's memory is a run, where it lies at equal dis
   const Matrix<S> b = moxie::test::random<S>(depth, 2 * n, 205);
   const Matrix<S> bt = b.transpose();
   const auto bytes = [](const S* p) { return reinterpret_cast<const std::byte*>(p); };
-  for (const bool halves : {false, true}) {
-    const P panels{n, halves};
+  for (const bool gated : {false, true}) {
+    const P panels{n, gated};
     for (Index q = 0; q < panels.count(); ++q) {
       for (Index v = 0; v < 2; ++v) {
         const auto [column, columns] = panels.vector(q, v);
@@ -177,7 +178,7 @@ TEST_CASE_TEMPLATE("pack: a vector's memory is a run, where it lies at equal dis
   CHECK(beyond.lines == 4);
 }
 
-TEST_CASE("pack: where a step takes two numbers, all lines of both are in the run") {
+TEST_CASE("packing: where a step takes two numbers, all lines of both are in the run") {
   using P = kernel::Panels<float, kernel::DefaultArch, moxie::BFloat16>;
   const Index steps = 6;
   const Matrix<float> b = moxie::test::random<float>(2 * steps, 2 * P::T::cols, 206);
@@ -194,20 +195,6 @@ TEST_CASE("pack: where a step takes two numbers, all lines of both are in the ru
   const RowView<const float> view(b);
   const kernel::Operand<float> stacked{kernel::stacked(view.middle_rows(0, 5), view.middle_rows(7, 5))};
   CHECK(panels.source(stacked, 0, 0, 1, 4).lines == 3);  // up to the gap, within a step
-}
-
-TEST_CASE("pack: rows are found by stride, by index, and beyond a gap") {
-  const Matrix<float> m = moxie::test::random<float>(10, 3, 204);
-  const Index index[] = {7, 2};
-  const auto plain = kernel::rows_of(RowView<const float>(m));
-  const auto gathered = kernel::rows_of(RowView<const float>(m), index);
-  const RowView<const float> view(m);
-  const auto stacked = kernel::stacked(view.middle_rows(1, 2), view.middle_rows(6, 3));
-  CHECK(plain.row(4) == m.data() + 12);
-  CHECK(gathered.row(0) == m.data() + 21);
-  CHECK(gathered.row(1) == m.data() + 6);
-  CHECK(stacked.row(1) == m.data() + 6);
-  CHECK(stacked.row(2) == m.data() + 18);
 }
 
 }  // namespace

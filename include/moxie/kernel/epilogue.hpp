@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/kernel/blocking.hpp>
+#include <moxie/kernel/microkernel.hpp>
+#include <moxie/kernel/product.hpp>
+
+/// What happens to the sums of a tile while they are in the L1 cache: a bias, an activation, the store.
+namespace moxie::kernel {
+
+/// The sums of one tile: `rows` x `cols` of C from (row, col) on, of product `product` of its stage. The sums of a row are
+/// aligned and fill two vectors; those beyond `cols` are padding. Of a gated product the first vector has the sums of the gate
+/// columns, the second those of the up columns.
+template <class Scalar>
+struct TileSums {
+  Index product;
+  Index row;
+  Index rows;
+  Index col;
+  Index cols;
+  const Scalar* sums;
+  Index stride;
+
+  const Scalar* of_row(Index r) const { return sums + r * stride; }
+};
+
+/// What ends each tile of a stage: a function and its context, called once a tile by several threads at once. Without a
+/// function, sums (plus the product's bias) go to C.
+template <class Scalar>
+struct Epilogue {
+  void (*apply)(const void* context, const TileSums<Scalar>& tile) = nullptr;
+  /// Adds to `list` what `apply` will read and write. Optional.
+  void (*prefetch)(const void* context, detail::PrefetchList& list, const TileSums<Scalar>& tile) = nullptr;
+  const void* context = nullptr;
+
+  /// Of an object with `apply(tile)` and `prefetch(list, tile)`, which must outlive the run.
+  template <class Object>
+  static Epilogue of(const Object& object) {
+    return {[](const void* self, const TileSums<Scalar>& tile) { static_cast<const Object*>(self)->apply(tile); },
+            [](const void* self, detail::PrefetchList& list, const TileSums<Scalar>& tile) {
+              static_cast<const Object*>(self)->prefetch(list, tile);
+            },
+            &object};
+  }
+};
+
+/// As `replace`, to rows [first, ...) of m; by non-temporal stores where `is_streamed`.
+template <class Scalar, class Arch = DefaultArch>
+Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m, Index first = 0) {
+  return {{m.data() + first * m.stride(), m.stride(), nullptr},
+          fill_lines<Batch<Scalar, Arch>, 2> && is_streamed(m) ? Write::stream : Write::replace};
+}
+
+namespace detail {
+
+/// Where the first of `rows` rows of C goes, where they lie at equal distances; else null.
+template <class P>
+typename P::Scalar* evenly_spaced_rows(const P& p, Index row, Index rows, Index col) {
+  const auto& c = p.c.rows;
+  return c.index == nullptr && (row >= c.gap_at || row + rows <= c.gap_at) ? c.row(row) + col : nullptr;
+}
+
+/// What the default epilogue writes.
+template <class P>
+void prefetch_destination(const P& p, PrefetchList& list, Index row, Index rows, Index col, Index cols) {
+  if (p.c.write == Write::stream && col + cols <= p.n) {
+    return;
+  }
+  if (auto* const first = evenly_spaced_rows(p, row, rows, col); first != nullptr) {
+    list.add(first, p.c.rows.stride, rows, cols);
+    return;
+  }
+  for (Index r = row; r < row + rows; ++r) {
+    list.add(p.c.row(r) + col, cols);
+  }
+}
+
+/// The default epilogue: C = sums + bias, or C += sums + bias.
+template <class Arch, class P>
+void store_tile(const P& p, const TileSums<typename P::Scalar>& tile) {
+  using Scalar = typename P::Scalar;
+  using T = RegisterTile<Scalar, Arch>;
+  using V = Batch<Scalar, Arch>;
+  const bool stream_all = p.c.write == Write::stream && tile.cols == T::cols;
+  for (Index r = 0; r < tile.rows; ++r) {
+    Scalar* const to = p.c.row(tile.row + r) + tile.col;
+    for (Index j = 0; j < tile.cols; j += T::width) {
+      V y = V::load_aligned(tile.of_row(r) + j);
+      if (p.bias != nullptr) {
+        y = y + load<V>(p.bias + tile.col + j, tile.cols - j);
+      }
+      if (p.c.write == Write::add) {
+        y = y + load<V>(to + j, tile.cols - j);
+      }
+      if (stream_all) {
+        stream(y, to + j);
+      } else {
+        store(y, to + j, tile.cols - j);
+      }
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace moxie::kernel

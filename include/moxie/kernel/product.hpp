@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <moxie/core/matrix.hpp>
+#include <moxie/kernel/element.hpp>
+#include <type_traits>
+
+/// What a matrix product is: sizes, two factors, a destination. A product is a plain value; it computes nothing.
+namespace moxie::kernel {
+
+enum class Transpose { no, yes };
+
+/// What a product does with the destination.
+enum class Write {
+  replace,
+  add,     ///< accumulates
+  stream,  ///< replaces by non-temporal stores, which bypass the caches; all rows must start with a cache line
+};
+
+/// Rows in memory. Row r starts at `data + stride · (index ? index[r] : r)`, so an index gathers rows without a copy. Rows from
+/// `gap_at` on lie `gap` elements further, so that two matrices of one stride can stand one above the other.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  Index stride = 0;
+  const Index* index = nullptr;
+  Index gap_at = 0;
+  Index gap = 0;
+
+  T* row(Index r) const { return data + stride * (index != nullptr ? index[r] : r) + (r >= gap_at ? gap : 0); }
+};
+
+/// A factor of a product: rows, or their transpose.
+template <class T>
+struct Operand {
+  Rows<const T> rows;
+  Transpose transpose = Transpose::no;
+
+  const T* row(Index r) const { return rows.row(r); }
+  bool transposed() const { return transpose == Transpose::yes; }
+};
+
+/// The right factor B. It holds Elements, or Scalars that packing rounds to Elements.
+template <class Scalar, class Element>
+class Factor {
+ public:
+  Factor() = default;
+  Factor(const Operand<Element>& elements) : elements_(elements), transposed_(elements.transposed()) {}
+  Factor(const Operand<Scalar>& scalars) requires(!std::is_same_v<Scalar, Element>)
+      : elements_{{nullptr, scalars.rows.stride, scalars.rows.index, scalars.rows.gap_at, scalars.rows.gap}, scalars.transpose},
+        scalars_(scalars.rows.data),
+        transposed_(scalars.transposed()) {}
+
+  bool transposed() const { return transposed_; }
+  /// Calls `f` with the operand, of Elements or of Scalars.
+  template <class F>
+  decltype(auto) visit(F&& f) const {
+    if constexpr (!std::is_same_v<Scalar, Element>) {
+      if (scalars_ != nullptr) {
+        const Rows<const Element>& rows = elements_.rows;
+        return f(Operand<Scalar>{{scalars_, rows.stride, rows.index, rows.gap_at, rows.gap}, elements_.transpose});
+      }
+    }
+    return f(elements_);
+  }
+
+ private:
+  Operand<Element> elements_;
+  const Scalar* scalars_ = nullptr;
+  bool transposed_ = false;
+};
+
+/// Where a product goes.
+template <class Scalar>
+struct Destination {
+  Rows<Scalar> rows;
+  Write write = Write::replace;
+
+  Scalar* row(Index r) const { return rows.row(r); }
+};
+
+/// C (m,n) = A (m,k) B (k,n), or C += A B. Sums are Scalars; the factors are multiplied as Elements.
+template <class Scalar_, class Element_ = Scalar_>
+struct Product {
+  using Scalar = Scalar_;
+  using Element = Element_;
+
+  Index m = 0;
+  Index n = 0;
+  Index k = 0;
+  Operand<Element> a = {};
+  Factor<Scalar, Element> b = {};
+  Destination<Scalar> c = {};
+  /// B has 2n columns: gate columns, then up columns. Columns j and n + j share a panel, so that an epilogue has both sums.
+  bool gated = false;
+  /// B as prepacked panels (`prepack`) in place of `b`.
+  const Unit<Element>* panels = nullptr;
+  /// n numbers that the default epilogue adds to each row; null for none.
+  const Scalar* bias = nullptr;
+
+  Index steps() const { return (k + UnitOf<Element>::elements - 1) / UnitOf<Element>::elements; }
+};
+
+template <class T>
+Rows<T> rows_of(RowView<T> m, const Index* index = nullptr) {
+  return {m.data(), m.stride(), index};
+}
+/// The rows of `top`, then those of `bottom`, which must have the same stride.
+template <class T>
+Rows<T> stacked(RowView<T> top, RowView<T> bottom) {
+  MOXIE_ASSERT(top.stride() == bottom.stride());
+  return {top.data(), top.stride(), nullptr, top.rows(), bottom.data() - top.row(top.rows())};
+}
+template <class T>
+Operand<T> plain(RowView<const std::type_identity_t<T>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), Transpose::no};
+}
+template <class T>
+Operand<T> transposed(RowView<const std::type_identity_t<T>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), Transpose::yes};
+}
+template <class Scalar>
+Destination<Scalar> replace(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), Write::replace};
+}
+template <class Scalar>
+Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index* index = nullptr) {
+  return {rows_of(m, index), Write::add};
+}
+
+}  // namespace moxie::kernel
