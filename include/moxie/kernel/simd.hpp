@@ -55,7 +55,6 @@ using Batch = typename detail::BatchOf<Scalar, Arch>::Type;
 template <class Arch>
 inline constexpr bool has_32_registers = std::is_base_of_v<xsimd::neon64, Arch>;
 
-using xsimd::any;  // of a comparison of batches
 using xsimd::fma;
 using xsimd::max;
 using xsimd::min;
