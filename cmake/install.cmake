@@ -14,8 +14,7 @@ install(EXPORT moxie NAMESPACE moxie:: FILE moxieTargets.cmake DESTINATION ${pac
 install(EXPORT moxie_io NAMESPACE moxie:: FILE moxieIoTargets.cmake DESTINATION ${package_dir})
 
 configure_package_config_file(cmake/moxieConfig.cmake.in moxieConfig.cmake INSTALL_DESTINATION ${package_dir})
-# Before 1.0 a new minor version may break what uses the library.
-write_basic_package_version_file(moxieConfigVersion.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
+configure_file(cmake/moxieConfigVersion.cmake.in moxieConfigVersion.cmake @ONLY)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/moxieConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/moxieConfigVersion.cmake
               cmake/find_dependencies.cmake DESTINATION ${package_dir})
 install(FILES LICENSE TYPE DOC)

@@ -24,5 +24,9 @@ moxie_package_test(find_package_without_options find_package
   PROPERTIES FIXTURES_REQUIRED installed)
 moxie_package_test(find_package_without_eigen find_package OPTIONS -DCMAKE_DISABLE_FIND_PACKAGE_Eigen3=ON
                    PROPERTIES FIXTURES_REQUIRED installed PASS_REGULAR_EXPRESSION "moxie needs Eigen3")
+moxie_test(package.versions COMMAND ${CMAKE_COMMAND} -S ${package_dir}/versions -B ${package_build}/versions --fresh
+                                    -G ${CMAKE_GENERATOR} -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}
+                                    -DCMAKE_PREFIX_PATH=${package_build}/prefix
+           PROPERTIES FIXTURES_REQUIRED installed)
 moxie_package_test(add_subdirectory add_subdirectory OPTIONS -DCOMPONENTS=io)
 moxie_package_test(fetch_content fetch_content OPTIONS -DCOMPONENTS=io)
