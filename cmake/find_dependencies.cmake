@@ -2,20 +2,42 @@
 # moxie::cuda, moxie::thrust. This file serves the build and the installed package alike; what the system lacks is left undefined.
 
 # Eigen 3.4 or 5: one call cannot ask for both.
-find_package(Eigen3 3.4 QUIET)
-if(NOT Eigen3_FOUND)
-  find_package(Eigen3 5 QUIET)
+if(NOT TARGET Eigen3::Eigen)
+  find_package(Eigen3 3.4 QUIET)
+  if(NOT Eigen3_FOUND)
+    find_package(Eigen3 5 QUIET)
+  endif()
 endif()
 
-# xsimd's target has a namespace in some releases and none in others, and Debian's asks for a library that is not there: all that
-# is wanted is the folder of its headers.
+# A target xsimd or xsimd::xsimd, of a package or of a project around this one. Debian's asks for a library that is not there: all
+# that is wanted is the folder of its headers, which also say the version.
 if(NOT TARGET moxie::xsimd)
-  find_package(xsimd QUIET)
+  if(NOT TARGET xsimd::xsimd AND NOT TARGET xsimd)
+    find_package(xsimd QUIET)
+  endif()
   foreach(target xsimd::xsimd xsimd)
-    if(TARGET ${target} AND NOT TARGET moxie::xsimd AND NOT xsimd_VERSION VERSION_LESS 8)
-      get_target_property(folder ${target} INTERFACE_INCLUDE_DIRECTORIES)
-      add_library(moxie::xsimd INTERFACE IMPORTED)
-      target_include_directories(moxie::xsimd INTERFACE ${folder})
+    if(TARGET ${target} AND NOT TARGET moxie::xsimd)
+      get_target_property(folders ${target} INTERFACE_INCLUDE_DIRECTORIES)
+      string(GENEX_STRIP "${folders}" plain_folders)
+      string(REGEX MATCHALL "BUILD_INTERFACE:[^>]*" build_folders "${folders}")
+      list(TRANSFORM build_folders REPLACE "BUILD_INTERFACE:" "")
+      find_file(moxie_xsimd_config xsimd/config/xsimd_config.hpp PATHS ${plain_folders} ${build_folders} NO_CACHE NO_DEFAULT_PATH)
+      set(moxie_xsimd_major "")
+      if(moxie_xsimd_config)
+        file(STRINGS "${moxie_xsimd_config}" moxie_xsimd_major REGEX "define XSIMD_VERSION_MAJOR")
+        string(REGEX REPLACE ".*MAJOR +" "" moxie_xsimd_major "${moxie_xsimd_major}")
+      endif()
+      unset(moxie_xsimd_config)
+      if(moxie_xsimd_major AND moxie_xsimd_major LESS 8)
+        message(STATUS "moxie: the target ${target} is xsimd ${moxie_xsimd_major}, which is too old")
+      else()
+        add_library(moxie::xsimd INTERFACE IMPORTED)
+        if(folders)
+          set_target_properties(moxie::xsimd PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${folders}")
+        else()
+          set_target_properties(moxie::xsimd PROPERTIES INTERFACE_LINK_LIBRARIES ${target})
+        endif()
+      endif()
     endif()
   endforeach()
 endif()
@@ -33,7 +55,9 @@ if(NOT TARGET moxie::openmp)
   endif()
 endif()
 
-find_package(nlohmann_json 3.9 QUIET)
+if(NOT TARGET nlohmann_json::nlohmann_json)
+  find_package(nlohmann_json 3.9 QUIET)
+endif()
 
 # Thrust: of the CUDA toolkit, with CUDA's runtime and cuBLAS, or alone, which is enough where no compiler is nvcc.
 if(NOT TARGET moxie::thrust)
