@@ -115,7 +115,7 @@ MOXIE_INLINE void units_across(const std::array<const Source*, UnitOf<Element>::
       to[j] = j < n ? rows[0][j] : Source(0);
     }
   } else {
-    alignas(alignment) Source copies[2][Width];
+    alignas(alignment) Source copies[2][std::size_t(Width)];
     const auto padded = [&](std::size_t r) -> const Source* {
       if (rows[r] != nullptr && n == Width) {
         return rows[r];

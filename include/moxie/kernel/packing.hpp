@@ -52,8 +52,9 @@ MOXIE_INLINE void transpose_square(const Source* const* from, Index p, Unit<Elem
     using V = typename VectorOf<U, Width>::Type;
     constexpr Index lane = std::min(Width, Index{16 / sizeof(U)});
     constexpr bool as_they_are = std::is_same_v<U, Source>;
-    alignas(alignment) U converted[as_they_are ? 1 : Width][as_they_are ? 1 : Width];
-    const U* rows[Width];
+    constexpr auto width = std::size_t(Width);
+    alignas(alignment) U converted[as_they_are ? 1 : width][as_they_are ? 1 : width];
+    const U* rows[width];
     for (Index j = 0; j < Width; ++j) {
       if constexpr (as_they_are) {
         rows[j] = from[j] + p;
@@ -65,8 +66,8 @@ MOXIE_INLINE void transpose_square(const Source* const* from, Index p, Unit<Elem
       }
     }
     for (Index c = 0; c < Width; c += lane) {
-      V v[lane];
-      V next[lane];
+      V v[std::size_t(lane)];
+      V next[std::size_t(lane)];
 #pragma GCC unroll 4
       for (Index i = 0; i < lane; ++i) {
         load_pieces<lane, Width / lane, U>(v[i], rows + i, lane, c);
