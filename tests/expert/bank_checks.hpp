@@ -186,7 +186,7 @@ void check_many_rows(const Bank_& bank) {
   zip(
       [&](const TensorInfo& info, RowView<const S> a, RowView<const S> b) {
         INFO(info.name);
-        CHECK((a.eigen() - b.eigen()).norm() <= Tolerance<S>::layer * b.eigen().norm());
+        CHECK(double((a.eigen() - b.eigen()).norm()) <= Tolerance<S>::layer * double(b.eigen().norm()));
       },
       at_once.grads, in_steps.grads);
 }

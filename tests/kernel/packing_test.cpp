@@ -18,7 +18,7 @@ TEST_CASE_TEMPLATE("packing: a square of every vector width is transposed", S, f
   const auto check = [](auto width) {
     constexpr Index n = decltype(width)::value;
     const Matrix<S> from = moxie::test::random<S>(n, 2 * n + 1, 201);
-    const S* rows[n];
+    const S* rows[std::size_t(n)];
     for (Index j = 0; j < n; ++j) {
       rows[j] = from.data() + j * from.cols();
     }

@@ -423,7 +423,7 @@ class SafetensorsHeader {
 inline std::FILE* create_file(const std::filesystem::path& path, const std::filesystem::path& like) {
   struct stat status {};
   const bool replaces = ::stat(like.c_str(), &status) == 0;
-  const auto mode = static_cast<mode_t>(replaces ? status.st_mode & 0777U : 0666U);
+  const mode_t mode = replaces ? status.st_mode & 0777U : 0666U;
   const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
   if (descriptor < 0) {
     return nullptr;
