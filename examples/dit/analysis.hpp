@@ -77,7 +77,7 @@ class RoutingCounts {
   void add(Index layer, Index bin, const moxie::DensePlan<S>& plan, std::span<const Index> labels) {
     expect(layer, bin, plan, labels);
     for (Index t = 0; t < plan.tokens(); ++t) {
-      for (Index n = 0; n < plan.slots(); ++n) {
+      for (Index n = 0; n < plan.slot_count(); ++n) {
         count(layer, bin, t, n / plan.slots_per_expert(), labels, double(plan.combine()(t, n)));
       }
     }

@@ -97,9 +97,9 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
     for (Index t = 0; t < plan.tokens(); ++t) {
       out.row.push_back(tape_.row(t));
     }
-    if constexpr (requires { plan.slots(); }) {
-      read(plan.dispatch().data, plan.tokens() * plan.slots(), out.dispatch);
-      read(plan.combine().data, plan.tokens() * plan.slots(), out.combine);
+    if constexpr (requires { plan.slot_count(); }) {
+      read(plan.dispatch().data, plan.tokens() * plan.slot_count(), out.dispatch);
+      read(plan.combine().data, plan.tokens() * plan.slot_count(), out.combine);
     } else {
       read(plan.token(), plan.rows(), out.token);
       read(plan.expert(), plan.rows(), out.expert);

@@ -157,9 +157,9 @@ class OnDevice {
       }
     });
     const Sequences sequences = Sequences(starts).over(seen.tokens);
-    if constexpr (requires { tape.plan_.slots(); }) {
-      tape.plan_.resize(sequences, experts, host_.router().slots() / experts);
-      const Index slots = tape.plan_.slots();
+    if constexpr (requires { tape.plan_.slot_count(); }) {
+      tape.plan_.resize(sequences, experts, host_.router().slot_count() / experts);
+      const Index slots = tape.plan_.slot_count();
       tape.plan_.dispatch().eigen() = Eigen::Map<const Matrix<Scalar>>(seen.dispatch.data(), seen.tokens, slots);
       tape.plan_.combine().eigen() = Eigen::Map<const Matrix<Scalar>>(seen.combine.data(), seen.tokens, slots);
     } else {

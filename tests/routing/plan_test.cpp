@@ -150,7 +150,7 @@ TEST_CASE("dense plan: slot s of expert e in sequence b is row (e B + b) S + s, 
   DensePlan<double> plan;
   plan.resize(moxie::Sequences(5).over(15), experts, slots);
   CHECK(plan.sequences() == moxie::Sequences(5).over(15));
-  CHECK(plan.slots() == 8);
+  CHECK(plan.slot_count() == 8);
   CHECK(plan.rows() == 24);
   std::set<Index> rows;
   for (Index b = 0; b < sequences; ++b) {

@@ -95,7 +95,7 @@ TEST_CASE("soft router: backward matches central differences in both variants, a
       CAPTURE(mode.experts);
       Matrix<double> x = moxie::test::random<double>(tokens, dim, 704);
       Routed<double> routed(mode);
-      const Index n = routed.router.slots();
+      const Index n = routed.router.slot_count();
       const Matrix<double> u = moxie::test::random<double>(tokens, n, 705);
       const Matrix<double> v = moxie::test::random<double>(tokens, n, 706);
       const Tokens<double> in{x, length};
@@ -156,7 +156,7 @@ TEST_CASE_TEMPLATE("soft router: the same bits for any number of threads, forwar
   const Matrix<S> x = moxie::test::random<S>(many, dim, 710);
   for (const SoftRouterConfig& mode : {modes[1], modes[4]}) {
     Routed<S> one(mode), seven(mode);
-    const Index n = one.router.slots();
+    const Index n = one.router.slot_count();
     const Matrix<S> u = moxie::test::random<S>(many, n, 711);
     const Matrix<S> v = moxie::test::random<S>(many, n, 712);
     Matrix<S> dx_one = Matrix<S>::Zero(many, dim), dx_seven = dx_one;

@@ -50,7 +50,7 @@ inline void copy_to_zeros(const void* from, void* to, std::size_t bytes) {
   static constexpr std::array<std::byte, 4096> zeros{};
   for (std::size_t i = 0; i < bytes; i += zeros.size()) {
     const std::byte* part = static_cast<const std::byte*>(from) + i;
-    const std::size_t size = std::min(bytes - i, zeros.size());
+    const std::size_t size = (std::min)(bytes - i, zeros.size());
     if (std::memcmp(part, zeros.data(), size) != 0) {
       std::memcpy(static_cast<std::byte*>(to) + i, part, size);
     }
@@ -154,7 +154,7 @@ class Buffer {
 
  private:
   RowView<T> matrix(Index rows, Index cols, Index stride) {
-    if (stride > 0 && rows > std::numeric_limits<Index>::max() / stride) {
+    if (stride > 0 && rows > (std::numeric_limits<Index>::max)() / stride) {
       throw std::bad_alloc();
     }
     resize(rows * stride);

@@ -25,7 +25,7 @@ struct Exec {
 
   int thread_count() const {
 #if defined(_OPENMP)
-    return threads > 0 ? threads : std::max(1, omp_get_max_threads());
+    return threads > 0 ? threads : (std::max)(1, omp_get_max_threads());
 #else
     return 1;
 #endif
@@ -70,7 +70,7 @@ struct Exec {
   /// Calls `range(begin, end)` for pieces of at most `grain` indices that cover [0, n).
   template <class Range>
   void parallel_ranges(Index n, Index grain, Range&& range) const {
-    parallel_for((n + grain - 1) / grain, [&](Index i) { range(i * grain, std::min(n, (i + 1) * grain)); });
+    parallel_for((n + grain - 1) / grain, [&](Index i) { range(i * grain, (std::min)(n, (i + 1) * grain)); });
   }
 };
 

@@ -58,7 +58,7 @@ class Rng {
   }
 
   /// Uniform on {0, ..., n-1}; the bias is below n / 2^53.
-  Index below(Index n, std::uint64_t index) const { return std::min(n - 1, Index(uniform(index) * double(n))); }
+  Index below(Index n, std::uint64_t index) const { return (std::min)(n - 1, Index(uniform(index) * double(n))); }
 
   /// Fills `m` with uniform numbers from [from, to), element (i, j) from index i·cols + j.
   template <class Scalar>

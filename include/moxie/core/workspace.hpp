@@ -51,7 +51,7 @@ class Workspace {
   std::byte* take(Index bytes) {
     const Index start = used_;
     used_ += (bytes + Index{alignment} - 1) / Index{alignment} * Index{alignment};
-    peak_ = std::max(peak_, used_);
+    peak_ = (std::max)(peak_, used_);
     if (blocks_.size() == 1 && used_ <= blocks_.front().size()) {
       return blocks_.front().data() + start;
     }
@@ -59,13 +59,13 @@ class Workspace {
       blocks_.emplace_back(used_);
       return blocks_.front().data() + start;
     }
-    blocks_.emplace_back(std::max(bytes, Index{1}));  // an overflow piece
+    blocks_.emplace_back((std::max)(bytes, Index{1}));  // an overflow piece
     return blocks_.back().data();
   }
 
   void close(Index used, std::size_t blocks) noexcept {
     used_ = used;
-    blocks_.resize(std::min(blocks_.size(), std::max(blocks, std::size_t{1})));
+    blocks_.resize((std::min)(blocks_.size(), (std::max)(blocks, std::size_t{1})));
     if (used_ == 0 && !blocks_.empty() && blocks_.front().size() < peak_) {
       blocks_.clear();
       try {

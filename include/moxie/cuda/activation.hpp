@@ -79,9 +79,9 @@ struct GeluTanh {
   MOXIE_CUDA_BOTH static S derivative(S x) {
     const S th = std::tanh(inner(x));
     // Far out the second term is 0, and x² would overflow.
-    const S near = x > S(1e4) ? S(1e4) : x < S(-1e4) ? S(-1e4) : x;
-    const S slope = S(root_two_over_pi) * (S(1) + S(3 * cubic) * near * near);
-    return S(0.5) * (S(1) + th) + S(0.5) * near * (S(1) - th * th) * slope;
+    const S clamped = x > S(1e4) ? S(1e4) : x < S(-1e4) ? S(-1e4) : x;
+    const S slope = S(root_two_over_pi) * (S(1) + S(3 * cubic) * clamped * clamped);
+    return S(0.5) * (S(1) + th) + S(0.5) * clamped * (S(1) - th * th) * slope;
   }
 
  private:

@@ -70,17 +70,17 @@ using moxie::detail::expect_value;
 template <class T>
 inline constexpr T infinity = std::numeric_limits<T>::infinity();
 template <class T>
-inline constexpr T smallest = std::numeric_limits<T>::min();
-inline constexpr int largest_int = std::numeric_limits<int>::max();
+inline constexpr T smallest = (std::numeric_limits<T>::min)();
+inline constexpr int largest_int = (std::numeric_limits<int>::max)();
 
 #if defined(__CUDACC__)
-inline void check(cudaError_t error, const char* call) {
+inline void expect_success(cudaError_t error, const char* call) {
   if (error != cudaSuccess) {
     cudaGetLastError();  // or the next launch would be taken for the culprit
     throw CudaError(std::string(call) + ": " + cudaGetErrorString(error));
   }
 }
-inline void check(cublasStatus_t status, const char* call) {
+inline void expect_success(cublasStatus_t status, const char* call) {
   if (status != CUBLAS_STATUS_SUCCESS) {
     throw CudaError(std::string(call) + ": " + cublasGetStatusString(status));
   }
@@ -105,7 +105,7 @@ class Lanes {
     return x;
   }
   template <class T>
-  MOXIE_CUDA_BOTH T max(T x) const {
+  MOXIE_CUDA_BOTH T largest(T x) const {
     for (int other = 16; other > 0; other /= 2) {
       const T y = __shfl_xor_sync(0xffffffffU, x, other);
       x = y > x ? y : x;
@@ -135,7 +135,7 @@ class Lanes {
     return x;
   }
   template <class T>
-  MOXIE_CUDA_BOTH T max(T x) const {
+  MOXIE_CUDA_BOTH T largest(T x) const {
     return x;
   }
   template <class T>
@@ -226,7 +226,7 @@ class DeviceExec {
       cudaGetLastError();
       throw CudaError(std::string("Thrust: ") + error.what());
     }
-    detail::check(cudaGetLastError(), "a kernel's launch");
+    detail::expect_success(cudaGetLastError(), "a kernel's launch");
   }
 #else
   template <class F>
@@ -249,14 +249,14 @@ class DeviceExec {
 #if defined(__CUDACC__)
   /// Gives the handle the stream, and factors of products that are the host's. Throws CudaError.
   DeviceExec(cudaStream_t stream, cublasHandle_t handle) : stream_(stream), handle_(handle) {
-    detail::check(cublasSetStream(handle, stream), "cublasSetStream");
-    detail::check(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_HOST), "cublasSetPointerMode");
+    detail::expect_success(cublasSetStream(handle, stream), "cublasSetStream");
+    detail::expect_success(cublasSetPointerMode(handle, CUBLAS_POINTER_MODE_HOST), "cublasSetPointerMode");
   }
   cudaStream_t stream() const { return stream_; }
   /// Throws CudaError if it has been given another stream meanwhile: then nothing would be in order.
   cublasHandle_t handle() const {
     cudaStream_t now = nullptr;
-    detail::check(cublasGetStream(handle_, &now), "cublasGetStream");
+    detail::expect_success(cublasGetStream(handle_, &now), "cublasGetStream");
     if (now != stream_) {
       throw CudaError("DeviceExec: the cuBLAS handle has another stream; every DeviceExec needs a handle of its own");
     }
@@ -341,7 +341,7 @@ class DeviceExec {
     if (n > 0) {
       ++counts_.launches;
 #if defined(__CUDACC__)
-      detail::check(cudaMemsetAsync(to, 0, std::size_t(n) * sizeof(T), stream_), "cudaMemsetAsync");
+      detail::expect_success(cudaMemsetAsync(to, 0, std::size_t(n) * sizeof(T), stream_), "cudaMemsetAsync");
 #else
       std::memset(static_cast<void*>(to), 0, std::size_t(n) * sizeof(T));
 #endif
@@ -353,8 +353,8 @@ class DeviceExec {
     static_assert(std::is_trivially_copyable_v<T>);
     if (n > 0) {
 #if defined(__CUDACC__)
-      detail::check(cudaMemcpyAsync(to, from, std::size_t(n) * sizeof(T), cudaMemcpyDeviceToDevice, stream_),
-                    "cudaMemcpyAsync");
+      detail::expect_success(cudaMemcpyAsync(to, from, std::size_t(n) * sizeof(T), cudaMemcpyDeviceToDevice, stream_),
+                             "cudaMemcpyAsync");
 #else
       std::memcpy(to, from, std::size_t(n) * sizeof(T));
 #endif
@@ -376,8 +376,8 @@ class DeviceExec {
       const std::size_t part = bytes - done < left ? bytes - done : left;
       char* const piece = staging() + staged_;
       std::memcpy(piece, reinterpret_cast<const char*>(from) + done, part);
-      detail::check(cudaMemcpyAsync(reinterpret_cast<char*>(to) + done, piece, part, cudaMemcpyHostToDevice, stream_),
-                    "cudaMemcpyAsync");
+      detail::expect_success(cudaMemcpyAsync(reinterpret_cast<char*>(to) + done, piece, part, cudaMemcpyHostToDevice, stream_),
+                             "cudaMemcpyAsync");
       staged_ += (part + alignment_of_parts - 1) / alignment_of_parts * alignment_of_parts;
       done += part;
     }
@@ -397,7 +397,7 @@ class DeviceExec {
     do {
       const std::size_t part = bytes - done < staging_size ? bytes - done : staging_size;
       if (part > 0) {  // the stream has read by then what was staged before
-        detail::check(
+        detail::expect_success(
             cudaMemcpyAsync(staging(), reinterpret_cast<const char*>(from) + done, part, cudaMemcpyDeviceToHost, stream_),
             "cudaMemcpyAsync");
       }
@@ -464,13 +464,13 @@ class DeviceExec {
   /// Pinned memory, which never grows.
   char* staging() {
     if (staging_ == nullptr) {
-      detail::check(cudaMallocHost(&staging_, staging_size), "cudaMallocHost");
+      detail::expect_success(cudaMallocHost(&staging_, staging_size), "cudaMallocHost");
     }
     return static_cast<char*>(staging_);
   }
   void synchronize() {
     ++counts_.synchronizations;
-    detail::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    detail::expect_success(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     staged_ = 0;
   }
 #endif
@@ -479,7 +479,7 @@ class DeviceExec {
     ++counts_.allocations;
     void* data = nullptr;
 #if defined(__CUDACC__)
-    detail::check(cudaMalloc(&data, bytes), "cudaMalloc");
+    detail::expect_success(cudaMalloc(&data, bytes), "cudaMalloc");
 #else
     data = ::operator new (bytes, std::align_val_t{alignment});
 #endif

@@ -352,8 +352,8 @@ class Moe {
   }
   /// C (of each sequence) = A B, rows by sequences and blocks of N slots.
   template <class Scalar2>
-  static Series<Scalar2> slots_of(DeviceRows<Scalar2> m, Index slots, bool transposed = false) {
-    return block_of(m, slots * m.cols, transposed);
+  static Series<Scalar2> slots_of(DeviceRows<Scalar2> m, Index slot_count, bool transposed = false) {
+    return block_of(m, slot_count * m.cols, transposed);
   }
 
   /// y += combine of what the experts make of the rows; y = where there is no shared expert.
@@ -371,15 +371,15 @@ class Moe {
                         CombineRow<Scalar>{tape.plan_.rows_of_token(), tape.plan_.weight(), kept, y, shared_.has_value()});
     } else {
       const Groups groups = tape.sequences_.groups();
-      const Index slots = tape.plan_.slots();
+      const Index slot_count = tape.plan_.slot_count();
       const DeviceRows<Scalar> mixed(tape.slots_.resize(exec, rows * dim), rows, dim);
       multiply<Scalar, Scalar>(exec, groups,
-                               {.m = slots,
+                               {.m = slot_count,
                                 .n = dim,
                                 .k = of_group,
                                 .a = rows_of(std::as_const(tape.plan_).dispatch(), true),
                                 .b = rows_of(in.x),
-                                .c = slots_of(mixed, slots)});
+                                .c = slots_of(mixed, slot_count)});
       const DeviceRows<Scalar> h(exec.scratch<Scalar>(rows * dim), rows, dim);
       experts_.forward(exec, weights, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()}, h,
                        tape.experts_);
@@ -387,9 +387,9 @@ class Moe {
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,
                                 .n = dim,
-                                .k = slots,
+                                .k = slot_count,
                                 .a = rows_of(std::as_const(tape.plan_).combine()),
-                                .b = slots_of(DeviceRows<const Scalar>(kept), slots),
+                                .b = slots_of(DeviceRows<const Scalar>(kept), slot_count),
                                 .c = rows_of(y),
                                 .add = shared_.has_value()});
     }
@@ -415,37 +415,45 @@ class Moe {
                        tape.router_);
     } else {
       const Groups groups = tape.sequences_.groups();
-      const Index slots = tape.plan_.slots();
+      const Index slot_count = tape.plan_.slot_count();
       const Index tokens = in.count();
       const DeviceRows<const Scalar> dispatch = tape.plan_.dispatch();
       const DeviceRows<const Scalar> combine = tape.plan_.combine();
       const DeviceRows<const Scalar> mixed(tape.slots_.data(), rows, dim);
       const DeviceRows<Scalar> dout(exec.scratch<Scalar>(rows * dim), rows, dim);  // dỸ, then dX̃
-      const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
-      const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
-      multiply<Scalar, Scalar>(
-          exec, groups,
-          {.m = slots, .n = dim, .k = of_group, .a = rows_of(combine, true), .b = rows_of(dy), .c = slots_of(dout, slots)});
-      multiply<Scalar, Scalar>(
-          exec, groups,
-          {.m = of_group, .n = slots, .k = dim, .a = rows_of(dy), .b = slots_of(kept, slots, true), .c = rows_of(dcombine)});
+      const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
+      const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
+      multiply<Scalar, Scalar>(exec, groups,
+                               {.m = slot_count,
+                                .n = dim,
+                                .k = of_group,
+                                .a = rows_of(combine, true),
+                                .b = rows_of(dy),
+                                .c = slots_of(dout, slot_count)});
+      multiply<Scalar, Scalar>(exec, groups,
+                               {.m = of_group,
+                                .n = slot_count,
+                                .k = dim,
+                                .a = rows_of(dy),
+                                .b = slots_of(kept, slot_count, true),
+                                .c = rows_of(dcombine)});
       experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
                         gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows, rows), drows, grads + experts_offset_,
                         tape.experts_);
       exec.for_each_row(rows, dout.cols, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,
-                                .n = slots,
+                                .n = slot_count,
                                 .k = dim,
                                 .a = rows_of(in.x),
-                                .b = slots_of(DeviceRows<const Scalar>(dout), slots, true),
+                                .b = slots_of(DeviceRows<const Scalar>(dout), slot_count, true),
                                 .c = rows_of(ddispatch)});
       multiply<Scalar, Scalar>(exec, groups,
                                {.m = of_group,
                                 .n = dim,
-                                .k = slots,
+                                .k = slot_count,
                                 .a = rows_of(dispatch),
-                                .b = slots_of(DeviceRows<const Scalar>(dout), slots),
+                                .b = slots_of(DeviceRows<const Scalar>(dout), slot_count),
                                 .c = rows_of(dx),
                                 .add = shared_.has_value()});
       router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, ddispatch, dcombine, dx,

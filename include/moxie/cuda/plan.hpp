@@ -68,7 +68,7 @@ void expect_tokens(std::string_view where, const DeviceTokens<Scalar>& in, Index
 }
 /// Throws ValueError for what an index of 31 bits cannot count.
 inline int to_index(std::string_view where, Index n) {
-  expect_value(n <= std::numeric_limits<int>::max(), where, "there are more than 2^31 - 1 elements to sort");
+  expect_value(n <= (std::numeric_limits<int>::max)(), where, "there are more than 2^31 - 1 elements to sort");
   return int(n);
 }
 

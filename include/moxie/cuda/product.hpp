@@ -96,7 +96,7 @@ constexpr cudaDataType_t type_of = std::is_same_v<T, double>  ? CUDA_R_64F
                                                               : CUDA_R_16BF;
 
 inline int to_int(Index n) {
-  expect_value(n <= std::numeric_limits<int>::max(), "moxie::cuda", "a matrix is too large for cuBLAS");
+  expect_value(n <= (std::numeric_limits<int>::max)(), "moxie::cuda", "a matrix is too large for cuBLAS");
   return int(n);
 }
 
@@ -148,9 +148,9 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
   if (!p.add) {
     for (Index g = 0; g < count; ++g) {
       if (p.depth(groups, g) == 0 && p.rows(groups, g) > 0) {  // a sum of nothing
-        check(cudaMemset2DAsync(p.c.of(g, groups.begin(g)), std::size_t(p.c.stride) * sizeof(Out), 0,
-                                std::size_t(p.n) * sizeof(Out), std::size_t(p.rows(groups, g)), exec.stream()),
-              "cudaMemset2DAsync");
+        expect_success(cudaMemset2DAsync(p.c.of(g, groups.begin(g)), std::size_t(p.c.stride) * sizeof(Out), 0,
+                                         std::size_t(p.n) * sizeof(Out), std::size_t(p.rows(groups, g)), exec.stream()),
+                       "cudaMemset2DAsync");
       }
     }
   }
@@ -184,10 +184,10 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
     void** c = exec.scratch<void*>(count);
     exec.for_each(count, Addresses<Element, Out>{p.a, p.b, p.c, groups.device, by_rows, a, b, c});
     exec.count_product();
-    check(cublasGemmGroupedBatchedEx(exec.handle(), of_b.data(), of_a.data(), cols.data(), rows.data(), depth.data(),
-                                     alpha.data(), b, type_of<Element>, ldb.data(), a, type_of<Element>, lda.data(),
-                                     beta.data(), c, type_of<Out>, ldc.data(), int(n), one.data(), compute),
-          "cublasGemmGroupedBatchedEx");
+    expect_success(cublasGemmGroupedBatchedEx(exec.handle(), of_b.data(), of_a.data(), cols.data(), rows.data(), depth.data(),
+                                              alpha.data(), b, type_of<Element>, ldb.data(), a, type_of<Element>, lda.data(),
+                                              beta.data(), c, type_of<Out>, ldc.data(), int(n), one.data(), compute),
+                   "cublasGemmGroupedBatchedEx");
     return;
   }
 #endif
@@ -201,11 +201,11 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
     }
     const Index first = groups.begin(g);
     exec.count_product();
-    check(cublasGemmEx(exec.handle(), operation(p.b.transposed), operation(p.a.transposed), to_int(p.n), to_int(rows),
-                       to_int(depth), &alpha, p.b.of(g, first), type_of<Element>, to_int(p.b.stride), p.a.of(g, first),
-                       type_of<Element>, to_int(p.a.stride), &beta, p.c.of(g, first), type_of<Out>, to_int(p.c.stride), compute,
-                       CUBLAS_GEMM_DEFAULT),
-          "cublasGemmEx");
+    expect_success(cublasGemmEx(exec.handle(), operation(p.b.transposed), operation(p.a.transposed), to_int(p.n), to_int(rows),
+                                to_int(depth), &alpha, p.b.of(g, first), type_of<Element>, to_int(p.b.stride), p.a.of(g, first),
+                                type_of<Element>, to_int(p.a.stride), &beta, p.c.of(g, first), type_of<Out>, to_int(p.c.stride),
+                                compute, CUBLAS_GEMM_DEFAULT),
+                   "cublasGemmEx");
   }
 }
 

@@ -12,19 +12,19 @@ namespace detail {
 struct SlotRow {
   int sequences;
   int experts;
-  int slots;         // of an expert
+  int slot_count;    // of an expert
   int* row_of_slot;  // of (b, n)
   int* slot_of_row;
   int* expert_of_row;
 
   MOXIE_CUDA_BOTH void operator()(Index i) const {
-    const int all = experts * slots;
+    const int all = experts * slot_count;
     const int b = int(i) / all;
     const int n = int(i) % all;
-    const int row = (n / slots * sequences + b) * slots + n % slots;
+    const int row = (n / slot_count * sequences + b) * slot_count + n % slot_count;
     row_of_slot[i] = row;
     slot_of_row[row] = int(i);
-    expert_of_row[row] = n / slots;
+    expert_of_row[row] = n / slot_count;
   }
 };
 
@@ -36,14 +36,14 @@ class DensePlan {
  public:
   /// Sets the shape; the router then fills `dispatch()` and `combine()`.
   void resize(DeviceExec& exec, const DeviceSequences& sequences, Index experts, Index slots_per_expert) {
-    const Index slots = experts * slots_per_expert;
+    const Index slot_count = experts * slots_per_expert;
     const Index count = sequences.count();
-    const Index rows = detail::to_index("DensePlan", count * slots);
-    dispatch_.resize(exec, sequences.tokens() * slots, sequences.room() * slots);
-    combine_.resize(exec, sequences.tokens() * slots, sequences.room() * slots);
+    const Index rows = detail::to_index("DensePlan", count * slot_count);
+    dispatch_.resize(exec, sequences.tokens() * slot_count, sequences.room() * slot_count);
+    combine_.resize(exec, sequences.tokens() * slot_count, sequences.room() * slot_count);
     tokens_ = sequences.tokens();
-    const bool same = sequences_ == count && slots_ == slots && Index(starts_.size()) == experts + 1;
-    slots_ = slots;
+    const bool same = sequences_ == count && slots_ == slot_count && Index(starts_.size()) == experts + 1;
+    slots_ = slot_count;
     if (same) {
       return;
     }
@@ -69,7 +69,7 @@ class DensePlan {
   Index tokens() const { return tokens_; }
   Index experts() const { return Index(starts_.size()) - 1; }
   /// N.
-  Index slots() const { return slots_; }
+  Index slot_count() const { return slots_; }
   /// B·N, of all steps of a shape.
   Index rows() const { return starts_.back(); }
   Index room() const { return rows(); }
@@ -256,13 +256,13 @@ class SoftRouter {
              Tape& tape) const {
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
     const Index tokens = in.count();
-    const Index slots = config_.slots();
+    const Index slot_count = config_.slot_count();
     const Groups groups = sequences.groups();
     if (config_.dispatch == Mixing::identity || config_.combine == Mixing::identity) {
       for (Index b = 0; b < groups.count(); ++b) {
-        if (groups.rows(b) != slots) {
+        if (groups.rows(b) != slot_count) {
           throw ShapeError("SoftRouter::route: sequence " + std::to_string(b) + " has " + std::to_string(groups.rows(b)) +
-                           " tokens, expected one for each of the " + std::to_string(slots) + " slots");
+                           " tokens, expected one for each of the " + std::to_string(slot_count) + " slots");
         }
       }
     }
@@ -282,15 +282,15 @@ class SoftRouter {
     }
     if (config_.dispatch == Mixing::learned) {
       if (config_.combine != Mixing::learned) {  // which else looks at the logits
-        const DeviceRows<Scalar> unused(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
+        const DeviceRows<Scalar> unused(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
         exec.for_each_row(tokens, SoftmaxRow<Scalar>{z, unused, scale, status});
       }
       const SlotLogit<Scalar> logit{z, scale};
-      Scalar* largest = exec.scratch<Scalar>(groups.count() * slots);
-      column_reduce<Largest, Scalar>(exec, groups, slots, logit, largest, slots, false, in.room());
+      Scalar* largest = exec.scratch<Scalar>(groups.count() * slot_count);
+      column_reduce<Largest, Scalar>(exec, groups, slot_count, logit, largest, slot_count, false, in.room());
       const SlotExponential<Scalar> exponential{logit, sequences.of_token(), largest};
-      Scalar* sum = exec.scratch<Scalar>(groups.count() * slots);
-      column_reduce<Plus, Scalar>(exec, groups, slots, exponential, sum, slots, false, in.room());
+      Scalar* sum = exec.scratch<Scalar>(groups.count() * slot_count);
+      column_reduce<Plus, Scalar>(exec, groups, slot_count, exponential, sum, slot_count, false, in.room());
       exec.for_each_row(tokens, DispatchRow<Scalar>{exponential, sum, plan.dispatch()});
     } else {
       exec.for_each_row(tokens, ConstantRow<Scalar>{config_.dispatch == Mixing::identity, true, groups.device,
@@ -306,19 +306,19 @@ class SoftRouter {
       return;
     }
     const Index tokens = in.count();
-    const Index slots = config_.slots();
+    const Index slot_count = config_.slot_count();
     const Index dim = config_.model_dim;
     const DeviceExec::Frame frame(exec);
-    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(in.room() * slots), tokens, slots);
+    const DeviceRows<Scalar> dz(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
     SoftBackwardRow<Scalar> row{{}, dcombine, {}, ddispatch, nullptr, sequences.of_token(), dz};
     if (config_.combine == Mixing::learned) {
       row.c = plan.combine();
     }
     if (config_.dispatch == Mixing::learned) {
       row.d = plan.dispatch();
-      Scalar* dots = exec.scratch<Scalar>(sequences.count() * slots);
-      column_reduce<Plus, Scalar>(exec, sequences.groups(), slots, ElementProduct<Scalar>{row.d, ddispatch}, dots, slots, false,
-                                  in.room());
+      Scalar* dots = exec.scratch<Scalar>(sequences.count() * slot_count);
+      column_reduce<Plus, Scalar>(exec, sequences.groups(), slot_count, ElementProduct<Scalar>{row.d, ddispatch}, dots,
+                                  slot_count, false, in.room());
       row.dots = dots;
     }
     exec.for_each_row(tokens, row);
@@ -327,34 +327,34 @@ class SoftRouter {
       return;
     }
     const DeviceRows<const Scalar> x_hat(tape.x_.data(), tokens, dim);
-    const DeviceRows<const Scalar> phi_hat(tape.phi_.data(), slots, dim);
+    const DeviceRows<const Scalar> phi_hat(tape.phi_.data(), slot_count, dim);
     const DeviceRows<Scalar> dx_hat(exec.scratch<Scalar>(in.room() * dim), tokens, dim);
-    const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slots * dim), slots, dim);
+    const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slot_count * dim), slot_count, dim);
     detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, dx_hat, false, dphi_hat.data, false);
     const Index scale_offset = layout_.tensors()[1].offset;
     const Scalar* scale = p + scale_offset;
-    Scalar* dots = exec.scratch<Scalar>(slots);
-    const DeviceRows<Scalar> dphi(grads, slots, dim);
-    exec.for_each_row(slots, NormalizeBackwardRow<Scalar>{phi_hat, dphi_hat, tape.phi_factor_.data(), scale, dphi, dots});
+    Scalar* dots = exec.scratch<Scalar>(slot_count);
+    const DeviceRows<Scalar> dphi(grads, slot_count, dim);
+    exec.for_each_row(slot_count, NormalizeBackwardRow<Scalar>{phi_hat, dphi_hat, tape.phi_factor_.data(), scale, dphi, dots});
     exec.for_each_row(tokens, NormalizeBackwardRow<Scalar>{x_hat, dx_hat, tape.x_factor_.data(), scale, dx, nullptr});
-    column_sums<Scalar>(exec, slots, 1, ElementOf<Scalar, Scalar>{DeviceRows<const Scalar>(dots, slots, 1)},
+    column_sums<Scalar>(exec, slot_count, 1, ElementOf<Scalar, Scalar>{DeviceRows<const Scalar>(dots, slot_count, 1)},
                         grads + scale_offset, true);
   }
 
  private:
   DeviceRows<const Scalar> logits(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Tape& tape) const {
-    const Index slots = config_.slots();
+    const Index slot_count = config_.slot_count();
     const Index dim = config_.model_dim;
-    const DeviceRows<Scalar> z(exec.scratch<Scalar>(in.room() * slots), in.count(), slots);
+    const DeviceRows<Scalar> z(exec.scratch<Scalar>(in.room() * slot_count), in.count(), slot_count);
     if (!config_.normalize) {
       detail::linear(exec, in.x, p, z);
       return z;
     }
     const DeviceRows<Scalar> x_hat(tape.x_.resize(exec, in.count() * dim, in.room() * dim), in.count(), dim);
-    const DeviceRows<Scalar> phi_hat(tape.phi_.resize(exec, slots * dim), slots, dim);
+    const DeviceRows<Scalar> phi_hat(tape.phi_.resize(exec, slot_count * dim), slot_count, dim);
     exec.for_each_row(in.count(), NormalizeRow<Scalar>{in.x, x_hat, tape.x_factor_.resize(exec, in.count(), in.room())});
-    exec.for_each_row(
-        slots, NormalizeRow<Scalar>{DeviceRows<const Scalar>(p, slots, dim), phi_hat, tape.phi_factor_.resize(exec, slots)});
+    exec.for_each_row(slot_count, NormalizeRow<Scalar>{DeviceRows<const Scalar>(p, slot_count, dim), phi_hat,
+                                                       tape.phi_factor_.resize(exec, slot_count)});
     detail::linear<Scalar>(exec, x_hat, phi_hat.data, z);
     return z;
   }

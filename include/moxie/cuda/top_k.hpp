@@ -50,7 +50,7 @@ struct SoftmaxRow {
     if (!ok) {
       detail::atomic_min(first_bad, int(t));
     }
-    largest = lanes.max(largest);
+    largest = lanes.largest(largest);
     Scalar sum = 0;
     for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
       const Scalar v = std::exp(factor * z(t, e) - largest);

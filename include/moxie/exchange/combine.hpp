@@ -37,7 +37,7 @@ void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<S
         const Index length = sequences.length(b);
         return {length,
                 h.cols(),
-                plan.slots(),
+                plan.slot_count(),
                 kernel::plain<Scalar>(plan.combine().middle_rows(first, length)),
                 kernel::plain<Scalar>(h, plan.slot_rows(b)),
                 {kernel::rows_of(y.middle_rows(first, length)), add ? kernel::Write::add : kernel::Write::replace}};
@@ -66,7 +66,7 @@ void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_ide
                       RowView<const std::type_identity_t<Scalar>> dy, RowView<std::type_identity_t<Scalar>> dh,
                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec) {
   const Sequences sequences = plan.sequences();
-  const RowView<Scalar> dc = dplan.combine.spread(plan.tokens(), plan.slots());
+  const RowView<Scalar> dc = dplan.combine.spread(plan.tokens(), plan.slot_count());
   kernel::grouped_gemm<Scalar>(
       2 * sequences.count(),
       [&](Index i) -> kernel::Product<Scalar> {
@@ -74,7 +74,7 @@ void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_ide
         const Index first = sequences.begin(b);
         const Index length = sequences.length(b);
         if (i % 2 == 0) {  // (N,L)(L,D) -> (N,D)
-          return {plan.slots(),
+          return {plan.slot_count(),
                   h.cols(),
                   length,
                   kernel::transposed<Scalar>(plan.combine().middle_rows(first, length)),
@@ -82,7 +82,7 @@ void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_ide
                   kernel::replace<Scalar>(dh, plan.slot_rows(b))};
         }
         return {length,  // (L,D)(D,N) -> (L,N)
-                plan.slots(),
+                plan.slot_count(),
                 h.cols(),
                 kernel::plain<Scalar>(dy.middle_rows(first, length)),
                 kernel::transposed<Scalar>(h, plan.slot_rows(b)),

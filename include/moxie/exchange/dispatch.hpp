@@ -11,29 +11,29 @@ namespace moxie {
 /// The rows of the experts, (A x): sparse plans gather tokens by an index, nothing is copied and `slots` may be empty.
 template <class Scalar>
 GroupedRows<Scalar> dispatch(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
-                             RowView<std::type_identity_t<Scalar>> /*slots*/, const Exec& /*exec*/) {
+                             RowView<std::type_identity_t<Scalar>> /*slot_rows*/, const Exec& /*exec*/) {
   return {plan.expert_starts(), x, plan.token().data()};
 }
 
 /// The slots X̃_b = D_bᵀ X_b of all sequences, computed into `slots` (R,D).
 template <class Scalar>
 GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
-                             RowView<std::type_identity_t<Scalar>> slots, const Exec& exec) {
+                             RowView<std::type_identity_t<Scalar>> slot_rows, const Exec& exec) {
   const Sequences sequences = plan.sequences();
   kernel::grouped_gemm<Scalar>(
       sequences.count(),
       [&](Index b) -> kernel::Product<Scalar> {
         const Index first = sequences.begin(b);
         const Index length = sequences.length(b);
-        return {plan.slots(),
+        return {plan.slot_count(),
                 x.cols(),
                 length,
                 kernel::transposed<Scalar>(plan.dispatch().middle_rows(first, length)),
                 kernel::plain<Scalar>(x.middle_rows(first, length)),
-                kernel::replace<Scalar>(slots, plan.slot_rows(b))};
+                kernel::replace<Scalar>(slot_rows, plan.slot_rows(b))};
       },
       exec);  // (N,L)(L,D) -> (N,D)
-  return {plan.expert_starts(), slots, nullptr};
+  return {plan.expert_starts(), slot_rows, nullptr};
 }
 
 /// The adjoint of dispatch: dx += Aᵀ drows, or dx = Aᵀ drows where it does not `add`. Every token sums its rows in the order of
@@ -61,7 +61,7 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
                        RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
                        typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec, bool add = true) {
   const Sequences sequences = plan.sequences();
-  const RowView<Scalar> dd = dplan.dispatch.spread(plan.tokens(), plan.slots());
+  const RowView<Scalar> dd = dplan.dispatch.spread(plan.tokens(), plan.slot_count());
   kernel::grouped_gemm<Scalar>(
       2 * sequences.count(),
       [&](Index i) -> kernel::Product<Scalar> {
@@ -71,13 +71,13 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
         if (i % 2 == 0) {  // (L,N)(N,D) -> (L,D)
           return {length,
                   x.cols(),
-                  plan.slots(),
+                  plan.slot_count(),
                   kernel::plain<Scalar>(plan.dispatch().middle_rows(first, length)),
                   kernel::plain<Scalar>(drows, plan.slot_rows(b)),
                   {kernel::rows_of(dx.middle_rows(first, length)), add ? kernel::Write::add : kernel::Write::replace}};
         }
         return {length,  // (L,D)(D,N) -> (L,N)
-                plan.slots(),
+                plan.slot_count(),
                 x.cols(),
                 kernel::plain<Scalar>(x.middle_rows(first, length)),
                 kernel::transposed<Scalar>(drows, plan.slot_rows(b)),

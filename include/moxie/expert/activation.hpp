@@ -84,9 +84,9 @@ struct GeluTanh {
     const V one = kernel::constant<V>(1);
     const V half = kernel::constant<V>(0.5);
     const V th = kernel::tanh(inner(x));
-    const V near = kernel::limited(x);  // beyond, the second term is 0 and x² would overflow
-    const V slope = root_two_over_pi<V>() * (one + kernel::constant<V>(3 * cubic) * near * near);
-    return half * (one + th) + half * near * (one - th * th) * slope;
+    const V clamped = kernel::limited(x);  // beyond, the second term is 0 and x² would overflow
+    const V slope = root_two_over_pi<V>() * (one + kernel::constant<V>(3 * cubic) * clamped * clamped);
+    return half * (one + th) + half * clamped * (one - th * th) * slope;
   }
 
  private:

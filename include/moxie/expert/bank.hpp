@@ -223,7 +223,7 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
     const auto db = dbias(i / parts);
     using Scalar = typename decltype(db)::Scalar;
     const Index first = i % parts * columns;
-    const Index count = std::min(columns, dh.cols() - first);
+    const Index count = (std::min)(columns, dh.cols() - first);
     for (Index r = rows.begin(i / parts); r < rows.begin(i / parts + 1); ++r) {
       db.eigen().middleCols(first, count) += dh.eigen().row(r).segment(first, count).template cast<Scalar>();
     }

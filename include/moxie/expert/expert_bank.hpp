@@ -200,11 +200,11 @@ class OneOfExpert {
  private:
   using Kinds = std::variant<First, Rest...>;
 
-  template <std::size_t... I>
-  static Kinds make(Index model_dim, const Config& config, std::index_sequence<I...> /*kinds*/) {
+  template <std::size_t... Kind>
+  static Kinds make(Index model_dim, const Config& config, std::index_sequence<Kind...> /*kinds*/) {
     using Maker = Kinds (*)(Index, const Config&);
-    constexpr std::array<Maker, sizeof...(I)> makers{
-        [](Index dim, const Config& c) { return Kinds(std::in_place_index<I>, dim, std::get<I>(c)); }...};
+    constexpr std::array<Maker, sizeof...(Kind)> makers{
+        [](Index dim, const Config& c) { return Kinds(std::in_place_index<Kind>, dim, std::get<Kind>(c)); }...};
     return makers.at(config.index())(model_dim, config);
   }
 

@@ -160,7 +160,7 @@ inline std::string tensor_named(std::string_view name) { return "tensor '" + pri
 inline std::string shape_text(std::span<const Index> shape) {
   constexpr std::size_t most = 8;
   std::string text = "(";
-  for (std::size_t i = 0; i < std::min(shape.size(), most); ++i) {
+  for (std::size_t i = 0; i < (std::min)(shape.size(), most); ++i) {
     text += i == 0 ? "" : ",";
     text += std::to_string(shape[i]);
   }
@@ -170,7 +170,7 @@ inline std::string shape_text(std::span<const Index> shape) {
 /// The number of elements, or -1 if a dimension is negative or their bytes do not fit an Index (zeros aside, so that no part
 /// of the product overflows either).
 inline Index element_count(std::span<const Index> shape, Index element_size) {
-  Index limit = std::numeric_limits<Index>::max() / element_size;
+  Index limit = (std::numeric_limits<Index>::max)() / element_size;
   Index count = 1;
   bool empty = false;
   for (const Index n : shape) {
@@ -222,7 +222,7 @@ class SafetensorsHeader {
   bool binary(Json::binary_t& /*value*/) { return unexpected("binary data"); }
 
   bool number_unsigned(Json::number_unsigned_t value) {
-    if (place_ != Place::List || value > std::uint64_t(std::numeric_limits<Index>::max())) {
+    if (place_ != Place::List || value > std::uint64_t((std::numeric_limits<Index>::max)())) {
       return unexpected(std::to_string(value));
     }
     (key_ == "shape" ? tensor_->shape : offsets_).push_back(static_cast<Index>(value));
@@ -733,9 +733,9 @@ class SafetensorsFile {
       read_bytes(from, to, count * Index{sizeof(T)});
     } else {
       constexpr Index piece = 1 << 14;
-      std::vector<Stored> values(static_cast<std::size_t>(std::min(count, piece)));
+      std::vector<Stored> values(static_cast<std::size_t>((std::min)(count, piece)));
       for (Index done = 0; done < count; done += piece) {
-        const Index n = std::min(piece, count - done);
+        const Index n = (std::min)(piece, count - done);
         read_bytes(from + done * Index{sizeof(Stored)}, values.data(), n * Index{sizeof(Stored)});
         std::transform(values.begin(), values.begin() + n, to + done, [](Stored value) { return static_cast<T>(value); });
       }
@@ -910,7 +910,7 @@ class SafetensorsWriter {
     std::array<detail::Bfloat16, 4096> rounded;
     const auto* values = static_cast<const float*>(entry.values);
     for (Index done = 0; done < entry.count;) {
-      const Index n = std::min(entry.count - done, Index{rounded.size()});
+      const Index n = (std::min)(entry.count - done, Index{rounded.size()});
       std::transform(values + done, values + done + n, rounded.begin(), [](float x) { return detail::Bfloat16(x); });
       file.write(rounded.data(), static_cast<std::size_t>(n) * sizeof(detail::Bfloat16));
       done += n;

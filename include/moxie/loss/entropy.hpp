@@ -23,7 +23,7 @@ double entropy(std::span<const Scalar> p) {
 template <class Scalar>
 void entropy_backward(std::span<const std::type_identity_t<Scalar>> p, double weight, std::span<Scalar> dp) {
   for (std::size_t i = 0; i < p.size(); ++i) {
-    dp[i] -= Scalar(weight * (std::log(std::max(double(p[i]), double(std::numeric_limits<Scalar>::min()))) + 1));
+    dp[i] -= Scalar(weight * (std::log((std::max)(double(p[i]), double((std::numeric_limits<Scalar>::min)()))) + 1));
   }
 }
 

@@ -183,7 +183,7 @@ BalancedClusters<Scalar> balanced_k_means(RowView<const Scalar> features, Index 
     }
     centroids.row(c) = features.eigen().row(chosen).template cast<double>();
     for (Index i = 0; i < n; ++i) {
-      nearest[std::size_t(i)] = std::min(nearest[std::size_t(i)], distance(i, c));
+      nearest[std::size_t(i)] = (std::min)(nearest[std::size_t(i)], distance(i, c));
     }
   }
 
@@ -194,7 +194,7 @@ BalancedClusters<Scalar> balanced_k_means(RowView<const Scalar> features, Index 
   std::vector<Pair> pairs(std::size_t(n * clusters));
   BalancedClusters<Scalar> result;
   const Index room = (n + clusters - 1) / clusters;
-  for (bool moved = true; moved && result.iterations < std::max(iterations, 1); ++result.iterations) {
+  for (bool moved = true; moved && result.iterations < (std::max)(iterations, 1); ++result.iterations) {
     for (Index i = 0; i < n; ++i) {
       for (Index c = 0; c < clusters; ++c) {
         pairs[std::size_t(i * clusters + c)] = {distance(i, c), i, c};

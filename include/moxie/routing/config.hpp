@@ -178,7 +178,7 @@ struct ExpertChoiceRouterConfig {
     detail::expect_value(capacity.priority == Priority::order, where, "experts choose by score; there is no priority to set");
   }
   /// C of a sequence of that many tokens. Throws ValueError for a capacity below 1.
-  Index room(Index tokens) const { return tokens == 0 ? 0 : std::min(tokens, expert_capacity(tokens, experts, capacity)); }
+  Index room(Index tokens) const { return tokens == 0 ? 0 : (std::min)(tokens, expert_capacity(tokens, experts, capacity)); }
   /// `gate.weight` (E,D).
   Layout layout() const {
     Layout layout;
@@ -204,7 +204,7 @@ struct SoftRouterConfig {
   Mixing combine = Mixing::learned;
 
   /// N = E·S.
-  Index slots() const { return experts * slots_per_expert; }
+  Index slot_count() const { return experts * slots_per_expert; }
   bool learned() const { return dispatch == Mixing::learned || combine == Mixing::learned; }
   bool normalized() const { return learned() && normalize; }
 
@@ -219,7 +219,7 @@ struct SoftRouterConfig {
   Layout layout() const {
     Layout layout;
     if (learned()) {
-      layout.add("phi.weight", {slots(), model_dim});
+      layout.add("phi.weight", {slot_count(), model_dim});
     }
     if (normalized()) {
       layout.add("scale", {});

@@ -88,7 +88,7 @@ class ExpertChoiceRouter {
       order.resize(in.count());
       constexpr Index ahead = 8;
       for (Index t = 0; t < in.count(); ++t) {
-        const Scalar* const later = s.row(std::min(t + ahead, in.count() - 1));
+        const Scalar* const later = s.row((std::min)(t + ahead, in.count() - 1));
         __builtin_prefetch(later + first);
         __builtin_prefetch(later + last - 1);
         for (Index e = first; e < last; ++e) {

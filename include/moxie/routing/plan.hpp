@@ -164,16 +164,16 @@ class DensePlan {
     experts_ = experts;
     slots_ = slots_per_expert;
     division.copy_starts(sequence_starts_);
-    dispatch_.spread(tokens_, slots());
-    combine_.spread(tokens_, slots());
+    dispatch_.spread(tokens_, slot_count());
+    combine_.spread(tokens_, slot_count());
     expert_starts_.resize(experts + 1);
     for (Index e = 0; e <= experts; ++e) {
       expert_starts_[e] = e * sequences * slots_per_expert;
     }
-    slot_rows_.resize(sequences * slots());
+    slot_rows_.resize(sequences * slot_count());
     for (Index b = 0; b < sequences; ++b) {
-      for (Index n = 0; n < slots(); ++n) {
-        slot_rows_[b * slots() + n] = (n / slots_ * sequences + b) * slots_ + n % slots_;
+      for (Index n = 0; n < slot_count(); ++n) {
+        slot_rows_[b * slot_count() + n] = (n / slots_ * sequences + b) * slots_ + n % slots_;
       }
     }
   }
@@ -184,17 +184,17 @@ class DensePlan {
   Sequences sequences() const { return Sequences(sequence_starts_.span()).over(tokens_); }
   Index slots_per_expert() const { return slots_; }
   /// N = E·S, the slots of one sequence.
-  Index slots() const { return experts_ * slots_; }
+  Index slot_count() const { return experts_ * slots_; }
   /// R = B·N.
   Index rows() const { return slot_rows_.size(); }
   std::span<const Index> expert_starts() const { return expert_starts_.span(); }
   /// The row of each slot of sequence b, N indices.
-  const Index* slot_rows(Index b) const { return slot_rows_.data() + b * slots(); }
+  const Index* slot_rows(Index b) const { return slot_rows_.data() + b * slot_count(); }
   /// Rows do not follow each other without gaps: see `stride()`.
-  RowView<Scalar> dispatch() { return dispatch_.spread_view(tokens_, slots()); }
-  RowView<Scalar> combine() { return combine_.spread_view(tokens_, slots()); }
-  RowView<const Scalar> dispatch() const { return dispatch_.spread_view(tokens_, slots()); }
-  RowView<const Scalar> combine() const { return combine_.spread_view(tokens_, slots()); }
+  RowView<Scalar> dispatch() { return dispatch_.spread_view(tokens_, slot_count()); }
+  RowView<Scalar> combine() { return combine_.spread_view(tokens_, slot_count()); }
+  RowView<const Scalar> dispatch() const { return dispatch_.spread_view(tokens_, slot_count()); }
+  RowView<const Scalar> combine() const { return combine_.spread_view(tokens_, slot_count()); }
 
  private:
   Index tokens_ = 0;

@@ -61,8 +61,8 @@ void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups&
     Scalar first = s[0];
     Scalar second = -std::numeric_limits<Scalar>::infinity();
     for (Index i = 1; i < size; ++i) {
-      second = std::max(second, std::min(first, s[i]));
-      first = std::max(first, s[i]);
+      second = (std::max)(second, (std::min)(first, s[i]));
+      first = (std::max)(first, s[i]);
     }
     group_score[g] = groups.score == GroupScore::largest || size == 1 ? first : first + second;
   }

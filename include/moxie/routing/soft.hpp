@@ -44,7 +44,7 @@ class SoftRouter {
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
   /// N = E·S.
-  Index slots() const { return config_.slots(); }
+  Index slot_count() const { return config_.slot_count(); }
 
   /// Φ normal with deviation 1/√D, scale 1.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -64,9 +64,9 @@ class SoftRouter {
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
     if (config_.dispatch == Mixing::identity || config_.combine == Mixing::identity) {
       in.sequences.for_each([&](Index b, Index begin, Index end) {
-        if (end - begin != slots()) {
+        if (end - begin != slot_count()) {
           throw ShapeError("SoftRouter::route: sequence " + std::to_string(b) + " has " + std::to_string(end - begin) +
-                           " tokens, expected one for each of the " + std::to_string(slots()) + " slots");
+                           " tokens, expected one for each of the " + std::to_string(slot_count()) + " slots");
         }
       });
     }
@@ -76,9 +76,9 @@ class SoftRouter {
       const RowView<Scalar> z = config_.dispatch == Mixing::learned ? plan.dispatch() : plan.combine();
       logits(p, in, z, tape, workspace, exec);
       detail::for_each_row(in.count(), exec, [&](Index t) {
-        detail::expect_finite_logits("SoftRouter::route", slots(), z.row(t), in.row(t));
+        detail::expect_finite_logits("SoftRouter::route", slot_count(), z.row(t), in.row(t));
         if (config_.combine == Mixing::learned) {
-          detail::softmax(slots(), z.row(t), plan.combine().row(t));
+          detail::softmax(slot_count(), z.row(t), plan.combine().row(t));
         }
       });
     }
@@ -94,7 +94,7 @@ class SoftRouter {
         return;
       }
       if (config_.combine != Mixing::learned) {
-        set_constant(config_.combine, Scalar(1) / Scalar(slots()), plan.combine().middle_rows(begin, length));
+        set_constant(config_.combine, Scalar(1) / Scalar(slot_count()), plan.combine().middle_rows(begin, length));
       }
       if (config_.dispatch != Mixing::learned) {
         set_constant(config_.dispatch, Scalar(1) / Scalar(length), plan.dispatch().middle_rows(begin, length));
@@ -111,7 +111,7 @@ class SoftRouter {
     }
     const Index tokens = in.count();
     const Index dim = config_.model_dim;
-    const Index n = slots();
+    const Index n = slot_count();
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> dz = workspace.spread<Scalar>(tokens, n);
     if (config_.combine == Mixing::learned) {
@@ -166,12 +166,12 @@ class SoftRouter {
           throw ValueError("SoftRouter::route: token " + std::to_string(in.row(t)) + " is not finite, or its norm is not");
         }
       }
-      const RowView<Scalar> scaled = workspace.matrix<Scalar>(slots(), config_.model_dim);
+      const RowView<Scalar> scaled = workspace.matrix<Scalar>(slot_count(), config_.model_dim);
       scaled.eigen() = p[scale_](0, 0) * normalized(phi, tape.phi_, tape.phi_factor_, exec).eigen();
       phi = scaled;
     }
-    kernel::gemm<Scalar>({in.count(), slots(), config_.model_dim, kernel::plain<Scalar>(x), kernel::transposed<Scalar>(phi),
-                          kernel::stream_to<Scalar>(z)},
+    kernel::gemm<Scalar>({in.count(), slot_count(), config_.model_dim, kernel::plain<Scalar>(x),
+                          kernel::transposed<Scalar>(phi), kernel::stream_to<Scalar>(z)},
                          exec);  // (T,D)(D,N) -> (T,N)
   }
 
@@ -216,11 +216,11 @@ class SoftRouter {
   /// Calls `f(sequence, first column, columns)` for blocks of columns of the sequences that have tokens.
   template <class F>
   void for_each_block(const Sequences& sequences, const Exec& exec, F&& f) const {
-    const Index blocks = (slots() + block - 1) / block;
+    const Index blocks = (slot_count() + block - 1) / block;
     exec.parallel_for(sequences.count() * blocks, [&](Index i) {
       if (sequences.length(i / blocks) > 0) {
         const Index first = i % blocks * block;
-        f(i / blocks, first, std::min(block, slots() - first));
+        f(i / blocks, first, (std::min)(block, slot_count() - first));
       }
     });
   }
@@ -232,9 +232,9 @@ class SoftRouter {
     std::array<Scalar, block> sum{};
     std::copy_n(z.row(0) + j, n, largest.begin());
     for (Index t = 1; t < z.rows(); ++t) {
-      kernel::prefetch(z.row(std::min(t + ahead, z.rows() - 1)) + j, n);
+      kernel::prefetch(z.row((std::min)(t + ahead, z.rows() - 1)) + j, n);
       kernel::map(
-          n, largest.data(), [](auto a, auto b) { return kernel::max(a, b); }, largest.data(), z.row(t) + j);
+          n, largest.data(), [](auto a, auto b) { return (kernel::max)(a, b); }, largest.data(), z.row(t) + j);
     }
     for (Index t = 0; t < z.rows(); ++t) {
       kernel::map(

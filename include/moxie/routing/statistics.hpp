@@ -60,7 +60,7 @@ template <class Scalar>
 RoutingStatistics routing_statistics(const DensePlan<Scalar>& plan) {
   std::vector<double> load(std::size_t(plan.experts()), 0.0);
   for (Index t = 0; t < plan.tokens(); ++t) {
-    for (Index n = 0; n < plan.slots(); ++n) {
+    for (Index n = 0; n < plan.slot_count(); ++n) {
       load[std::size_t(n / plan.slots_per_expert())] += double(plan.combine()(t, n));
     }
   }
@@ -193,8 +193,8 @@ inline void add_similarity(const Matrix<double>& v, Similarity& s, std::int64_t&
     for (Index j = 0; j < i; ++j) {
       const double norms = v.row(i).norm() * v.row(j).norm();
       const double cosine = norms > 0 ? v.row(i).dot(v.row(j)) / norms : 0;
-      s.least = pairs == 0 ? cosine : std::min(s.least, cosine);
-      s.largest = pairs == 0 ? cosine : std::max(s.largest, cosine);
+      s.least = pairs == 0 ? cosine : (std::min)(s.least, cosine);
+      s.largest = pairs == 0 ? cosine : (std::max)(s.largest, cosine);
       ++pairs;
       s.mean += (cosine - s.mean) / double(pairs);
     }

@@ -286,7 +286,7 @@ class TopKRouter {
     Scalar sum = config_.score == Score::softmax ? Scalar(0) : Scalar(1e-20);
     Scalar largest = z[chosen[0]];
     for (Index j = 1; j < k; ++j) {
-      largest = std::max(largest, z[chosen[j]]);
+      largest = (std::max)(largest, z[chosen[j]]);
     }
     for (Index j = 0; j < k; ++j) {
       share[j] = config_.score == Score::softmax ? std::exp(z[chosen[j]] - largest) : s[chosen[j]];

@@ -91,7 +91,7 @@ class TopPRouter {
     tape.loss_ = 0;
     for (Index t = 0; t < tokens; ++t) {
       double sum = 0;
-      for (Index j = 0; j < std::min(limit, experts) && (j == 0 || sum < config_.top_p); ++j, ++pairs) {
+      for (Index j = 0; j < (std::min)(limit, experts) && (j == 0 || sum < config_.top_p); ++j, ++pairs) {
         const Index e = order(t, j);
         tape.token_[pairs] = t;
         tape.expert_[pairs] = e;

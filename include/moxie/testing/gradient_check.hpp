@@ -97,7 +97,8 @@ GradientReport check_gradient(F&& f, RowView<double> variables, RowView<const do
   report.error = -1;
   for (const Element& e : elements) {
     const double a = analytic(e.row, e.col);
-    const double error = a == e.numeric ? 0 : std::abs(a - e.numeric) / std::max({std::abs(a), std::abs(e.numeric), scale});
+    const double error =
+        a == e.numeric ? 0 : (std::abs)(a - e.numeric) / (std::max)({(std::abs)(a), (std::abs)(e.numeric), scale});
     if (!(error <= report.error)) {  // a NaN is the worst
       report.error = error;
       report.row = e.row;

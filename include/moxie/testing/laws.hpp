@@ -76,7 +76,7 @@ inline LawResult stated(std::string law, bool holds, const std::string& why_not)
 }
 
 /// The larger error; NaN is the largest.
-inline double worse(double a, double b) { return std::isnan(a) || std::isnan(b) ? a + b : std::max(a, b); }
+inline double worse(double a, double b) { return std::isnan(a) || std::isnan(b) ? a + b : (std::max)(a, b); }
 
 template <class Scalar>
 bool same_bits(RowView<const Scalar> a, RowView<const Scalar> b) {
@@ -113,8 +113,8 @@ double distance(RowView<const Scalar> a, RowView<const Scalar> b) {
       if (std::isnan(u) || std::isnan(v)) {
         return std::numeric_limits<double>::quiet_NaN();
       }
-      difference = std::max(difference, std::abs(u - v));
-      largest = std::max(largest, std::abs(v));
+      difference = (std::max)(difference, (std::abs)(u - v));
+      largest = (std::max)(largest, (std::abs)(v));
     }
   }
   return difference == 0 ? 0 : difference / largest;
@@ -131,7 +131,7 @@ double adjoint_error(const Matrix<Scalar>& a, const Matrix<Scalar>& b, const Mat
     return sum;
   };
   const double scale = std::sqrt(dot(a, a) * dot(b, b));
-  return scale == 0 ? 0 : std::abs(dot(a, b) - dot(c, d)) / scale;
+  return scale == 0 ? 0 : (std::abs)(dot(a, b) - dot(c, d)) / scale;
 }
 
 /// The rows that a dispatch stands for, as a matrix.
@@ -275,22 +275,22 @@ LawResult plan_is_convex(const DensePlan<Scalar>& plan, double tolerance) {
   const auto d = plan.dispatch();
   const auto c = plan.combine();
   plan.sequences().for_each([&](Index, Index begin, Index end) {
-    for (Index n = 0; n < plan.slots() && begin < end; ++n) {
+    for (Index n = 0; n < plan.slot_count() && begin < end; ++n) {
       double sum = 0;
       for (Index t = begin; t < end; ++t) {
         error = detail::worse(error, -double(d(t, n)));
         sum += double(d(t, n));
       }
-      error = detail::worse(error, std::abs(sum - 1));
+      error = detail::worse(error, (std::abs)(sum - 1));
     }
   });
   for (Index t = 0; t < plan.tokens(); ++t) {
     double sum = 0;
-    for (Index n = 0; n < plan.slots(); ++n) {
+    for (Index n = 0; n < plan.slot_count(); ++n) {
       error = detail::worse(error, -double(c(t, n)));
       sum += double(c(t, n));
     }
-    error = detail::worse(error, std::abs(sum - 1));
+    error = detail::worse(error, (std::abs)(sum - 1));
   }
   return detail::measured("plan: columns of D and rows of C are convex weights", error, tolerance);
 }
@@ -301,16 +301,16 @@ LawResult dispatch_is_adjoint(const Plan& plan, Index dim, const LawOptions& opt
   const Matrix<Scalar> x = random_normal<Scalar>(plan.tokens(), dim, options.rng.split(0));
   const Matrix<Scalar> r = random_normal<Scalar>(plan.rows(), dim, options.rng.split(1));
   const Matrix<Scalar> before = random_normal<Scalar>(plan.tokens(), dim, options.rng.split(2));
-  Matrix<Scalar> slots(plan.rows(), dim);
+  Matrix<Scalar> slot_rows(plan.rows(), dim);
   typename Plan::Gradient dplan;
-  const Matrix<Scalar> ax = detail::gathered(dispatch(plan, RowView<const Scalar>(x), slots, options.exec));
+  const Matrix<Scalar> ax = detail::gathered(dispatch(plan, RowView<const Scalar>(x), slot_rows, options.exec));
   Matrix<Scalar> dx = before;
   dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), RowView<Scalar>(dx), dplan, options.exec);
   double error = detail::adjoint_error<Scalar>(ax, r, x, dx - before);
   if constexpr (requires { dplan.dispatch; }) {
-    error =
-        detail::worse(error, detail::adjoint_error<Scalar>(ax, r, plan.dispatch().eigen(),
-                                                           dplan.dispatch.spread_view(plan.tokens(), plan.slots()).eigen()));
+    error = detail::worse(error,
+                          detail::adjoint_error<Scalar>(ax, r, plan.dispatch().eigen(),
+                                                        dplan.dispatch.spread_view(plan.tokens(), plan.slot_count()).eigen()));
   }
   return detail::measured("dispatch: backward is the adjoint", error, detail::tolerance<Scalar>(options));
 }
@@ -331,7 +331,7 @@ LawResult combine_is_adjoint(const Plan& plan, Index dim, const LawOptions& opti
   Matrix<Scalar> weights, dweights;
   if constexpr (requires { dplan.combine; }) {
     weights = plan.combine().eigen();
-    dweights = dplan.combine.spread_view(plan.tokens(), plan.slots()).eigen();
+    dweights = dplan.combine.spread_view(plan.tokens(), plan.slot_count()).eigen();
   } else {
     weights.resize(1, plan.rows());
     for (Index r = 0; r < plan.rows(); ++r) {
@@ -471,7 +471,7 @@ LawResult permuting_tokens_permutes_outputs(const Layer& layer, const Tokens<Sca
   plain.dx = detail::rows_at<Scalar>(order, plain.dx);
   const double error =
       detail::worse(detail::worse(detail::distance<Scalar>(moved.y, plain.y), detail::gradient_distance(moved, plain)),
-                    std::abs(moved.balance_loss - plain.balance_loss));
+                    (std::abs)(moved.balance_loss - plain.balance_loss));
   return detail::measured("layer: permuting tokens permutes outputs", error, detail::tolerance<Scalar>(options));
 }
 
