@@ -164,7 +164,7 @@ inline void draw_routing_by_timestep(const std::filesystem::path& path, const Ro
 /// The second: a row of maps for each layer, a map for each expert: its share in the choices of each position of the image.
 inline void draw_routing_by_position(const std::filesystem::path& path, const RoutingCounts& counts) {
   const RoutingCounts::Shape& shape = counts.shape();
-  const auto side = Index(std::lround(std::sqrt(double(shape.positions))));
+  const Index side = std::lround(std::sqrt(double(shape.positions)));
   const Index rows = side * side == shape.positions ? side : 1;
   std::vector<HeatMap> maps;
   for (Index layer = 0; layer < shape.layers; ++layer) {

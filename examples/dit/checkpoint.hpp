@@ -262,7 +262,7 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
   shape("blocks.0.adaLN_modulation.1.weight", 2);
   m.depth = detail::count_of(file, "blocks.", ".adaLN_modulation.1.weight");
   const Index tokens = shape("pos_embed", 3)[1];
-  const auto grid = Index(std::lround(std::sqrt(double(tokens))));
+  const Index grid = std::lround(std::sqrt(double(tokens)));
   if (grid * grid != tokens) {
     detail::fail(file, "tensor 'pos_embed' has " + std::to_string(tokens) + " places, which are no square");
   }

@@ -109,7 +109,8 @@ class Progress {
     const double done = options_.steps > 0 ? std::clamp(double(step_) / double(options_.steps), 0.0, 1.0) : 0.0;
     const double elapsed = now - start_;
     const double steps_per_second = elapsed > 0.0 ? double(step_ - options_.first_step) / elapsed : 0.0;
-    const double left = steps_per_second > 0.0 ? double(std::max<Index>(options_.steps - step_, 0)) / steps_per_second : NAN;
+    const double left =
+        steps_per_second > 0.0 ? double(std::max<Index>(options_.steps - step_, 0)) / steps_per_second : double(NAN);
 
     char losses[96] = "";
     if (has_losses_) {

@@ -329,7 +329,7 @@ TEST_CASE("checkpoint: a flipped bit anywhere is found, and one in the data by t
     }
     CHECK(message != "no complaint");
   }
-  for (const std::size_t size : {std::size_t(0), std::size_t(7), std::size_t(header), bytes.size() - 1}) {
+  for (const std::size_t size : std::vector<std::size_t>{0, 7, header, bytes.size() - 1}) {
     std::ofstream(folder / "short", std::ios::binary) << bytes.substr(0, size);
     CHECK(complaint([&] { load(folder / "short", {}); }) != "no complaint");
   }

@@ -313,7 +313,7 @@ TEST_CASE("report: long curves are means of equal stretches, and what is not fin
   dit::Series series{"s", {}, {}};
   for (int i = 0; i < 10; ++i) {
     series.x.push_back(i);
-    series.y.push_back(i == 4 || i == 5 || i == 7 ? NAN : 10.0 * i);
+    series.y.push_back(i == 4 || i == 5 || i == 7 ? double(NAN) : 10.0 * i);
   }
   const dit::Series same = dit::detail::thinned(series, 10);
   CHECK(same.x == series.x);
