@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <moxie/config.hpp>
 #include <moxie/core/error.hpp>
@@ -90,7 +91,7 @@ class Layout {
   }
 
  private:
-  static constexpr Index largest = Index{1} << 58;  // elements: what an address can count, with room for the gaps
+  static constexpr Index largest = (std::numeric_limits<Index>::max)() / 32;  // elements: what an address can count, and gaps
 
   std::vector<TensorInfo> tensors_;
   std::map<std::string, Index, std::less<>> index_;

@@ -213,7 +213,7 @@ struct SoftRouterConfig {
     detail::expect_at_least(where, "model_dim", model_dim, 1);
     detail::expect_at_least(where, "experts", experts, 1);
     detail::expect_at_least(where, "slots_per_expert", slots_per_expert, 1);
-    detail::expect_value(slots_per_expert <= (Index{1} << 40) / experts, where, "there are too many slots");
+    detail::expect_value(slots_per_expert <= (Index{1} << (sizeof(Index) < 8 ? 20 : 40)) / experts, where, "there are too many slots");
   }
   /// `phi.weight` (E·S,D), a row a slot, and `scale` () where the logits are normalized; nothing if nothing is learned.
   Layout layout() const {
