@@ -239,7 +239,7 @@ template <class V>
 MOXIE_INLINE V exp(const V& x) {
   if constexpr (std::is_same_v<typename V::value_type, float>) {
     const V y = select(x < constant<V>(-86.6), constant<V>(0), detail::exp_of_floats(x));
-    return select(x > constant<V>(88.722839), constant<V>(std::numeric_limits<float>::infinity()), y);
+    return select(x > constant<V>(88.722839), constant<V>(std::numeric_limits<double>::infinity()), y);
   } else {
     return detail::within_limits(x, [](const V& v) { return detail::exp_within_limits(v); });
   }
