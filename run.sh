@@ -4,9 +4,8 @@
 #   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
 #   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
 #   ./run.sh compare [ARGUMENT...]  trains one model with every feed-forward: --quick, --out FOLDER, --experiment FILE, --threads N
-#   ./run.sh sets                 golden files and laws on the other instruction sets: AVX2, AVX-512, none, NEON by qemu
+#   ./run.sh check [PART...]      what takes longer than test: all parts, or those named; --list says what they are
 #   ./run.sh cuda                 tests and measures the CUDA backend: by nvcc and on a device, where they are
-#   ./run.sh planted              shows that the tests notice bugs: tests/planted_bugs.txt
 # On Debian and its relatives what is missing is installed first.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -14,10 +13,12 @@ cd "$(dirname "$0")"
 need=(g++ cmake ninja-build libeigen3-dev libxsimd-dev nlohmann-json3-dev libcli11-dev zlib1g-dev)
 need_demo=(gnuplot-nox dataset-fashion-mnist libjs-vega)
 need_bench=(libbenchmark-dev libopenblas-dev libdnnl-dev ocl-icd-opencl-dev gnuplot-nox python3)
-need_sets=(g++-aarch64-linux-gnu qemu-user)
 need_test=(doctest-dev clang libclang-rt-dev libomp-dev libthrust-dev python3)
 want_test=(libjs-vega chromium)  # without them the tests of the report are skipped
 out=out/demo
+
+# For what compiles without CMake; /usr/include/eigen3 is Debian's.
+include_flags=(-Iinclude -Iexamples -Itests -isystem /usr/include/eigen3)
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -71,6 +72,15 @@ build_and_test() {
   ctest --test-dir build -j "$(nproc)" --timeout 1800 --output-on-failure --no-tests=error
 }
 
+# A part of check says with it that something could not be tried here: the part then ends, and counts as not done.
+skipped() {
+  echo "SKIPPED: $*"
+  exit 77
+}
+
+# about KEY PART: what a part of check says of itself in its first lines: what, takes, needs
+about() { sed -n "s/^# $1: //p" "tests/check/$2.sh"; }
+
 case ${1:-} in
   demo)
     install_missing "${need[@]}" "${need_demo[@]}"
@@ -107,13 +117,40 @@ case ${1:-} in
   test)
     install_missing "${need[@]}" "${need_test[@]}"
     (install_missing "${want_test[@]}") || say "no browser: the report is not opened"
-    build_and_test dev asan-ubsan no-openmp clang
+    build_and_test dev asan-ubsan no-openmp
     ;;
-  sets)
-    install_missing "${need[@]}" "${need_test[@]}" "${need_sets[@]}"
-    sets=(avx2 scalar aarch64)
-    if grep -qw avx512bw /proc/cpuinfo; then sets+=(avx512); else say "this machine has no AVX-512: left out"; fi
-    build_and_test "${sets[@]}"
+  check)
+    parts=(functions portable fuzz presets configurations compilers versions planted sets)
+    shift
+    if [ "${1:-}" = --list ]; then
+      for part in "${parts[@]}"; do printf '%-15s %s\n%-15s takes %s on 2 quiet cores\n' "$part" "$(about what "$part")" '' "$(about takes "$part")"; done
+      exit
+    fi
+    [ $# -eq 0 ] || parts=("$@")
+    for part in "${parts[@]}"; do
+      [ -e "tests/check/$part.sh" ] || { echo "check has no part '$part': ./run.sh check --list" >&2; exit 2; }
+    done
+    not_done=()
+    for part in "${parts[@]}"; do
+      say "check: $part: $(about what "$part") ($(about takes "$part") on 2 quiet cores)"
+      status=0
+      ./run.sh check-part "$part" || status=$?
+      case $status in
+        0) ;;
+        77) not_done+=("$part (in part skipped)") ;;
+        *) not_done+=("$part (failed)") ;;
+      esac
+    done
+    if [ ${#not_done[@]} -gt 0 ]; then
+      say "check: not done: ${not_done[*]}"
+      exit 1
+    fi
+    say "check: all of ${parts[*]} passed"
+    ;;
+  check-part)  # of check, in a process of its own
+    read -ra needs <<<"$(about needs "$2")"
+    install_missing "${need[@]}" "${need_test[@]}" "${needs[@]}"
+    source "tests/check/$2.sh"
     ;;
   bench)
     install_missing "${need[@]}" "${need_bench[@]}"
@@ -133,13 +170,8 @@ case ${1:-} in
     mkdir -p out/cuda
     { build/dev/benchmarks/cuda_layers; bash tests/cuda/nvcc.sh build/dev/tests/nvcc bench || [ $? -eq 77 ]; } | tee out/cuda/table.md
     ;;
-  planted)
-    install_missing "${need[@]}" "${need_test[@]}"
-    build planted
-    ctest --preset planted -j "$(nproc)"
-    ;;
   *)
-    sed -n '2,10s/^# \?//p' "$0" >&2
+    sed -n '2,9s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac
