@@ -71,8 +71,8 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
   using B = Batch<Scalar, Arch>;
   using S = Step<Scalar, Element, Arch>;
   constexpr Index elements = UnitOf<Element>::elements;
-  B sum[Rows][2];
-  std::remove_const_t<std::remove_pointer_t<TileRows<Packed, Element>>> row[Rows];
+  B sum[std::size_t(Rows)][2];
+  std::remove_const_t<std::remove_pointer_t<TileRows<Packed, Element>>> row[std::size_t(Rows)];
 #pragma GCC unroll 16
   for (Index i = 0; i < Rows; ++i) {
     sum[i][0] = B(Scalar(0));

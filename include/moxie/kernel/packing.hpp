@@ -193,7 +193,7 @@ struct Panels {
     auto line = reinterpret_cast<std::uintptr_t>(next.from);
     const auto end = line + std::uintptr_t(next.pitch * next.lines);
     for (Index i = 0; i < 2 * panels; ++i) {
-      const Source* from[T::width];
+      const Source* from[std::size_t(T::width)];
       for (Index j = 0; j < T::width; ++j) {
         from[j] = b.row(column(q0 + i / 2, i % 2, j)) + k0;
       }

@@ -169,7 +169,7 @@ class Task {
     // Heights that differ by two at most.
     const Index left = tiles_ - tile;
     const Index rows = std::min((m1_ - row + 2 * left - 1) / (2 * left) * 2, m1_ - row);
-    const Element* a[T::rows];
+    const Element* a[std::size_t(T::rows)];
     for (Index r = 0; r < rows; ++r) {
       a[r] = product_.a.row(row + r) + k0_;
       if (copy_rows_) {
