@@ -17,7 +17,7 @@ static_assert(!std::is_base_of_v<ShapeError, ValueError>);
 TEST_CASE("errors: a shape error says what was given and what was expected") {
   const moxie::Matrix<float> x(7, 512);
   const auto expect = [&](moxie::Index rows, moxie::Index cols, std::string_view symbol = "T") {
-    return message_of<ShapeError>([&] { moxie::detail::expect_shape("TopKMoE::forward", "x", x, rows, cols, symbol); });
+    return message_of<ShapeError>([&] { moxie::expect_shape("TopKMoE::forward", "x", x, rows, cols, symbol); });
   };
   CHECK(expect(-1, 256) == "TopKMoE::forward: x is (7,512), expected (T,256)");
   CHECK(expect(8, 512) == "TopKMoE::forward: x is (7,512), expected (8,512)");
@@ -28,10 +28,10 @@ TEST_CASE("errors: a shape error says what was given and what was expected") {
 }
 
 TEST_CASE("errors: a value error says where and what") {
-  CHECK(message_of<ValueError>([] { moxie::detail::expect_value(false, "f", "no"); }) == "f: no");
-  CHECK(message_of<ValueError>([] { moxie::detail::expect_value(true, "f", "no"); }) == "nothing was thrown");
-  CHECK(message_of<ValueError>([] { moxie::detail::expect_at_least("f", "n", 2, 3); }) == "f: n is 2, expected at least 3");
-  CHECK(message_of<ValueError>([] { moxie::detail::expect_at_least("f", "n", 3, 3); }) == "nothing was thrown");
+  CHECK(message_of<ValueError>([] { moxie::expect_value(false, "f", "no"); }) == "f: no");
+  CHECK(message_of<ValueError>([] { moxie::expect_value(true, "f", "no"); }) == "nothing was thrown");
+  CHECK(message_of<ValueError>([] { moxie::expect_at_least("f", "n", 2, 3); }) == "f: n is 2, expected at least 3");
+  CHECK(message_of<ValueError>([] { moxie::expect_at_least("f", "n", 3, 3); }) == "nothing was thrown");
 }
 
 }  // namespace

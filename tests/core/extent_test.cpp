@@ -6,8 +6,8 @@
 
 namespace {
 
-using moxie::detail::Extent;
-using moxie::detail::overlaps;
+using moxie::Extent;
+using moxie::overlaps;
 
 TEST_CASE("extent: matrices share memory where their rows do, columns side by side do not") {
   std::array<float, 40> memory{};

@@ -77,7 +77,7 @@ TEST_CASE("row view: of plain memory, and empty ones") {
 }
 
 TEST_CASE("overlaps: is about address ranges, and empty views overlap nothing") {
-  using moxie::detail::overlaps;
+  using moxie::overlaps;
   Matrix<double> m = counted(6, 3);
   Matrix<double> other = counted(6, 3);
   const RowView<double> all = m;

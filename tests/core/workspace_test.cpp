@@ -11,7 +11,7 @@ using moxie::Index;
 using moxie::RowView;
 using moxie::Workspace;
 
-bool apart(const RowView<double>& a, const RowView<double>& b) { return !moxie::detail::overlaps(a, b); }
+bool apart(const RowView<double>& a, const RowView<double>& b) { return !moxie::overlaps(a, b); }
 
 // Takes and fills three matrices in two nested frames, and says whether they kept what was written.
 bool use(Workspace& workspace, Index n) {

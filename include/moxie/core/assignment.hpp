@@ -34,7 +34,7 @@ struct MinimumAssignment {
 inline MinimumAssignment minimum_assignment(RowView<const double> cost) {
   constexpr std::string_view where = "minimum_assignment";
   const Index n = cost.rows();
-  detail::expect_shape(where, "cost", cost, n, n);
+  expect_shape(where, "cost", cost, n, n);
   for (Index i = 0; i < n; ++i) {
     for (Index j = 0; j < n; ++j) {
       if (!std::isfinite(8 * double(n) * cost(i, j))) {

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <moxie/core/error.hpp>
+#include <moxie/core/index.hpp>
 
-namespace moxie::detail {
+namespace moxie {
 
 /// The memory of a matrix, in bytes: rows of equal width at equal distances.
 struct Extent {
@@ -38,4 +38,10 @@ inline bool overlaps(const Extent& a, const Extent& b) {
   return start < a.width || start + b.width > a.stride;
 }
 
-}  // namespace moxie::detail
+namespace detail {
+
+using moxie::Extent;
+using moxie::overlaps;
+
+}  // namespace detail
+}  // namespace moxie

@@ -46,15 +46,15 @@ class Layout {
     TensorInfo info{std::move(name), std::move(shape), size_};
     info.trained = trained;
     for (const Index n : info.shape) {
-      detail::expect_at_least("Layout::add", info.name, n, 0);
-      detail::expect_value(n == 0 || info.cols <= largest / n, "Layout::add", "the tensor is too large for memory");
+      expect_at_least("Layout::add", info.name, n, 0);
+      expect_value(n == 0 || info.cols <= largest / n, "Layout::add", "the tensor is too large for memory");
       info.cols *= n;
     }
     if (info.shape.size() > 1) {
       info.rows = info.shape.front();
       info.cols = info.rows == 0 ? 0 : info.cols / info.rows;
     }
-    detail::expect_value(info.rows * info.cols <= largest - size_, "Layout::add", "the block is too large for memory");
+    expect_value(info.rows * info.cols <= largest - size_, "Layout::add", "the block is too large for memory");
     size_ += (info.rows * info.cols + granularity - 1) / granularity * granularity;
     index_.emplace(info.name, Index(tensors_.size()));
     tensors_.push_back(std::move(info));

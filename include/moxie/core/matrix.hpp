@@ -5,6 +5,7 @@
 #include <moxie/config.hpp>
 #include <moxie/core/error.hpp>
 #include <moxie/core/extent.hpp>
+#include <moxie/core/index.hpp>
 #include <type_traits>
 
 namespace moxie {
@@ -84,8 +85,6 @@ class RowView {
   Index stride_ = 0;
 };
 
-namespace detail {
-
 /// Whether two views share an element. Views of other strides count as sharing what lies between their rows.
 template <class A, class B>
 bool overlaps(const RowView<A>& a, const RowView<B>& b) {
@@ -97,6 +96,11 @@ template <class A>
 bool rows_overlap(const RowView<A>& a) {
   return a.rows() > 1 && a.stride() < a.cols();
 }
+
+namespace detail {
+
+using moxie::overlaps;
+using moxie::rows_overlap;
 
 }  // namespace detail
 }  // namespace moxie

@@ -58,7 +58,7 @@ struct GradientReport {
 template <class F>
 GradientReport check_gradient(F&& f, RowView<double> variables, RowView<const double> analytic,
                               const GradientOptions& options = {}, std::string name = "variables") {
-  moxie::detail::expect_shape("check_gradient", "analytic", analytic, variables.rows(), variables.cols());
+  moxie::expect_shape("check_gradient", "analytic", analytic, variables.rows(), variables.cols());
   GradientReport report;
   report.tensor = std::move(name);
   const Index size = variables.size();
