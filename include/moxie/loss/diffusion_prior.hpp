@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <moxie/core/assignment.hpp>
+#include <moxie/core/linear_sum_assignment.hpp>
 #include <span>
 #include <vector>
 
@@ -109,10 +109,10 @@ inline Matrix<double> unit_costs(RowView<const std::uint8_t> chosen, RowView<con
 /// The matching of least `unit_costs`: `column[g]` is the unit of the prior whose part unit g of the model plays.
 ///
 /// Usually many matchings have this cost, since units that are used at the same timesteps may be swapped, and the loss differs
-/// between them. Here the lexicographically smallest is taken (`minimum_assignment`); the reference draws one, by permuting
+/// between them. Here the lexicographically smallest is taken (`linear_sum_assignment`); the reference draws one, by permuting
 /// units at random at every step. Throws what `unit_costs` throws. Cost: O(timesteps · n² + n³).
-inline MinimumAssignment match_units(RowView<const std::uint8_t> chosen, RowView<const std::uint8_t> mapping) {
-  return minimum_assignment(unit_costs(chosen, mapping));
+inline LinearSumAssignment match_units(RowView<const std::uint8_t> chosen, RowView<const std::uint8_t> mapping) {
+  return linear_sum_assignment(unit_costs(chosen, mapping));
 }
 
 /// What `diffusion_prior_loss` compares with. A view: mapping and matching stay the caller's.
