@@ -76,6 +76,20 @@ TEST_CASE("row view: of plain memory, and empty ones") {
   CHECK(RowView<double>(empty).cols() == 4);
 }
 
+TEST_CASE("overlaps: rows in reverse share what they reach, and are apart from each other") {
+  Matrix<double> m = counted(6, 3);
+  const RowView<double> all = m;
+  const RowView<double> reversed(m.row(2).data(), 3, 3, -3);  // rows 2, 1, 0
+  CHECK(overlaps(reversed, all.middle_rows(0, 1)));
+  CHECK(overlaps(all.middle_rows(0, 1), reversed));
+  CHECK_FALSE(overlaps(reversed, all.middle_rows(3, 3)));
+  CHECK_FALSE(rows_overlap(reversed));
+  CHECK(rows_overlap(RowView<double>(m.row(2).data(), 3, 3, -2)));
+  CHECK(rows_overlap(RowView<double>(m.data(), 3, 3, 0)));
+  CHECK(rows_overlap(RowView<double>(m.data(), 3, 3, 2)));
+  CHECK_FALSE(rows_overlap(RowView<double>(m.data(), 1, 3, 0)));
+}
+
 TEST_CASE("overlaps: is about address ranges, and empty views overlap nothing") {
   using moxie::overlaps;
   Matrix<double> m = counted(6, 3);
@@ -94,7 +108,8 @@ TEST_CASE("overlaps: is about address ranges, and empty views overlap nothing") 
   CHECK_FALSE(overlaps(cols(1, 2), cols(0, 1)));
   CHECK(overlaps(cols(0, 2), cols(1, 1)));
   CHECK(overlaps(cols(1, 1), cols(0, 2)));
-  CHECK(overlaps(cols(0, 1), RowView<double>(m.data() + 1, 4, 1, 2)));  // other strides: what lies between counts
+  CHECK(overlaps(cols(0, 1), RowView<double>(m.data() + 1, 4, 1, 2)));  // of another stride: element 3 is in both
+  CHECK_FALSE(overlaps(cols(0, 1), RowView<double>(m.data() + 1, 2, 1, 1)));
 }
 
 }  // namespace

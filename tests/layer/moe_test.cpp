@@ -181,6 +181,46 @@ TEST_CASE("layer: a tape of another layer, or one that was moved away, is refuse
   CHECK_NOTHROW(copy.backward(x, y, dx, grads, moved));
 }
 
+TEST_CASE("layer: rows in reverse are the same rows, and dx over them is refused") {
+  const auto layer = top_k_layer();
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 86);
+  const Matrix<float> dy = moxie::test::random<float>(tokens, model_dim, 87);
+  Matrix<float> y(tokens, model_dim);
+  Matrix<float> dx(tokens, model_dim);
+  auto grads = layer.parameters().zeros_like();
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape, one_thread);
+  layer.backward(x, dy, dx, grads, tape, one_thread);
+
+  // All four matrices from the last row in memory to the first.
+  const auto reversed = [](Matrix<float>& m) {
+    return RowView<float>(m.data() + (m.rows() - 1) * m.cols(), m.rows(), m.cols(), -m.cols());
+  };
+  Matrix<float> x2 = x.colwise().reverse();
+  Matrix<float> dy2 = dy.colwise().reverse();
+  Matrix<float> y2(tokens, model_dim);
+  Matrix<float> dx2(tokens, model_dim);
+  auto grads2 = layer.parameters().zeros_like();
+  layer.forward(RowView<const float>(reversed(x2)), reversed(y2), tape, one_thread);
+  layer.backward(RowView<const float>(reversed(x2)), RowView<const float>(reversed(dy2)), reversed(dx2), grads2, tape,
+                 one_thread);
+  CHECK(moxie::test::same_bits<float>(y, y2.colwise().reverse()));
+  CHECK(moxie::test::same_bits<float>(dx, dx2.colwise().reverse()));
+  CHECK((grads.flat() == grads2.flat()).all());
+
+  // dx over the rows below the one that x2's pointer names.
+  const RowView<float> low(x2.data(), tokens, model_dim);
+  grads2.set_zero();
+  CHECK(contains(message_of<moxie::ValueError>([&] {
+                   layer.backward(RowView<const float>(reversed(x2)), RowView<const float>(reversed(dy2)), low, grads2, tape);
+                 }),
+                 "dx overlaps"));
+  CHECK(contains(message_of<moxie::ValueError>([&] { layer.forward(RowView<const float>(reversed(x2)), low, tape); }),
+                 "y overlaps x"));
+  CHECK(x2 == Matrix<float>(x.colwise().reverse()));
+  CHECK((grads2.flat() == 0).all());
+}
+
 TEST_CASE("layer: columns of one matrix do not overlap; parameters, gradients and dx must not either") {
   auto layer = top_k_layer();
   auto tape = layer.make_tape();

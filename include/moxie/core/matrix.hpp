@@ -85,16 +85,22 @@ class RowView {
   Index stride_ = 0;
 };
 
-/// Whether two views share an element. Views of other strides count as sharing what lies between their rows.
+/// The bytes of a view.
+template <class T>
+Extent extent_of(const RowView<T>& m) {
+  return {m.data(), m.rows(), m.cols(), m.stride()};
+}
+
+/// Whether two views share a byte. Strides may differ, be zero or negative.
 template <class A, class B>
 bool overlaps(const RowView<A>& a, const RowView<B>& b) {
-  return overlaps(Extent(a.data(), a.rows(), a.cols(), a.stride()), Extent(b.data(), b.rows(), b.cols(), b.stride()));
+  return overlaps(extent_of(a), extent_of(b));
 }
 
 /// Whether the rows of a view share elements, so that nothing can be written to it.
 template <class A>
 bool rows_overlap(const RowView<A>& a) {
-  return a.rows() > 1 && a.stride() < a.cols();
+  return a.rows() > 1 && (a.stride() < 0 ? -a.stride() : a.stride()) < a.cols();
 }
 
 namespace detail {
