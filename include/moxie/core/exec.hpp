@@ -5,73 +5,212 @@
 #include <atomic>
 #include <exception>
 #include <moxie/core/error.hpp>
-#include <type_traits>
-#include <utility>
+#include <moxie/core/float_mode.hpp>
+#include <moxie/core/function_ref.hpp>
+#include <moxie/core/index.hpp>
 
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__STDCPP_THREADS__)
+#include <thread>
+#endif
 
 namespace moxie {
 
-/// Where work runs: the number of threads. The only place that knows OpenMP; compiled without it, everything runs on one
-/// thread.
+/// A user's threads in place of OpenMP's: a thread pool, a task system, a team of a larger program.
+///
+/// It runs *workers*, not tasks. Each worker claims one task after the other by itself, in order, until none is left, and a
+/// task may wait for lower ones.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+
+  /// Calls `worker(i)` for i = 0, ..., workers-1, at most once each, on any threads, and returns when all calls have returned.
+  ///
+  /// * It may leave calls out, all of them too: the calling thread then does what is left. So an executor that is called from
+  ///   inside a worker (nested use) and has no free thread simply returns.
+  /// * Workers may run one after the other. A worker that has begun must go on: one that is suspended while another runs (a
+  ///   fiber, a coroutine) holds a task that the other may wait for.
+  /// * The calling thread may run one of them or only wait. In the second case nobody calls `Exec::progress` meanwhile, unless
+  ///   the executor does.
+  ///
+  /// Workers do not throw. What `run` itself throws goes to the caller of the algorithm; results are then undefined.
+  virtual void run(int workers, FunctionRef<void(int)> worker) = 0;
+
+  /// How many workers there should be where `Exec::threads` is 0.
+  virtual int width() const { return 1; }
+
+ protected:
+  Executor() = default;
+  Executor(const Executor&) = default;
+  Executor& operator=(const Executor&) = default;
+};
+
+/// Where work runs: the number of threads, and whose they are. This is the only place that knows OpenMP; compiled without it
+/// and without an executor, everything runs on the calling thread.
 ///
 /// Results never depend on the number of threads: tasks are cut so that each output element is computed by one task, in an
-/// order that the task alone decides.
+/// order that only the task decides. All threads compute in the calling thread's mode (`FloatMode`).
+///
+/// `Exec{1}` touches neither OpenMP nor the executor. It is safe in a forked child and in destructors of static objects.
 struct Exec {
-  /// 0 takes what the runtime offers (OMP_NUM_THREADS, or one thread a core).
+  /// 0 takes what the runtime offers (OMP_NUM_THREADS, or one thread a core), or the executor's width.
   int threads = 0;
+  /// Null: OpenMP's threads.
+  Executor* executor = nullptr;
+  /// Called by the calling thread between its tasks, and while it waits for those of OpenMP's other threads; for communication
+  /// that needs a hand (MPI_Test). Must not throw.
+  void (*progress)(void*) = nullptr;
+  void* progress_data = nullptr;
 
   int thread_count() const {
+    if (threads > 0) {
+#if !defined(_OPENMP)
+      return executor != nullptr ? threads : 1;
+#else
+      return threads;
+#endif
+    }
+    if (executor != nullptr) {
+      return std::max(1, executor->width());
+    }
 #if defined(_OPENMP)
-    return threads > 0 ? threads : (std::max)(1, omp_get_max_threads());
+    return std::max(1, omp_get_max_threads());
 #else
     return 1;
 #endif
   }
 
-  /// Calls `task(i)` for i = 0, ..., n-1, each once, on any thread; threads claim the next index when they are free, so that
-  /// all lower ones have been claimed before: a task may wait for those.
+  /// Calls `task(i)` for i = 0, ..., n-1, each once, on any thread. Threads claim the next index when they are free, so all
+  /// lower ones have been claimed before: a task may wait for those.
   ///
-  /// No exception crosses the parallel region: the one of the lowest index is thrown after all tasks have ended. Inside another
-  /// parallel region the calling thread runs everything.
-  template <class Task>
-  void parallel_for(Index n, Task&& task) const {
-#if defined(_OPENMP)
-    const int count = int(std::min<Index>(thread_count(), n));
-    if (count > 1 && omp_in_parallel() == 0) {
-      std::exception_ptr error;
-      Index error_index = n;
-      std::atomic<Index> next{0};
-#pragma omp parallel num_threads(count)
-      for (Index i = next++; i < n; i = next++) {
-        try {
-          task(i);
-        } catch (...) {
-#pragma omp critical(moxie_parallel_for_error)
-          if (i < error_index) {
-            error_index = i;
-            error = std::current_exception();
-          }
-        }
+  /// Of the exceptions of tasks, the one of the lowest index is thrown after all tasks have ended. Inside an OpenMP parallel
+  /// region the calling thread runs everything.
+  void parallel_for(Index n, FunctionRef<void(Index)> task) const;
+
+  /// The same, and tells a task the number of the worker that runs it, from 0 to thread_count()-1: tasks that run at the same
+  /// time have different ones.
+  void parallel_for_workers(Index n, FunctionRef<void(Index, int)> task) const;
+
+  /// Calls `range(begin, end)` for pieces of at most `grain` indices that cover [0, n).
+  void parallel_ranges(Index n, Index grain, FunctionRef<void(Index, Index)> range) const;
+};
+
+namespace detail {
+
+/// The tasks of one call: what its workers share.
+class TaskList {
+ public:
+  TaskList(const Exec& exec, Index n, FunctionRef<void(Index, int)> task) : exec_(exec), task_(task), n_(n), error_index_(n) {}
+
+  /// Runs tasks until all are claimed.
+  void work(int worker) {
+    const FloatMode::Scope scope(mode_);
+    const bool progresses = exec_.progress != nullptr && is_caller();
+    for (Index i = next_++; i < n_; i = next_++) {
+      try {
+        task_(i, worker);
+      } catch (...) {
+        keep_error(i);
       }
-      if (error) {
-        std::rethrow_exception(error);
+      finished_.fetch_add(1, std::memory_order_release);
+      if (progresses) {
+        exec_.progress(exec_.progress_data);
       }
-      return;
     }
-#endif
-    for (Index i = 0; i < n; ++i) {
-      task(i);
+  }
+  /// On the calling thread, after its worker: progress while others finish their last tasks.
+  void wait() {
+    while (exec_.progress != nullptr && finished_.load(std::memory_order_acquire) < n_) {
+      exec_.progress(exec_.progress_data);
+    }
+  }
+  void rethrow_error() const {
+    if (error_) {
+      std::rethrow_exception(error_);
     }
   }
 
-  /// Calls `range(begin, end)` for pieces of at most `grain` indices that cover [0, n).
-  template <class Range>
-  void parallel_ranges(Index n, Index grain, Range&& range) const {
-    parallel_for((n + grain - 1) / grain, [&](Index i) { range(i * grain, (std::min)(n, (i + 1) * grain)); });
+ private:
+  [[gnu::cold, gnu::noinline]] void keep_error(Index i) {
+    while (locked_.exchange(true, std::memory_order_acquire)) {
+    }
+    if (i < error_index_) {
+      error_index_ = i;
+      error_ = std::current_exception();
+    }
+    locked_.store(false, std::memory_order_release);
   }
+
+#if defined(__STDCPP_THREADS__)
+  bool is_caller() const { return std::this_thread::get_id() == caller_; }
+  std::thread::id caller_ = std::this_thread::get_id();
+#else
+  bool is_caller() const { return true; }
+#endif
+  const Exec& exec_;
+  FunctionRef<void(Index, int)> task_;
+  FloatMode mode_ = FloatMode::current();
+  Index n_;
+  std::atomic<Index> next_{0};
+  std::atomic<Index> finished_{0};
+  std::atomic<bool> locked_{false};
+  Index error_index_;
+  std::exception_ptr error_;
 };
+
+// One function for all tasks of a program, by a pointer each: a template would be compiled again for every caller.
+[[gnu::noinline]] inline void run_in_order(const Exec& exec, Index n, FunctionRef<void(Index, int)> task) {
+  for (Index i = 0; i < n; ++i) {
+    task(i, 0);
+    if (exec.progress != nullptr) {
+      exec.progress(exec.progress_data);
+    }
+  }
+}
+
+[[gnu::noinline]] inline void run_tasks(const Exec& exec, Index n, FunctionRef<void(Index, int)> task) {
+  const int workers = n > 1 ? int(std::min<Index>(exec.thread_count(), n)) : 1;
+  if (workers == 1) {
+    run_in_order(exec, n, task);
+    return;
+  }
+  if (exec.executor != nullptr) {
+    TaskList tasks(exec, n, task);
+    exec.executor->run(workers, [&](int worker) { tasks.work(worker); });
+    tasks.work(0);  // what the executor left over; all workers have ended
+    tasks.rethrow_error();
+    return;
+  }
+#if defined(_OPENMP)
+  if (omp_in_parallel() == 0) {
+    TaskList tasks(exec, n, task);
+#pragma omp parallel num_threads(workers)
+    {
+      tasks.work(omp_get_thread_num());
+      if (omp_get_thread_num() == 0) {
+        tasks.wait();
+      }
+    }
+    tasks.rethrow_error();
+    return;
+  }
+#endif
+  run_in_order(exec, n, task);
+}
+
+}  // namespace detail
+
+inline void Exec::parallel_for(Index n, FunctionRef<void(Index)> task) const {
+  detail::run_tasks(*this, n, [task](Index i, int /*worker*/) { task(i); });
+}
+
+inline void Exec::parallel_for_workers(Index n, FunctionRef<void(Index, int)> task) const { detail::run_tasks(*this, n, task); }
+
+inline void Exec::parallel_ranges(Index n, Index grain, FunctionRef<void(Index, Index)> range) const {
+  detail::run_tasks(*this, (n + grain - 1) / grain,
+                    [=](Index i, int /*worker*/) { range(i * grain, std::min(n, (i + 1) * grain)); });
+}
 
 }  // namespace moxie
