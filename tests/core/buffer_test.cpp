@@ -3,6 +3,10 @@
 
 #include <cmath>
 #include <core/resident_memory.hpp>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <memory_resource>
 #include <moxie/core/buffer.hpp>
 #include <numeric>
 #include <vector>
@@ -148,6 +152,82 @@ TEST_CASE("buffer: large blocks give their memory back") {
     }
   }
   CHECK(moxie::test::resident_kib() - before < 32 << 10);
+}
+
+// Counts what is taken, fills it with ones, and can run out.
+struct Counting : std::pmr::memory_resource {
+  void* do_allocate(std::size_t bytes, std::size_t aligned) override {
+    if (bytes > left) {
+      throw std::bad_alloc();
+    }
+    void* const block = std::pmr::new_delete_resource()->allocate(bytes, aligned);
+    std::memset(block, 0xFF, bytes);
+    taken[block] = bytes;
+    ++allocations;
+    return block;
+  }
+  void do_deallocate(void* block, std::size_t bytes, std::size_t aligned) override {
+    matched = matched && taken.erase(block) == 1;
+    std::pmr::new_delete_resource()->deallocate(block, bytes, aligned);
+  }
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+
+  std::map<void*, std::size_t> taken;
+  std::size_t left = std::numeric_limits<std::size_t>::max();
+  int allocations = 0;
+  bool matched = true;
+};
+
+TEST_CASE("buffer: takes its memory from a resource and gives it back there") {
+  Counting resource;
+  {
+    Buffer<double> a(100, &resource);
+    CHECK(a.resource() == &resource);
+    CHECK(reinterpret_cast<std::uintptr_t>(a.data()) % moxie::alignment == 0);
+    CHECK(resource.taken.at(a.data()) == 800);
+    a.assign(200, 1.5);
+    a.resize(10);
+    CHECK(resource.taken.size() == 1);
+    Buffer<double> b = std::move(a);
+    CHECK(resource.taken.size() == 1);
+    CHECK(b.resource() == &resource);
+    a.assign(3, 2);  // a moved-from buffer is an empty one
+    CHECK(resource.taken.size() == 2);
+    const Buffer<double> copy = b;
+    CHECK(copy.resource() == nullptr);
+    CHECK(copy[9] == 1.5);
+    CHECK(resource.taken.size() == 2);
+    Buffer<double> c(0, &resource);
+    c = copy;
+    CHECK(c.resource() == &resource);
+    CHECK(c[9] == 1.5);
+    CHECK(resource.taken.size() == 3);
+    Buffer<double> d(5);
+    d = std::move(c);
+    CHECK(d.resource() == &resource);
+    CHECK(d[9] == 1.5);
+  }
+  CHECK(resource.taken.empty());
+  CHECK(resource.matched);
+}
+
+TEST_CASE("buffer: where memory is out it is as before") {
+  Counting resource;
+  Buffer<double> a(0, &resource);
+  a.assign(10, 4);
+  const double* const data = a.data();
+  resource.left = 100;
+  CHECK_THROWS_AS(a.resize(1000), std::bad_alloc);
+  CHECK(a.size() == 10);
+  CHECK(a.data() == data);
+  CHECK(a[9] == 4);
+  Buffer<double> large(20);
+  CHECK_THROWS_AS(a = large, std::bad_alloc);
+  CHECK(a[9] == 4);
+  CHECK_THROWS_AS(Buffer<double>(std::numeric_limits<Index>::max() / 4), std::bad_alloc);
+  Buffer<double> b(2);
+  CHECK_THROWS_AS(b.resize(std::numeric_limits<Index>::max() / 4), std::bad_alloc);
+  CHECK(b.size() == 2);
 }
 
 }  // namespace

@@ -132,4 +132,78 @@ TEST_CASE("workspace: what a first step takes goes with its frames, and what the
   CHECK((piece.eigen().array() == 2).all());
 }
 
+TEST_CASE("workspace: takes its memory from a resource, and keeps its block from step to step") {
+  // One that hands out what it has, and counts.
+  struct Counting : std::pmr::memory_resource {
+    void* do_allocate(std::size_t bytes, std::size_t aligned) override {
+      if (taken + bytes > most) {
+        throw std::bad_alloc();
+      }
+      taken += bytes;
+      ++allocations;
+      return std::pmr::new_delete_resource()->allocate(bytes, aligned);
+    }
+    void do_deallocate(void* block, std::size_t bytes, std::size_t aligned) override {
+      taken -= bytes;
+      std::pmr::new_delete_resource()->deallocate(block, bytes, aligned);
+    }
+    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+    std::size_t taken = 0;
+    std::size_t most = std::size_t{1} << 20;
+    int allocations = 0;
+  } resource;
+  {
+    Workspace workspace(&resource);
+    CHECK(use(workspace, 50));
+    const int first = resource.allocations;
+    CHECK(first > 0);
+    CHECK(use(workspace, 50));
+    CHECK(resource.allocations == first);
+    {
+      const Workspace::Frame frame(workspace.tapes());
+      CHECK(use(workspace.tapes(), 10));
+    }
+    CHECK(resource.allocations > first);
+
+    // Memory runs out: nothing is taken, and the workspace goes on.
+    const Workspace::Frame outer(workspace);
+    const RowView<double> kept = workspace.matrix<double>(3, 3);
+    kept.eigen().setConstant(5);
+    CHECK_THROWS_AS(workspace.matrix<double>(1 << 10, 1 << 10), std::bad_alloc);
+    CHECK_THROWS_AS(workspace.matrix<double>(Index{1} << 40, Index{1} << 40), std::bad_alloc);
+    const RowView<double> next = workspace.matrix<double>(3, 3);
+    CHECK(next.data() - kept.data() == 16);  // as if nothing had been asked for
+    CHECK((kept.eigen().array() == 5).all());
+  }
+  CHECK(resource.taken == 0);
+}
+
+TEST_CASE("workspace: is a resource for buffers that go with its frame, and its second stack is another one") {
+  Workspace workspace;
+  use(workspace, 50);
+  const std::size_t before = moxie::test::allocation_count;
+  for (int step = 0; step < 3; ++step) {
+    const Workspace::Frame frame(workspace);
+    moxie::Buffer<double> tape(0, &workspace);
+    tape.assign(100, 7);
+    CHECK(reinterpret_cast<std::uintptr_t>(tape.data()) % moxie::alignment == 0);
+    CHECK(use(workspace, 10));
+    CHECK(std::all_of(tape.begin(), tape.end(), [](double v) { return v == 7; }));
+    std::pmr::memory_resource& resource = workspace;
+    CHECK(reinterpret_cast<std::uintptr_t>(resource.allocate(10, 256)) % 256 == 0);
+  }
+  CHECK(moxie::test::allocation_count == before);
+
+  // On the second stack, a buffer that is filled inside a frame of the first stays.
+  const Workspace::Frame outer(workspace.tapes());
+  moxie::Buffer<double> tape(0, &workspace.tapes());
+  {
+    const Workspace::Frame inner(workspace);
+    tape.assign(100, 9);
+    CHECK(use(workspace, 10));
+  }
+  CHECK(use(workspace, 60));
+  CHECK(std::all_of(tape.begin(), tape.end(), [](double v) { return v == 9; }));
+}
+
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory_resource>
 #include <moxie/core/matrix.hpp>
 #include <new>
 #include <span>
@@ -67,32 +68,51 @@ constexpr Index spread_stride(Index cols) {
 
 }  // namespace detail
 
-/// Aligned memory for `size()` trivially copyable elements, zero when it is new. A large block that nobody has written to takes
-/// no memory, and neither does a copy. `resize` keeps the capacity, and does not keep or clear the contents: buffers that a
-/// step fills anew are allocated by the first step alone.
+/// Aligned memory for `size()` trivially copyable elements. `resize` keeps the capacity, and neither keeps nor clears the
+/// contents: a buffer that every step fills anew is allocated by the first step only.
+///
+/// By default new memory is zero: it comes from the system, a large block that nobody has written to takes none, and neither
+/// does a copy of it. With a memory resource, memory comes from there, and new memory holds whatever it held before.
+///
+/// A copy has the default memory. Copy assignment keeps the target's resource; moving takes the other's along. The resource
+/// must outlive the buffer.
+///
+/// Where memory is out, `resize`, `reserve`, `assign` and copies throw std::bad_alloc (or what the resource throws), and the
+/// buffer is as it was before.
 template <class T>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
   Buffer() = default;
-  explicit Buffer(Index size) { resize(size); }
-  Buffer(const Buffer& other) : Buffer(other.size_) {
-    detail::copy_to_zeros(other.data_, data_, std::size_t(size_) * sizeof(T));
+  explicit Buffer(Index size, std::pmr::memory_resource* resource = nullptr) : resource_(resource) { resize(size); }
+  Buffer(const Buffer& other) : Buffer(other.size_) { copy_elements(other); }
+  Buffer(Buffer&& other) noexcept : resource_(other.resource_) { swap(other); }
+  Buffer& operator=(const Buffer& other) {
+    if (this != &other) {
+      Buffer copy(other.size_, resource_);
+      copy.copy_elements(other);
+      swap(copy);
+    }
+    return *this;
   }
-  Buffer(Buffer&& other) noexcept { swap(other); }
-  Buffer& operator=(Buffer other) noexcept {
-    swap(other);
+  Buffer& operator=(Buffer&& other) noexcept {
+    Buffer taken(std::move(other));
+    swap(taken);
     return *this;
   }
   ~Buffer() { release(); }
 
   void swap(Buffer& other) noexcept {
+    std::swap(resource_, other.resource_);
     std::swap(block_, other.block_);
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
     std::swap(capacity_, other.capacity_);
   }
+
+  /// Where the memory comes from; null for the default.
+  std::pmr::memory_resource* resource() const { return resource_; }
 
   void resize(Index size) {
     reserve(size);
@@ -101,25 +121,14 @@ class Buffer {
 
   void reserve(Index capacity) {
     if (capacity > capacity_) {
-      // Zeroed memory: for large blocks the system's own fresh pages, which cost nothing until they are touched.
       const std::size_t bytes = static_cast<std::size_t>(capacity) * sizeof(T);
-      // Large blocks start at a large page, and ask for them: a product strides over more small pages than the processor
-      // remembers.
-      const std::size_t start = bytes >= detail::large_page ? detail::large_page : alignment;
-      const bool fits = bytes / sizeof(T) == static_cast<std::size_t>(capacity) && bytes + start > bytes;
-      void* block = fits ? std::calloc(1, bytes + start) : nullptr;
-      if (block == nullptr) {
+      if (bytes / sizeof(T) != static_cast<std::size_t>(capacity) || bytes + detail::large_page < bytes) {
         throw std::bad_alloc();
       }
-      release();
-      block_ = block;
-      const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(block) % start;
-      data_ = reinterpret_cast<T*>(static_cast<std::byte*>(block) + (misaligned == 0 ? 0 : start - misaligned));
-      if (start == detail::large_page) {
-        detail::prefer_large_pages(data_, bytes);
-      }
-      capacity_ = capacity;
-      size_ = 0;
+      Buffer fresh(0, resource_);
+      fresh.allocate(bytes);
+      fresh.capacity_ = capacity;
+      swap(fresh);
     }
   }
 
@@ -165,14 +174,46 @@ class Buffer {
     return {data_, rows, cols, stride};
   }
 
-  void release() {
-    detail::give_back(data_, static_cast<std::size_t>(capacity_) * sizeof(T));
-    std::free(block_);
-    block_ = nullptr;
-    data_ = nullptr;
-    capacity_ = 0;
+  void allocate(std::size_t bytes) {
+    if (resource_ != nullptr) {
+      block_ = resource_->allocate(bytes, alignment);
+      data_ = static_cast<T*>(block_);
+      return;
+    }
+    // Zeroed memory: for large blocks the system's own fresh pages, which cost nothing until they are touched. Large blocks
+    // start at a large page, and ask for them: a product strides over more small pages than the processor remembers.
+    const std::size_t start = bytes >= detail::large_page ? detail::large_page : alignment;
+    block_ = std::calloc(1, bytes + start);
+    if (block_ == nullptr) {
+      throw std::bad_alloc();
+    }
+    const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(block_) % start;
+    data_ = reinterpret_cast<T*>(static_cast<std::byte*>(block_) + (misaligned == 0 ? 0 : start - misaligned));
+    if (start == detail::large_page) {
+      detail::prefer_large_pages(data_, bytes);
+    }
   }
 
+  void copy_elements(const Buffer& other) {
+    const std::size_t bytes = std::size_t(size_) * sizeof(T);
+    if (resource_ == nullptr) {
+      detail::copy_to_zeros(other.data_, data_, bytes);
+    } else if (bytes != 0) {
+      std::memcpy(data_, other.data_, bytes);
+    }
+  }
+
+  void release() {
+    const std::size_t bytes = static_cast<std::size_t>(capacity_) * sizeof(T);
+    if (resource_ == nullptr) {
+      detail::give_back(data_, bytes);
+      std::free(block_);
+    } else if (block_ != nullptr) {
+      resource_->deallocate(block_, bytes, alignment);
+    }
+  }
+
+  std::pmr::memory_resource* resource_ = nullptr;
   void* block_ = nullptr;
   T* data_ = nullptr;
   Index size_ = 0;

@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <memory_resource>
 #include <moxie/core/buffer.hpp>
+#include <new>
 #include <vector>
 
 namespace moxie {
@@ -11,15 +17,32 @@ namespace moxie {
 ///
 /// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates in pieces, which go
 /// with their frames; when the last frame closes, one block of the size that was needed takes their place, so later steps
-/// allocate nothing.
-class Workspace {
+/// allocate nothing. Memory comes from `resource`, which must outlive the workspace; by default as that of a `Buffer`.
+///
+/// It is a memory resource itself, for buffers that live no longer than the frame they are made in: what they give back returns
+/// with the frame.
+///
+/// Where memory is out, taking throws std::bad_alloc (or what the resource throws), and nothing is taken. An algorithm that
+/// stops so has closed its frames, but what it has written to its outputs stays written.
+class Workspace : public std::pmr::memory_resource {
  public:
   Workspace() = default;
-  Workspace(const Workspace&) {}  // scratch is nobody's value: a copy starts empty
-  Workspace& operator=(const Workspace&) { return *this; }
+  explicit Workspace(std::pmr::memory_resource* resource) : resource_(resource) {}
+  // Scratch is nobody's value: a copy starts empty, with default memory.
+  Workspace(const Workspace& /*other*/) : std::pmr::memory_resource() {}
+  Workspace& operator=(const Workspace& /*other*/) { return *this; }
   Workspace(Workspace&&) = default;
   Workspace& operator=(Workspace&&) = default;
-  ~Workspace() = default;
+  ~Workspace() override = default;
+
+  /// A second stack on the same resource, for what must outlive frames of this one: a tape on which a backward computes a
+  /// forward again, while the parts of that forward open and close frames here.
+  Workspace& tapes() {
+    if (tapes_ == nullptr) {
+      tapes_ = std::make_unique<Workspace>(resource_);
+    }
+    return *tapes_;
+  }
 
   class Frame {
    public:
@@ -37,31 +60,58 @@ class Workspace {
   /// `rows` x `cols` uninitialised elements, valid until the enclosing frame closes.
   template <class Scalar>
   RowView<Scalar> matrix(Index rows, Index cols) {
-    return {reinterpret_cast<Scalar*>(take(rows * cols * Index{sizeof(Scalar)})), rows, cols};
+    return {take_rows<Scalar>(rows, cols), rows, cols};
   }
 
   /// The same with rows spread over the cache.
   template <class Scalar>
   RowView<Scalar> spread(Index rows, Index cols) {
     const Index stride = detail::spread_stride<Scalar>(cols);
-    return {matrix<Scalar>(rows, stride).data(), rows, cols, stride};
+    return {take_rows<Scalar>(rows, stride), rows, cols, stride};
   }
 
  private:
-  std::byte* take(Index bytes) {
-    const Index start = used_;
-    used_ += (bytes + Index{alignment} - 1) / Index{alignment} * Index{alignment};
-    peak_ = (std::max)(peak_, used_);
-    if (blocks_.size() == 1 && used_ <= blocks_.front().size()) {
-      return blocks_.front().data() + start;
+  static constexpr Index largest = std::numeric_limits<Index>::max() / 2;  // bytes
+
+  template <class Scalar>
+  Scalar* take_rows(Index rows, Index stride) {
+    const Index width = stride * Index{sizeof(Scalar)};
+    if (width > 0 && rows > largest / width) {
+      throw std::bad_alloc();
     }
-    if (blocks_.empty()) {
-      blocks_.emplace_back(used_);
-      return blocks_.front().data() + start;
-    }
-    blocks_.emplace_back((std::max)(bytes, Index{1}));  // an overflow piece
-    return blocks_.back().data();
+    return reinterpret_cast<Scalar*>(take(rows * width));
   }
+
+  std::byte* take(Index bytes) {
+    const Index padded = (bytes + Index{alignment} - 1) / Index{alignment} * Index{alignment};
+    if (padded > largest - used_) {
+      throw std::bad_alloc();
+    }
+    const Index start = used_;
+    std::byte* data = nullptr;
+    if (blocks_.empty()) {
+      data = blocks_.emplace_back(used_ + padded, resource_).data() + start;
+    } else if (blocks_.size() == 1 && start + padded <= blocks_.front().size()) {
+      data = blocks_.front().data() + start;
+    } else {
+      data = blocks_.emplace_back(std::max(bytes, Index{1}), resource_).data();  // an overflow piece
+    }
+    used_ = start + padded;
+    peak_ = std::max(peak_, used_);
+    return data;
+  }
+
+  void* do_allocate(std::size_t bytes, std::size_t aligned) override {
+    const std::size_t extra = aligned > alignment ? aligned : 0;
+    if (bytes > std::size_t(largest) || extra > std::size_t(largest) - bytes) {
+      throw std::bad_alloc();
+    }
+    std::byte* const data = take(Index(bytes + extra));
+    const std::size_t misaligned = reinterpret_cast<std::uintptr_t>(data) % aligned;
+    return data + (misaligned == 0 ? 0 : aligned - misaligned);
+  }
+  void do_deallocate(void* /*block*/, std::size_t /*bytes*/, std::size_t /*aligned*/) override {}
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
 
   void close(Index used, std::size_t blocks) noexcept {
     used_ = used;
@@ -69,12 +119,14 @@ class Workspace {
     if (used_ == 0 && !blocks_.empty() && blocks_.front().size() < peak_) {
       blocks_.clear();
       try {
-        blocks_.emplace_back(peak_);
-      } catch (const std::bad_alloc&) {  // then the next step allocates
+        blocks_.emplace_back(peak_, resource_);
+      } catch (...) {  // then the next step allocates
       }
     }
   }
 
+  std::pmr::memory_resource* resource_ = nullptr;
+  std::unique_ptr<Workspace> tapes_;
   std::vector<Buffer<std::byte>> blocks_;
   Index used_ = 0;
   Index peak_ = 0;
