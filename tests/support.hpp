@@ -55,7 +55,7 @@ Matrix<double> as_double(const Matrix<Scalar>& m) {
 template <class Scalar>
 Parameters<double> as_double(const Parameters<Scalar>& p) {
   Parameters<double> out{Layout(p.layout())};
-  std::copy_n(p.view().data(), p.layout().size(), out.view().data());
+  std::copy_n(p.flat().data(), p.layout().size(), out.flat().data());
   return out;
 }
 

@@ -37,10 +37,10 @@ int main() {
   layer.backward({x, length}, dy, dx, grads, tape);
 
   const auto numbers = [](const float* data, Index n) { return std::vector<float>(data, data + n); };
-  const float* block = layer.parameters().view().data();
+  const float* block = layer.parameters().flat().data();
   const Step step = step_on_device(numbers(block, layer.layout().size()), numbers(x.data(), x.size()),
                                    numbers(dy.data(), dy.size()), int(length));
-  const double error = std::max({worst(step.y, y.data()), worst(step.dx, dx.data()), worst(step.grads, grads.view().data()),
+  const double error = std::max({worst(step.y, y.data()), worst(step.dx, dx.data()), worst(step.grads, grads.flat().data()),
                                  std::abs(step.balance_loss - tape.balance_loss())});
   std::printf("y, dx and %td gradients on both sides: the largest difference is %.1e\n", layer.layout().parameter_count(),
               error);

@@ -40,7 +40,7 @@ class Classifier {
   const ClassifierConfig& config() const { return config_; }
   const Layout& layout() const { return layout_; }
   void initialize(ParameterView<S> p, const Rng& rng) const {
-    p.flat().setZero();
+    moxie::set_zero(p);
     conv1_.initialize(p, rng);
     conv2_.initialize(p, rng);
     features_.initialize(p, rng);

@@ -190,11 +190,11 @@ class Model {
   /// Its part of the parameters in a block.
   template <class T>
   ParameterView<T> feed_forward_part(ParameterView<T> p, Index block) const {
-    return p.block(blocks_[std::size_t(block)].feed_forward, feed_forward(block).layout());
+    return p.part(blocks_[std::size_t(block)].feed_forward, feed_forward(block).layout());
   }
 
   void initialize(ParameterView<S> p, const Rng& rng) const {
-    p.flat().setZero();
+    moxie::set_zero(p);
     patch_embedding_.initialize(p, rng);
     time1_.initialize_normal(p, rng, 0.02);
     time2_.initialize_normal(p, rng, 0.02);
@@ -203,7 +203,7 @@ class Model {
       blocks_[i].attention.initialize(p, rng);
       feed_forwards_[i].initialize(feed_forward_part(p, Index(i)), rng.split(1000 + i));
       if (switch_) {
-        const ParameterView<S> gated = p.block(blocks_[i].gated, switch_->layout());
+        const ParameterView<S> gated = p.part(blocks_[i].gated, switch_->layout());
         switch_->initialize(gated, rng.split(2000 + i));
         for (const auto& tensor : switch_->layout().tensors()) {
           if (tensor.name.starts_with("experts.")) {
@@ -240,7 +240,7 @@ class Model {
     Matrix<std::uint8_t> chosen(steps, prior_.cols());
     auto gates = switch_->make_tape();
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      switch_->forward(p.block(blocks_[i].gated, switch_->layout()), in, no_output, gates, tape.workspace, exec);
+      switch_->forward(p.part(blocks_[i].gated, switch_->layout()), in, no_output, gates, tape.workspace, exec);
       moxie::mark_chosen_units(gates.router().choices(), config_.switch_experts, Index(i) * config_.switch_experts, chosen);
     }
     tape.prior_of_unit = moxie::match_units(chosen, prior_).column;
@@ -437,7 +437,7 @@ class Model {
                                   Tape& whole, BlockTape& tape, const Exec& exec) const {
     const RowView<S> y = tape.gated_y.matrix(x.rows(), x.cols());
     const RowView<S> masked = tape.masked.matrix(x.rows(), x.cols());
-    switch_->forward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, whole.workspace, exec);
+    switch_->forward(p.part(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, whole.workspace, exec);
     moxie::timestep_mask<S>(x, y, masked, exec);
     block_forward(block, p, masked, condition, tape, whole.workspace, exec);
     const RowView<S> out = tape.out.matrix(x.rows(), x.cols());
@@ -461,8 +461,8 @@ class Model {
     moxie::timestep_mask_backward<S>(x, y, d, dx, dy, exec);
     subtract_product<S>(dout, y, dx, exec);
     subtract_product<S>(dout, x, dy, exec);
-    switch_->backward(p.block(block.gated, switch_->layout()), timed_sequences(x, whole), dy, {d, dcondition_part},
-                      grads.block(block.gated, switch_->layout()), tape.gated, workspace, exec);
+    switch_->backward(p.part(block.gated, switch_->layout()), timed_sequences(x, whole), dy, {d, dcondition_part},
+                      grads.part(block.gated, switch_->layout()), tape.gated, workspace, exec);
     dembedding.eigen() += dcondition_part.eigen();
     d.eigen() += dx.eigen();
   }

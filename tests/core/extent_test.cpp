@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <array>
 #include <moxie/core/extent.hpp>
 #include <moxie/core/random.hpp>
 #include <set>
+#include <vector>
 
 namespace {
 
@@ -83,6 +85,48 @@ TEST_CASE("extent: says exactly whether two matrices share a byte, for all signs
   }
   CHECK(shared > 2000);
   CHECK(apart > 2000);
+}
+
+TEST_CASE("extent list: agrees with comparing all pairs") {
+  std::vector<char> memory(2000);
+  int shared = 0;
+  int apart = 0;
+  for (std::uint64_t seed = 0; seed < 400; ++seed) {
+    const moxie::Rng rng(seed);
+    const auto draw = [&](std::uint64_t which, Index n) {
+      std::vector<moxie::Extent> extents;
+      for (Index i = 0; i < n; ++i) {
+        const moxie::Rng one = rng.split(which).split(std::uint64_t(i));
+        extents.emplace_back(memory.data() + 500 + one.below(1000, 0), one.below(4, 1), one.below(12, 2),
+                             one.below(81, 3) - 40);
+      }
+      return extents;
+    };
+    const auto a = draw(0, rng.below(20, 0));
+    const auto b = draw(1, rng.below(8, 1));
+    const auto any = [](const auto& list, const moxie::Extent& e) {
+      return std::any_of(list.begin(), list.end(), [&](const moxie::Extent& other) { return overlaps(e, other); });
+    };
+    const moxie::ExtentList list_a(a);
+    const moxie::ExtentList list_b(b);
+    bool between = false;
+    for (const moxie::Extent& e : b) {
+      REQUIRE(list_a.overlaps(e) == any(a, e));
+      between = between || any(a, e);
+    }
+    REQUIRE(list_a.overlaps(list_b) == between);
+    REQUIRE(list_b.overlaps(list_a) == between);
+    bool inside = false;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      for (std::size_t j = 0; j < i; ++j) {
+        inside = inside || overlaps(a[i], a[j]);
+      }
+    }
+    REQUIRE(list_a.overlap_each_other() == inside);
+    ++(between ? shared : apart);
+  }
+  CHECK(shared > 50);
+  CHECK(apart > 50);
 }
 
 }  // namespace

@@ -191,8 +191,8 @@ TEST_CASE("device: parts that do not fit, a scale and a selection bias that are 
   DeviceExec exec;
   const TopKMoE<float> layer({.model_dim = 8, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 8}, .selection_bias = true});
   DeviceParameters<float> p(exec, layer.layout());
-  const auto& bias = layer.layout().tensors()[1];
-  p.data()[bias.offset + 2] = std::numeric_limits<float>::quiet_NaN();  // the host build's memory is the host's
+  p.data()[moxie::cuda::detail::device_offset(layer.layout(), 1) + 2] =
+      std::numeric_limits<float>::quiet_NaN();  // the host build's memory is the host's
   Matrix<float> x = Matrix<float>::Ones(3, 8);
   Matrix<float> y(3, 8);
   auto tape = layer.make_tape();
@@ -213,7 +213,7 @@ TEST_CASE("device: the selection bias takes the CPU's step, over micro-batches; 
   host.initialize(moxie::Rng(1));
   const TopKMoE<float> layer(config);
   DeviceParameters<float> p(exec, layer.layout());
-  p.upload(exec, host.parameters().view().data());
+  p.upload(exec, host.parameters().flat().data());
   DeviceBuffer<double> load;
   load.resize(exec, 5);
   exec.zero(load.data(), 5);
@@ -235,7 +235,7 @@ TEST_CASE("device: the selection bias takes the CPU's step, over micro-batches; 
   for (const bool recentre : {false, true}) {
     layer.update_selection_bias(exec, p, load, 0.125, recentre);
     moxie::update_selection_bias(bias, std::span<const std::int64_t>(expected), 0.125, recentre);
-    const float* found = p.data() + layer.layout().tensors()[1].offset;
+    const float* found = p.data() + moxie::cuda::detail::device_offset(layer.layout(), 1);
     for (Index e = 0; e < 5; ++e) {
       CHECK(found[e] == doctest::Approx(bias(0, e)).epsilon(1e-6));
     }

@@ -288,7 +288,7 @@ TEST_CASE("null expert: writes zeros over what was there; identity expert: copie
   const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 83);
   const Matrix<float> dh = moxie::test::random<float>(tokens, model_dim, 84);
   const moxie::Layout none;
-  const ParameterView<float> p(none, nullptr);
+  const ParameterView<float> p = moxie::ParameterTable<float>(none, nullptr).view();
   Matrix<float> h = moxie::test::untouched<float>(tokens, model_dim);
   Matrix<float> dx = h;
   const moxie::NullExpert<float> null(model_dim, {});

@@ -233,9 +233,9 @@ TEST_CASE("layer: columns of one matrix do not overlap; parameters, gradients an
   auto grads = layer.parameters().zeros_like();
   Matrix<float> dx(tokens, model_dim);
   CHECK_THROWS_AS(layer.backward(x, y, dx, layer.parameters(), tape), moxie::ValueError);
-  const RowView<float> in_grads(grads.view().data(), tokens, model_dim);
+  const RowView<float> in_grads(grads.flat().data(), tokens, model_dim);
   CHECK_THROWS_AS(layer.backward(x, y, in_grads, grads, tape), moxie::ValueError);
-  const RowView<float> in_parameters(layer.parameters().view().data(), tokens, model_dim);
+  const RowView<float> in_parameters(layer.parameters().flat().data(), tokens, model_dim);
   CHECK_THROWS_AS(layer.forward(x, in_parameters, tape), moxie::ValueError);
   CHECK_THROWS_AS(layer.forward(x, RowView<float>(y.data(), tokens, model_dim, 0), tape), moxie::ValueError);
   CHECK_THROWS_AS(layer.forward(RowView<const float>(x.data(), -1, model_dim), y, tape), moxie::ValueError);
@@ -312,7 +312,7 @@ TEST_CASE("layer: what backward writes is apart from all that it reads") {
   layer.forward(in, y, tape);
   CHECK_THROWS_AS(layer.backward(in, y, {dx, condition}, grads, tape), moxie::ValueError);
   CHECK_THROWS_AS(layer.backward(in, y, {dx, RowView<float>(dx).middle_rows(0, 3)}, grads, tape), moxie::ValueError);
-  const RowView<const float> in_grads(grads.view().data(), tokens, model_dim);
+  const RowView<const float> in_grads(grads.flat().data(), tokens, model_dim);
   CHECK_THROWS_AS(layer.backward(in, in_grads, {dx, dcondition}, grads, tape), moxie::ValueError);
   Tokens<float> narrow = in;
   const Matrix<float> one = moxie::test::random<float>(3, 1, 103);

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <moxie/core/index.hpp>
+#include <utility>
+#include <vector>
 
 namespace moxie {
 
@@ -69,6 +72,61 @@ inline bool overlaps(const Extent& a, const Extent& b) {
   const Index start = shift < 0 ? shift + stride : shift;
   return start < a.width || start + b.width > stride;
 }
+
+/// The memory of many matrices, in order of address: made once, compared often.
+class ExtentList {
+ public:
+  ExtentList() = default;
+  explicit ExtentList(std::vector<Extent> extents) : extents_(std::move(extents)) {
+    std::erase_if(extents_, [](const Extent& e) { return e.empty(); });
+    std::sort(extents_.begin(), extents_.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+    std::uintptr_t end = 0;
+    ends_.reserve(extents_.size());
+    for (const Extent& e : extents_) {
+      overlap_ = overlap_ || meets(e, extents_.begin() + Index(ends_.size()));
+      ends_.push_back(end = std::max(end, e.end()));
+    }
+  }
+
+  bool empty() const { return extents_.empty(); }
+  /// Whether two of the matrices share a byte.
+  bool overlap_each_other() const { return overlap_; }
+
+  /// Whether one of the matrices shares a byte with `other`. Cost: O(1) where `other` lies outside of all of them, else a
+  /// binary search and the neighbours.
+  bool overlaps(const Extent& other) const {
+    if (other.empty() || empty() || other.begin >= ends_.back() || other.end() <= extents_.front().begin) {
+      return false;
+    }
+    return meets(other, std::lower_bound(extents_.begin(), extents_.end(), other.end(),
+                                         [](const Extent& e, std::uintptr_t address) { return e.begin < address; }));
+  }
+  bool overlaps(const ExtentList& other) const {
+    if (empty() || other.empty() || extents_.front().begin >= other.ends_.back() ||
+        other.extents_.front().begin >= ends_.back()) {
+      return false;
+    }
+    if (extents_.size() > other.extents_.size()) {
+      return other.overlaps(*this);
+    }
+    return std::any_of(extents_.begin(), extents_.end(), [&](const Extent& e) { return other.overlaps(e); });
+  }
+
+ private:
+  /// Whether one of the matrices before `last`, all of which begin before the end of e, shares a byte with e.
+  bool meets(const Extent& e, std::vector<Extent>::const_iterator last) const {
+    for (auto i = last - extents_.begin(); i > 0 && ends_[std::size_t(i - 1)] > e.begin; --i) {
+      if (moxie::overlaps(extents_[std::size_t(i - 1)], e)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  std::vector<Extent> extents_;
+  std::vector<std::uintptr_t> ends_;  // the highest end of this matrix and those before
+  bool overlap_ = false;
+};
 
 namespace detail {
 

@@ -8,6 +8,7 @@
 #include <limits>
 #include <moxie/core/error.hpp>
 #include <moxie/core/extent.hpp>
+#include <moxie/core/layout.hpp>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -191,6 +192,19 @@ inline unsigned blocks_of(Index warps) {
   return unsigned(std::min<Index>((warps + warps_of_block - 1) / warps_of_block, 65535));
 }
 #endif
+
+/// What the tensor at a position takes in a device's block, and where it begins there: after those that were added before it.
+inline Index device_size(const Layout& layout, Index position) {
+  const TensorInfo& t = layout.tensors()[std::size_t(position)];
+  return (t.rows * t.cols + Layout::granularity - 1) / Layout::granularity * Layout::granularity;
+}
+inline Index device_offset(const Layout& layout, Index position) {
+  Index offset = 0;
+  for (Index i = 0; i < position; ++i) {
+    offset += device_size(layout, i);
+  }
+  return offset;
+}
 
 }  // namespace detail
 

@@ -45,7 +45,8 @@ inline BankTensor bank_tensor(const Layout& layout, Index i, Index count) {
   const auto& tensors = layout.tensors();
   const TensorInfo& t = tensors[std::size_t(i)];
   const bool several = Index(tensors.size()) > count;
-  return {t.offset, t.rows, t.cols, several ? tensors[std::size_t(i + count)].offset - t.offset : 0};
+  const Index offset = device_offset(layout, i);
+  return {offset, t.rows, t.cols, several ? device_offset(layout, i + count) - offset : 0};
 }
 
 template <class From, class To>

@@ -29,21 +29,52 @@ inline std::size_t fingerprint(const Layout& layout) {
   return hash;
 }
 
+/// A range of a block whose tensors lie in the same order on the host and on the device.
+struct DeviceRange {
+  Index on_host;
+  Index on_device;
+  Index size;
+};
+inline std::vector<DeviceRange> device_ranges(const Layout& layout) {
+  std::vector<DeviceRange> ranges;
+  Index on_device = 0;
+  for (Index i = 0; i < layout.count(); ++i) {
+    const Index size = device_size(layout, i);
+    if (!ranges.empty() && ranges.back().on_host + ranges.back().size == layout.offset(i)) {
+      ranges.back().size += size;
+    } else {
+      ranges.push_back({layout.offset(i), on_device, size});
+    }
+    on_device += size;
+  }
+  return ranges;
+}
+
 }  // namespace detail
 
-/// A block of parameters or gradients on the device: the same layout as on the host, so that one copy takes it there.
+/// A block of parameters or gradients on the device. Tensors lie in order of adding there, so that each part of a layer is one
+/// block; on the host, those that no gradient trains come last. A copy takes a range that is the same on both sides.
 template <class Scalar>
 class DeviceParameters {
  public:
   /// Zeros.
-  DeviceParameters(DeviceExec& exec, const Layout& layout) : layout_(detail::fingerprint(layout)) {
+  DeviceParameters(DeviceExec& exec, const Layout& layout)
+      : layout_(detail::fingerprint(layout)), ranges_(detail::device_ranges(layout)) {
     block_.resize(exec, layout.size());
     set_zero(exec);
   }
 
-  /// From and to a block of `layout().size()` numbers of the host: `parameters.view().data()`. `download` waits for the device.
-  void upload(DeviceExec& exec, const Scalar* block) { exec.upload(block, block_.data(), size()); }
-  void download(DeviceExec& exec, Scalar* block) const { exec.read(block_.data(), block, size()); }
+  /// From and to a block of `layout().size()` numbers of the host: `parameters.flat().data()`. `download` waits for the device.
+  void upload(DeviceExec& exec, const Scalar* block) {
+    for (const detail::DeviceRange& range : ranges_) {
+      exec.upload(block + range.on_host, block_.data() + range.on_device, range.size);
+    }
+  }
+  void download(DeviceExec& exec, Scalar* block) const {
+    for (const detail::DeviceRange& range : ranges_) {
+      exec.read(block_.data() + range.on_device, block + range.on_host, range.size);
+    }
+  }
   void set_zero(DeviceExec& exec) { exec.zero(block_.data(), size()); }
 
   Scalar* data() { return block_.data(); }
@@ -54,6 +85,7 @@ class DeviceParameters {
 
  private:
   std::size_t layout_;
+  std::vector<detail::DeviceRange> ranges_;
   DeviceBuffer<Scalar> block_;
 };
 
@@ -125,10 +157,12 @@ class Moe {
                            "shared experts are a bank of one expert of the same width");
     }
     auto layout = std::make_shared<Layout>();
-    router_offset_ = layout->add_part("", router_.layout());
-    experts_offset_ = layout->add_part("", experts_.layout());
+    layout->add_part("", router_.layout());
+    layout->add_part("", experts_.layout());
+    experts_offset_ = router_.layout().size();
     if (shared_) {
-      shared_offset_ = layout->add_part("", shared_->layout());
+      layout->add_part("", shared_->layout());
+      shared_offset_ = experts_offset_ + experts_.layout().size();
     }
     layout_ = std::move(layout);
     fingerprint_ = detail::fingerprint(*layout_);

@@ -270,7 +270,7 @@ class SoftRouter {
     const DeviceExec::Frame frame(exec);
     int* status = tape.status_.reset(exec, in);
     DeviceRows<const Scalar> z;
-    const Scalar* scale = config_.normalized() ? p + layout_.tensors()[1].offset : nullptr;
+    const Scalar* scale = config_.normalized() ? p + detail::device_offset(layout_, 1) : nullptr;
     if (config_.learned()) {
       z = logits(exec, p, in, tape);
     }
@@ -331,7 +331,7 @@ class SoftRouter {
     const DeviceRows<Scalar> dx_hat(exec.scratch<Scalar>(in.room() * dim), tokens, dim);
     const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slot_count * dim), slot_count, dim);
     detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, dx_hat, false, dphi_hat.data, false);
-    const Index scale_offset = layout_.tensors()[1].offset;
+    const Index scale_offset = detail::device_offset(layout_, 1);
     const Scalar* scale = p + scale_offset;
     Scalar* dots = exec.scratch<Scalar>(slot_count);
     const DeviceRows<Scalar> dphi(grads, slot_count, dim);

@@ -554,8 +554,8 @@ class TopKRouter {
     detail::expect_value(config_.selection_bias, where, "the router has no selection bias");
     detail::expect_value(load.size() == config_.experts, where, "the load is not of as many experts");
     detail::expect_value(std::isfinite(rate), where, "the rate is not finite");
-    exec.for_each_row(1,
-                      SelectionBiasRow<Scalar>{load.data(), config_.experts, rate, recentre, p + layout_.tensors()[1].offset});
+    exec.for_each_row(
+        1, SelectionBiasRow<Scalar>{load.data(), config_.experts, rate, recentre, p + detail::device_offset(layout_, 1)});
   }
 
   /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
@@ -584,7 +584,7 @@ class TopKRouter {
            .groups = int(config_.groups.count),
            .groups_chosen = int(config_.groups.chosen),
            .group_sum = config_.groups.score == GroupScore::top_2_sum,
-           .bias = config_.selection_bias ? p + layout_.tensors()[1].offset : nullptr};
+           .bias = config_.selection_bias ? p + detail::device_offset(layout_, 1) : nullptr};
     gate_.forward(exec, where, p, in, tape.gate_);
     row.z = tape.gate_.noisy_logits();
     row.s = {tape.scores_.resize(exec, tokens * experts, room * experts), tokens, experts};

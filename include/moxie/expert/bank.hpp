@@ -199,11 +199,11 @@ kernel::Product<Scalar, Element> back_through(RowView<const Element> dh, kernel:
           .c = drows};
 }
 
-/// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order.
+/// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order. Nothing where dW_e is absent.
 template <class Scalar, class Element>
 kernel::Product<Scalar, Element> weight_gradient(const GroupedRows<Element>& rows, RowView<const Element> dh,
                                                  kernel::Rows<Scalar> dw, Index e) {
-  if (rows.count(e) == 0) {
+  if (rows.count(e) == 0 || dw.data == nullptr) {
     return {};
   }
   return {.m = dh.cols(),
@@ -214,7 +214,7 @@ kernel::Product<Scalar, Element> weight_gradient(const GroupedRows<Element>& row
           .c = {dw, kernel::Write::add}};
 }
 
-/// db_e += column sums of dh_e, in order of rows.
+/// db_e += column sums of dh_e, in order of rows. Nothing where db_e is absent.
 template <class Rows, class T, class BiasOf>
 void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Exec& exec) {
   constexpr Index columns = 256;
@@ -222,6 +222,9 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
   exec.parallel_for(rows.experts() * parts, [&](Index i) {
     const auto db = dbias(i / parts);
     using Scalar = typename decltype(db)::Scalar;
+    if (db.rows() == 0) {
+      return;
+    }
     const Index first = i % parts * columns;
     const Index count = (std::min)(columns, dh.cols() - first);
     for (Index r = rows.begin(i / parts); r < rows.begin(i / parts + 1); ++r) {
@@ -290,17 +293,17 @@ void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, R
 }
 
 /// Their adjoint. W1 and W2 are the weights of the two products as rows, (out,in) each. `differentiate` ends dh W2, and fills
-/// `hidden` and `before`, the gradient of what the first product gave; drows = before W1, dW1 += beforeᵀ rows, dW2 += dhᵀ
-/// hidden.
-template <class Scalar, class Element, class Weight1, class Weight2, class Gradient1, class Gradient2>
+/// `hidden` and `before`, the gradient of what the first product gave; drows = before W1, dW2 += dhᵀ hidden. `to_dw1(e)` is the
+/// product dW1 += beforeᵀ rows.
+template <class Scalar, class Element, class Weight1, class Weight2, class ToGradient1, class Gradient2>
 void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh,
                      RowView<const std::type_identity_t<Element>> hidden, RowView<const std::type_identity_t<Element>> before,
-                     RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const Gradient1& dw1, const Gradient2& dw2,
+                     RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const ToGradient1& to_dw1, const Gradient2& dw2,
                      const kernel::Epilogue<Scalar>& differentiate, const Exec& exec) {
   kernel::TaskGraph<Scalar, Element> graph;
   graph.add(
       rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate);
-  graph.add(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(rows, before, dw1(e), e); });
+  graph.add(rows.experts(), to_dw1);
   graph.add(rows.experts(), [&](Index e) {
     return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(), kernel::stream_to<Scalar>(drows, rows.begin(e)));
   });

@@ -16,6 +16,10 @@ struct BankNames {
   std::string base = "experts";
   bool numbered = true;
 
+  /// What a layout is told of an expert's tensors: the number, or that they have none.
+  TensorOptions options(Index expert, Role role = Role::weight) const {
+    return {.role = role, .expert = numbered ? expert : -1};
+  }
   std::string prefix(Index expert) const { return numbered ? base + "." + std::to_string(expert) + "." : base + "."; }
 };
 
@@ -36,9 +40,9 @@ inline Layout glu_layout(Index experts, Index model_dim, const HiddenConfig& con
   Layout layout;
   for (Index e = 0; e < experts; ++e) {
     const std::string name = names.prefix(e);
-    layout.add(name + "gate_proj.weight", {config.hidden_dim, model_dim});
-    layout.add(name + "up_proj.weight", {config.hidden_dim, model_dim});
-    layout.add(name + "down_proj.weight", {model_dim, config.hidden_dim});
+    layout.add(name + "gate_proj.weight", {config.hidden_dim, model_dim}, names.options(e));
+    layout.add(name + "up_proj.weight", {config.hidden_dim, model_dim}, names.options(e));
+    layout.add(name + "down_proj.weight", {model_dim, config.hidden_dim}, names.options(e));
   }
   return layout;
 }
@@ -50,10 +54,10 @@ inline Layout mlp_layout(Index experts, Index model_dim, const HiddenConfig& con
   Layout layout;
   for (Index e = 0; e < experts; ++e) {
     const std::string name = names.prefix(e);
-    layout.add(name + "fc1.weight", {config.hidden_dim, model_dim});
-    layout.add(name + "fc1.bias", {config.hidden_dim});
-    layout.add(name + "fc2.weight", {model_dim, config.hidden_dim});
-    layout.add(name + "fc2.bias", {model_dim});
+    layout.add(name + "fc1.weight", {config.hidden_dim, model_dim}, names.options(e));
+    layout.add(name + "fc1.bias", {config.hidden_dim}, names.options(e, Role::bias));
+    layout.add(name + "fc2.weight", {model_dim, config.hidden_dim}, names.options(e));
+    layout.add(name + "fc2.bias", {model_dim}, names.options(e, Role::bias));
   }
   return layout;
 }

@@ -50,7 +50,8 @@ class ExpertBank {
     experts_.reserve(configs.size());
     for (const Config& config : configs) {
       const Expert_& expert = experts_.emplace_back(model_dim, config);
-      offsets_.push_back(layout_.add_part(names.prefix(Index(offsets_.size())), expert.layout()));
+      const auto e = Index(first_.size());
+      first_.push_back(layout_.add_part(names.prefix(e), expert.layout(), names.numbered ? e : -1));
     }
   }
 
@@ -98,7 +99,7 @@ class ExpertBank {
   }
   template <class T>
   ParameterView<T> of(ParameterView<T> p, Index e) const {
-    return p.block(offsets_[std::size_t(e)], expert(e).layout());
+    return p.part(first_[std::size_t(e)], expert(e).layout());
   }
   template <class T>
   static RowView<T> part(RowView<T> m, const GroupedRows<Scalar>& rows, Index e) {
@@ -108,7 +109,7 @@ class ExpertBank {
   Index model_dim_;
   std::vector<Expert_> experts_;
   Layout layout_;
-  std::vector<Index> offsets_;  // of the experts' blocks
+  std::vector<Index> first_;  // the position of each expert's first tensor
 };
 
 struct NullConfig {

@@ -47,6 +47,7 @@ class GluExperts {
 
   void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
                Workspace& workspace, const Exec& exec) const {
+    expect_equal_distances(p);
     run(p, rows, h, kept, workspace, exec);
   }
   void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
@@ -54,6 +55,7 @@ class GluExperts {
     run(weights, rows, h, kept, workspace, exec);
   }
   Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
+    expect_equal_distances(p);
     std::vector<Product> products;
     for (Index e = 0; e < experts_; ++e) {
       products.push_back(to_hidden(p, e));
@@ -66,6 +68,8 @@ class GluExperts {
   /// dWd += dhᵀ hidden, dWg += dgᵀ x, dWu += duᵀ x. What was hidden is computed again from g and u.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
                 ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
+    expect_equal_distances(p);
+    expect_equal_distances(dp);
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
     const RowView<Element> dgate_up = workspace.spread<Element>(rows.count(), 2 * hidden_dim_);
@@ -80,7 +84,8 @@ class GluExperts {
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
         [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
-        [&](Index e) { return gate_up_weight(dp, e); }, [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
+        [&](Index e) { return gate_up_gradient(x, dgate_up, dp, e); },
+        [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
         kernel::Epilogue<Scalar>::of(differentiate), exec);
   }
 
@@ -181,6 +186,29 @@ class GluExperts {
   template <class T>
   static kernel::Rows<T> gate_up_weight(ParameterView<T> p, Index expert) {
     return kernel::stacked(gate_.of(p, expert), up_.of(p, expert));
+  }
+
+  /// dWg += dgᵀ x and dWu += duᵀ x as one product, or the one of them that is wanted.
+  static kernel::Product<Scalar, Element> gate_up_gradient(const GroupedRows<Element>& x, RowView<const Element> dgate_up,
+                                                           ParameterView<Scalar> dp, Index e) {
+    const RowView<Scalar> dgate = gate_.of(dp, e);
+    const RowView<Scalar> dup = up_.of(dp, e);
+    if (dgate.data() != nullptr && dup.data() != nullptr) {
+      return detail::weight_gradient<Scalar>(x, dgate_up, kernel::stacked(dgate, dup), e);
+    }
+    const bool gate = dgate.data() != nullptr;
+    return detail::weight_gradient<Scalar>(x, detail::half(dgate_up, gate ? 0 : 1), kernel::rows_of(gate ? dgate : dup), e);
+  }
+
+  /// Products read an expert's gate_proj and up_proj as one matrix, which the rows of both must lie in at equal distances.
+  template <class T>
+  void expect_equal_distances(ParameterView<T> p) const {
+    for (Index e = 0; e < experts_; ++e) {
+      const RowView<T> gate = gate_.of(p, e);
+      const RowView<T> up = up_.of(p, e);
+      expect_value(gate.rows() == 0 || up.rows() == 0 || gate.stride() == up.stride(), "GluExperts",
+                   "the rows of gate_proj and up_proj of an expert are not at equal distances");
+    }
   }
 
   Index experts_;

@@ -25,9 +25,9 @@ class LinearExperts {
     detail::expect_at_least("LinearExperts", "experts", experts, 1);
     detail::expect_at_least("LinearExperts", "model_dim", model_dim, 1);
     for (Index e = 0; e < experts; ++e) {
-      layout_.add(names.prefix(e) + "weight", {model_dim, model_dim});
+      layout_.add(names.prefix(e) + "weight", {model_dim, model_dim}, names.options(e));
       if (bias_) {
-        layout_.add(names.prefix(e) + "bias", {model_dim});
+        layout_.add(names.prefix(e) + "bias", {model_dim}, names.options(e, Role::bias));
       }
     }
   }

@@ -78,7 +78,10 @@ class MlpExperts {
     detail::backward_hidden(
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, da, drows,
         [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
-        [&](Index e) { return kernel::rows_of(fc1_.of(dp, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
+        [&](Index e) {
+          return detail::weight_gradient<Scalar>(x, RowView<const Element>(da), kernel::rows_of(fc1_.of(dp, e)), e);
+        },
+        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
         kernel::Epilogue<Scalar>::of(differentiate), exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);

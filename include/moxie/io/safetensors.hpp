@@ -794,8 +794,12 @@ class SafetensorsWriter {
   template <class Block>
   void add_parameters(const Block& block, std::string_view prefix = {}) {
     const auto view = detail::as_view(block);
-    for (const TensorInfo& t : view.layout().tensors()) {
-      const std::span values(view.data() + t.offset, static_cast<std::size_t>(t.rows * t.cols));
+    for (Index i = 0; i < view.layout().count(); ++i) {
+      const TensorInfo& t = view.layout().tensors()[static_cast<std::size_t>(i)];
+      const auto w = view[i];
+      expect_value(view.has(i) && (w.rows() <= 1 || w.stride() == w.cols()), "SafetensorsWriter::add_parameters",
+                   "the " + detail::tensor_named(t.name) + " is absent, or its rows are apart");
+      const std::span values(w.data(), static_cast<std::size_t>(w.size()));
       add(std::string(prefix) + t.name, t.shape, dtype_of_view(view), values);
     }
   }

@@ -31,7 +31,7 @@ class Frozen {
     if constexpr (packs) {
       bank.forward(weights_, std::forward<Arguments>(arguments)...);
     } else {
-      bank.forward(ParameterView<const Scalar>(bank.layout(), weights_.data()), std::forward<Arguments>(arguments)...);
+      bank.forward(weights_.view(), std::forward<Arguments>(arguments)...);
     }
   }
 
@@ -40,8 +40,8 @@ class Frozen {
     if constexpr (packs) {
       return bank.freeze(p, exec);
     } else {
-      Buffer<Scalar> copy(bank.layout().size());
-      std::copy_n(p.data(), copy.size(), copy.data());
+      Parameters<Scalar> copy{Layout(bank.layout())};
+      copy_tensors(p, copy.view());
       return copy;
     }
   }
@@ -135,7 +135,7 @@ class Moe {
     friend class Moe;
 
     std::shared_ptr<const Layout> layer_;
-    Buffer<Scalar> router_;
+    Parameters<Scalar> router_;
     std::optional<detail::Frozen<Experts_>> experts_;
     std::optional<detail::Frozen<Experts_>> shared_;
   };
@@ -157,10 +157,10 @@ class Moe {
                            "shared experts are a bank of one expert of the same width");
     }
     Layout layout;
-    router_offset_ = layout.add_part("", router_.layout());
-    experts_offset_ = layout.add_part("", experts_.layout());
+    router_first_ = layout.add_part("", router_.layout());
+    experts_first_ = layout.add_part("", experts_.layout());
     if (shared_) {
-      shared_offset_ = layout.add_part("", shared_->layout());
+      shared_first_ = layout.add_part("", shared_->layout());
     }
     layout_ = std::make_shared<const Layout>(std::move(layout));
     parameters_ = Parameters<Scalar>(layout_);
@@ -170,7 +170,8 @@ class Moe {
   const Experts_& experts() const { return experts_; }
   Index model_dim() const { return experts_.model_dim(); }
 
-  const Layout& layout() const { return *layout_; }
+  /// Without tensors where the layer was moved away.
+  const Layout& layout() const { return layout_ != nullptr ? *layout_ : *detail::empty_layout(); }
   /// The layer's own block.
   Parameters<Scalar>& parameters() { return parameters_; }
   const Parameters<Scalar>& parameters() const { return parameters_; }
@@ -229,7 +230,8 @@ class Moe {
   void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
                const Exec& exec = {}) const {
     expect_layout(forward_name_, p);
-    detail::expect_value(!detail::overlaps(block_of(p), y), forward_name_, "y overlaps the parameters");
+    expect_value(p.complete(), forward_name_, "a parameter is absent");
+    expect_value(!overlaps(p, y), forward_name_, "y overlaps the parameters");
     run_checked(p, in, y, tape, workspace, exec);
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
@@ -243,8 +245,8 @@ class Moe {
     expect_layout(freeze_name_, p);
     Frozen frozen;
     frozen.layer_ = layout_;
-    frozen.router_.resize(router_.layout().size());
-    std::copy_n(router_part(p).data(), frozen.router_.size(), frozen.router_.data());
+    frozen.router_ = Parameters<Scalar>{Layout(router_.layout())};
+    copy_tensors(router_part(p), frozen.router_.view());
     frozen.experts_.emplace(experts_, experts_part(p), exec);
     if (shared_) {
       frozen.shared_.emplace(*shared_, shared_part(p), exec);
@@ -254,7 +256,8 @@ class Moe {
   /// The same y as with the parameters that were frozen, faster where experts have few rows; bit for bit. The tape holds the
   /// plan, and nothing for a backward.
   void forward(const Frozen& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
-    detail::expect_value(frozen.layer_ == layout_, forward_name_, "the weights were not frozen by this layer");
+    detail::expect_value(layout_ != nullptr && frozen.layer_ == layout_, forward_name_,
+                         "the weights were not frozen by this layer");
     run_checked(frozen, in, y, tape, tape.workspace_, exec);
   }
 
@@ -281,10 +284,11 @@ class Moe {
     detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
     expect_layout(where, p);
     expect_layout(where, grads);
-    const auto apart = [](const auto& written, const auto&... read) { return (!detail::overlaps(written, read) && ...); };
-    detail::expect_value(apart(block_of(grads), block_of(p), in.x, dy, in.condition, din.x, din.condition) &&
-                             apart(din.x, block_of(p), in.condition) && apart(din.condition, block_of(p), in.x, dy),
-                         where, "gradients overlap each other, or what they are computed from");
+    expect_value(p.complete(), where, "a parameter is absent");
+    const auto apart = [](const auto& written, const auto&... read) { return (!overlaps(written, read) && ...); };
+    expect_value(apart(grads, p, in.x, dy, in.condition, din.x, din.condition) && apart(p, din.x, din.condition) &&
+                     apart(din.x, in.condition) && apart(din.condition, in.x, dy),
+                 where, "gradients overlap each other, or what they are computed from");
 
     if (din.condition.rows() != 0) {
       din.condition.eigen().setZero();
@@ -498,29 +502,24 @@ class Moe {
 
   template <class T>
   void expect_layout(const std::string& where, ParameterView<T> p) const {
-    if (p.empty() || !detail::same_layout(p.layout(), *layout_)) {
+    if (p.empty() || layout_ == nullptr || !detail::same_layout(p.layout(), *layout_)) {
       throw ShapeError(where + ": the parameters or gradients have another layout than the layer");
     }
   }
   template <class T>
-  static RowView<const Scalar> block_of(ParameterView<T> p) {
-    return {p.data(), 1, p.layout().size()};
-  }
-
-  template <class T>
   ParameterView<T> router_part(ParameterView<T> p) const {
-    return p.block(router_offset_, router_.layout());
+    return p.part(router_first_, router_.layout());
   }
-  ParameterView<const Scalar> router_part(const Frozen& frozen) const { return {router_.layout(), frozen.router_.data()}; }
+  ParameterView<const Scalar> router_part(const Frozen& frozen) const { return frozen.router_; }
   static const detail::Frozen<Experts_>& experts_part(const Frozen& frozen) { return *frozen.experts_; }
   static const detail::Frozen<Experts_>& shared_part(const Frozen& frozen) { return *frozen.shared_; }
   template <class T>
   ParameterView<T> experts_part(ParameterView<T> p) const {
-    return p.block(experts_offset_, experts_.layout());
+    return p.part(experts_first_, experts_.layout());
   }
   template <class T>
   ParameterView<T> shared_part(ParameterView<T> p) const {
-    return p.block(shared_offset_, shared_->layout());
+    return p.part(shared_first_, shared_->layout());
   }
 
   /// Whether dispatch gathers tokens by an index, as sparse plans do; else it computes slots.
@@ -546,9 +545,10 @@ class Moe {
   Router_ router_;
   Experts_ experts_;
   std::optional<Experts_> shared_;
-  Index router_offset_ = 0;
-  Index experts_offset_ = 0;
-  Index shared_offset_ = 0;
+  // The positions of the parts' first tensors.
+  Index router_first_ = 0;
+  Index experts_first_ = 0;
+  Index shared_first_ = 0;
   std::shared_ptr<const Layout> layout_;  // what tapes know the layer by; copies of the layer share it
   Parameters<Scalar> parameters_;
 };

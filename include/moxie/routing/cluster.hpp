@@ -58,7 +58,8 @@ class ClusterRouter {
     detail::expect_at_least(where, "top_k", config.top_k, 1);
     detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
     detail::expect_value(config.temperature > 0 && std::isfinite(config.temperature), where, "the temperature must be above 0");
-    centroids_ = layout_.add("centroids", {config.experts, config.feature_dim}, Trained::elsewhere);
+    centroids_ =
+        layout_.add("centroids", {config.experts, config.feature_dim}, {.role = Role::state, .trained = Trained::elsewhere});
   }
 
   const Config& config() const { return config_; }

@@ -155,9 +155,9 @@ struct TopKRouterConfig {
   /// `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E).
   Layout layout() const {
     Layout layout;
-    layout.add("gate.weight", {experts, model_dim});
+    layout.add("gate.weight", {experts, model_dim}, {.role = Role::gate});
     if (selection_bias) {
-      layout.add("gate.e_score_correction_bias", {experts}, Trained::elsewhere);
+      layout.add("gate.e_score_correction_bias", {experts}, {.role = Role::state, .trained = Trained::elsewhere});
     }
     return layout;
   }
@@ -182,7 +182,7 @@ struct ExpertChoiceRouterConfig {
   /// `gate.weight` (E,D).
   Layout layout() const {
     Layout layout;
-    layout.add("gate.weight", {experts, model_dim});
+    layout.add("gate.weight", {experts, model_dim}, {.role = Role::gate});
     return layout;
   }
 };
@@ -219,10 +219,10 @@ struct SoftRouterConfig {
   Layout layout() const {
     Layout layout;
     if (learned()) {
-      layout.add("phi.weight", {slot_count(), model_dim});
+      layout.add("phi.weight", {slot_count(), model_dim}, {.role = Role::gate});
     }
     if (normalized()) {
-      layout.add("scale", {});
+      layout.add("scale", {}, {.role = Role::scale});
     }
     return layout;
   }

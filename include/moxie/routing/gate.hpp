@@ -89,7 +89,7 @@ class Gate {
   void backward(RowView<const Scalar> weight, const Tokens<Scalar>& in, RowView<const Scalar> dz, RowView<Scalar> dx,
                 RowView<Scalar> dweight, const Tape& tape, Workspace& workspace, const Exec& exec) const {
     const RowView<const Scalar> x = tape.jittered_ ? tape.input_.view(in.count(), model_dim_) : in.x;
-    kernel::gemm<Scalar>({experts_, model_dim_, in.count(), kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x),
+    kernel::gemm<Scalar>({dweight.rows(), model_dim_, in.count(), kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x),
                           kernel::add_to<Scalar>(dweight)},
                          exec);  // (E,T)(T,D) -> (E,D)
     const auto add_input_gradient = [&](kernel::Destination<Scalar> to) {

@@ -129,9 +129,9 @@ class SoftRouter {
       });
     }
     if (!config_.normalize) {
-      kernel::gemm<Scalar>(
-          {n, dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x), kernel::add_to<Scalar>(dp[phi_])},
-          exec);  // (N,T)(T,D) -> (N,D)
+      kernel::gemm<Scalar>({dp[phi_].rows(), dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x),
+                            kernel::add_to<Scalar>(dp[phi_])},
+                           exec);  // (N,T)(T,D) -> (N,D)
       kernel::gemm<Scalar>(
           {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[phi_]), kernel::add_to<Scalar>(din.x)},
           exec);  // (T,N)(N,D) -> (T,D)
@@ -148,8 +148,12 @@ class SoftRouter {
     kernel::gemm<Scalar>(
         {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(phi_hat), kernel::replace<Scalar>(dx_hat)},
         exec);  // (T,N)(N,D) -> (T,D)
-    dp[scale_](0, 0) += kernel::dot(n * dim, dphi_hat.data(), phi_hat.data());
-    add_normalized_backward(phi_hat, tape.phi_factor_, dphi_hat, scale, dp[phi_], exec);
+    if (dp.has(scale_)) {
+      dp[scale_](0, 0) += kernel::dot(n * dim, dphi_hat.data(), phi_hat.data());
+    }
+    if (dp.has(phi_)) {
+      add_normalized_backward(phi_hat, tape.phi_factor_, dphi_hat, scale, dp[phi_], exec);
+    }
     add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, din.x, exec);
   }
 

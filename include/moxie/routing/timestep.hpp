@@ -64,8 +64,8 @@ class TimestepRouter {
     detail::expect_at_least(where, "experts", config.experts, 1);
     detail::expect_at_least(where, "top_k", config.top_k, 1);
     detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
-    weight_ = layout_.add("gate.weight", {config.experts, config.condition_dim});
-    bias_ = layout_.add("gate.bias", {config.experts});
+    weight_ = layout_.add("gate.weight", {config.experts, config.condition_dim}, {.role = Role::gate});
+    bias_ = layout_.add("gate.bias", {config.experts}, {.role = Role::bias});
   }
 
   const Config& config() const { return config_; }
@@ -141,10 +141,10 @@ class TimestepRouter {
     }
     softmax_rows_backward(tape.scores(), dz, exec);
     const RowView<const Scalar> activated = tape.activated_.view(sequences, config_.condition_dim);
-    kernel::gemm<Scalar>({experts, config_.condition_dim, sequences, kernel::transposed<Scalar>(dz),
+    kernel::gemm<Scalar>({dp[weight_].rows(), config_.condition_dim, sequences, kernel::transposed<Scalar>(dz),
                           kernel::plain<Scalar>(activated), kernel::add_to<Scalar>(dp[weight_])},
                          exec);  // (E,B)(B,C) -> (E,C)
-    for (Index b = 0; b < sequences; ++b) {
+    for (Index b = 0; b < sequences && dp.has(bias_); ++b) {
       dp[bias_].eigen() += dz.middle_rows(b, 1).eigen();
     }
     if (din.condition.rows() == 0) {

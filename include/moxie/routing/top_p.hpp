@@ -59,7 +59,7 @@ class TopPRouter {
     detail::expect_at_least(where, "most", config.most, 0);
     detail::expect_value(config.token_entropy >= 0 && std::isfinite(config.token_entropy), where,
                          "token_entropy must be finite and not negative");
-    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim});
+    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim}, {.role = Role::gate});
   }
 
   const Config& config() const { return config_; }
