@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <limits>
 #include <moxie/exchange/combine.hpp>
 #include <moxie/testing/gradient_check.hpp>
@@ -52,6 +53,27 @@ TEST_CASE_TEMPLATE("combine: of a sparse plan adds the weighted rows of each tok
   }
   moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{});
   CHECK(moxie::test::relative_error(y, expected) < Tolerance<S>::sum);
+}
+
+TEST_CASE_TEMPLATE("combine: a term is one fused multiply-add, in the order of the token's choices", S, float, double) {
+  const auto plan = sparse_plan<S>(30, 4, 3, 844);
+  const Matrix<S> h = moxie::test::random<S>(plan.rows(), 21, 845);
+  Matrix<S> y = moxie::test::random<S>(30, 21, 846);
+  Matrix<S> expected = y;
+  for (Index t = 0; t < 30; ++t) {
+    for (const Index r : plan.rows_of_token(t)) {
+      for (Index j = 0; j < 21; ++j) {
+#if defined(__FMA__) || defined(__aarch64__)
+        expected(t, j) = std::fma(plan.weight(r), h(r, j), expected(t, j));
+#else
+        volatile S product = plan.weight(r) * h(r, j);  // rounded
+        expected(t, j) += product;
+#endif
+      }
+    }
+  }
+  moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{});
+  CHECK(moxie::test::same_bits(y, expected));
 }
 
 TEST_CASE("combine: leaves tokens without an assignment as they are") {

@@ -1,25 +1,29 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <moxie/core/exec.hpp>
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/kernel/simd.hpp>
 #include <moxie/routing/plan.hpp>
 
 namespace moxie {
 
-/// y += C h, or y = C h where it does not `add`: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices; one task
-/// owns a token, so no atomics.
+/// y += C h, or y = C h where it does not `add`: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices, one fused
+/// multiply-add a term (a multiply and an add where the instruction set has none). One task owns a token, so no atomics.
 template <class Scalar>
 void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
              RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {
   exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
-      auto sum = y.middle_rows(t, 1).eigen();
+      Scalar* const sum = y.row(t);
       if (!add) {
-        sum.setZero();
+        std::fill_n(sum, y.cols(), Scalar(0));
       }
       for (const Index r : plan.rows_of_token(t)) {
-        sum += plan.weight(r) * h.middle_rows(r, 1).eigen();
+        const Scalar weight = plan.weight(r);
+        kernel::map(
+            y.cols(), sum, [=](auto s, auto v) { return kernel::fma(decltype(v)(weight), v, s); }, sum, h.row(r));
       }
     }
   });
@@ -54,7 +58,9 @@ void combine_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_id
   exec.parallel_ranges(plan.rows(), 64, [&](Index begin, Index end) {
     for (Index r = begin; r < end; ++r) {
       const Index t = plan.token(r);
-      dh.middle_rows(r, 1).eigen() = plan.weight(r) * dy.middle_rows(t, 1).eigen();
+      const Scalar weight = plan.weight(r);
+      kernel::map(
+          dy.cols(), dh.row(r), [=](auto d) { return decltype(d)(weight) * d; }, dy.row(t));
       dplan.weight[r] = kernel::dot(h.cols(), h.row(r), dy.row(t));
     }
   });

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <moxie/core/exec.hpp>
 #include <moxie/exchange/grouped_rows.hpp>
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/kernel/simd.hpp>
 #include <moxie/routing/plan.hpp>
 
 namespace moxie {
@@ -44,12 +46,13 @@ void dispatch_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_i
                        typename SparsePlan<Scalar>::Gradient& /*dplan*/, const Exec& exec, bool add = true) {
   exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
-      auto sum = dx.middle_rows(t, 1).eigen();
+      Scalar* const sum = dx.row(t);
       if (!add) {
-        sum.setZero();
+        std::fill_n(sum, dx.cols(), Scalar(0));
       }
       for (const Index r : plan.rows_of_token(t)) {
-        sum += drows.middle_rows(r, 1).eigen();
+        kernel::map(
+            dx.cols(), sum, [](auto s, auto d) { return s + d; }, sum, drows.row(r));
       }
     }
   });
