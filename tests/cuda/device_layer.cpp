@@ -163,7 +163,7 @@ template <class S>
 Made<S> make_one(const TopKMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool bfloat16) {
   if constexpr (std::is_same_v<S, float>) {
     if (bfloat16 && experts == DeviceExperts::swiglu) {
-      return make<cuda::TopKMoE<S, cuda::SwiGluExperts<S, cuda::BFloat16>>>(config);
+      return make<cuda::TopKMoE<S, cuda::SwiGluExperts<S, BFloat16>>>(config);
     }
   }
   if (experts == DeviceExperts::swiglu) {
@@ -175,7 +175,7 @@ template <class S>
 Made<S> make_one(const SharedExpertMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool bfloat16) {
   if constexpr (std::is_same_v<S, float>) {
     if (bfloat16 && experts == DeviceExperts::gelu_tanh) {
-      return make<cuda::SharedExpertMoE<S, cuda::GeluTanhExperts<S, cuda::BFloat16>>>(config);
+      return make<cuda::SharedExpertMoE<S, cuda::GeluTanhExperts<S, BFloat16>>>(config);
     }
   }
   switch (experts) {
@@ -207,7 +207,7 @@ template <class S>
 Made<S> make_one(const SoftMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool bfloat16) {
   if constexpr (std::is_same_v<S, float>) {
     if (bfloat16 && experts == DeviceExperts::gelu_tanh) {
-      return make<cuda::SoftMoE<S, cuda::GeluTanhExperts<S, cuda::BFloat16>>>(config);
+      return make<cuda::SoftMoE<S, cuda::GeluTanhExperts<S, BFloat16>>>(config);
     }
   }
   return experts == DeviceExperts::gelu_tanh ? make<cuda::SoftMoE<S>>(config) : nullptr;

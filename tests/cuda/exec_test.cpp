@@ -16,8 +16,8 @@ using moxie::cuda::Lanes;
 
 struct AddIndex {
   int* to;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] += int(i) + 1; }
-  MOXIE_CUDA_BOTH void operator()(Index i, Lanes lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const { to[i] += int(i) + 1; }
+  MOXIE_HOST_DEVICE void operator()(Index i, Lanes lanes) const {
     if (lanes.first() == 0) {
       to[i] += int(i) + 1;
     }

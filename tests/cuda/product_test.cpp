@@ -93,13 +93,8 @@ TEST_CASE("product: part of the columns of a matrix, and a single product") {
   CHECK(moxie::test::relative_error(c, expected) <= 10 * moxie::test::Tolerance<double>::sum);
 }
 
-TEST_CASE("product: BFloat16 is rounded to nearest, ties to even, and added in float") {
-  using moxie::cuda::BFloat16;
-  for (const float x : {1.0F, -2.5F, 1.00390625F, 1.01171875F, 3.4e38F, 1e-40F, 0.0F, -0.0F}) {
-    CHECK(float(BFloat16(x)) == float(moxie::BFloat16(x)));
-  }
-  CHECK(std::isnan(float(BFloat16(std::numeric_limits<float>::quiet_NaN()))));
-  CHECK(std::isinf(float(BFloat16(std::numeric_limits<float>::infinity()))));
+TEST_CASE("product: BFloat16 is added in float, and the sum rounded where it becomes one") {
+  using moxie::BFloat16;
   DeviceExec exec;
   std::vector<BFloat16> a, b;
   Matrix<float> expected = Matrix<float>::Zero(12, 4);

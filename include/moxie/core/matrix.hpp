@@ -3,10 +3,18 @@
 
 #include <Eigen/Core>
 #include <moxie/config.hpp>
+#include <moxie/core/bfloat16.hpp>
 #include <moxie/core/error.hpp>
 #include <moxie/core/extent.hpp>
 #include <moxie/core/index.hpp>
 #include <type_traits>
+
+/// What Eigen asks of a number: nothing else of moxie's BFloat16 knows Eigen.
+template <>
+struct Eigen::NumTraits<moxie::BFloat16> : Eigen::GenericNumTraits<moxie::BFloat16> {
+  enum { RequireInitialization = 0 };
+  static moxie::BFloat16 dummy_precision() { return moxie::BFloat16(0.05F); }
+};
 
 namespace moxie {
 
@@ -15,10 +23,6 @@ static_assert(std::is_same_v<Index, Eigen::Index>, "moxie: Eigen's index is anot
 /// The matrix of the interface: row-major, one row a token (or one row an output unit, for weights).
 template <class Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-/// A number of 16 bits: float's range, 8 bits of precision. Expert banks can multiply such numbers and add in float; see
-/// `GluExperts`.
-using BFloat16 = Eigen::bfloat16;
 
 namespace detail {
 

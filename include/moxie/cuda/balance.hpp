@@ -13,7 +13,7 @@ struct TimesChosen {
   int k;
   int counted;
 
-  MOXIE_CUDA_BOTH double operator()(Index t, Index e) const {
+  MOXIE_HOST_DEVICE double operator()(Index t, Index e) const {
     int n = 0;
     for (int j = 0; j < counted; ++j) {
       n += chosen[t * k + j] == e ? 1 : 0;
@@ -24,7 +24,7 @@ struct TimesChosen {
 
 /// ln Σ_e exp z_e of a token.
 template <class Scalar>
-MOXIE_CUDA_BOTH double log_sum_exp(const Scalar* z, Index n) {
+MOXIE_HOST_DEVICE double log_sum_exp(const Scalar* z, Index n) {
   double largest = double(z[0]);
   for (Index i = 1; i < n; ++i) {
     largest = double(z[i]) > largest ? double(z[i]) : largest;
@@ -42,7 +42,7 @@ struct TokenLoss {
   DeviceRows<const Scalar> z;
   DeviceRows<const Scalar> p;
 
-  MOXIE_CUDA_BOTH double operator()(Index t, Index which) const {
+  MOXIE_HOST_DEVICE double operator()(Index t, Index which) const {
     double loss = 0;
     if (which == 0 && z.data != nullptr) {
       loss = log_sum_exp(z.row(t), z.cols);
@@ -64,7 +64,7 @@ struct SumSequences {
   Index experts;
   double* out;  // E
 
-  MOXIE_CUDA_BOTH void operator()(Index e) const {
+  MOXIE_HOST_DEVICE void operator()(Index e) const {
     double sum = 0;
     for (Index b = 0; b < sequences; ++b) {
       sum += of_sequence[b * experts + e];
@@ -97,7 +97,7 @@ struct BalanceRow {
   double* coefficient = nullptr;        // (B,E)
   double* of_sequence = nullptr;        // B
 
-  MOXIE_CUDA_BOTH void operator()(Index b, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index b, auto lanes) const {
     const double length = double(starts[b + 1] - starts[b]);
     if (length == 0) {
       if (lanes.first() == 0) {
@@ -129,8 +129,10 @@ struct BalanceRow {
     }
   }
 
-  MOXIE_CUDA_BOTH double frequency(Index e) const { return double(experts) * batch_count[e] / (k * double(starts[sequences])); }
-  MOXIE_CUDA_BOTH double device_frequency(Index e) const {
+  MOXIE_HOST_DEVICE double frequency(Index e) const {
+    return double(experts) * batch_count[e] / (k * double(starts[sequences]));
+  }
+  MOXIE_HOST_DEVICE double device_frequency(Index e) const {
     if (weights.device_level == 0) {
       return 0;
     }
@@ -153,7 +155,7 @@ struct VariationRow {
   double* coefficient;  // (B,E)
   double* of_sequence;  // B
 
-  MOXIE_CUDA_BOTH void operator()(Index b, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index b, auto lanes) const {
     const double* v = numbers + b * experts;
     double mean = 0;
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
@@ -187,14 +189,14 @@ struct LoadOf {
   int k;
   double deviation;
 
-  MOXIE_CUDA_BOTH double distance(Index t, Index e) const {
+  MOXIE_HOST_DEVICE double distance(Index t, Index e) const {
     return (double(z(t, e)) - double(noisy(t, best[(t + 1) * k - 1]))) / deviation;
   }
-  MOXIE_CUDA_BOTH double operator()(Index t, Index e) const {
+  MOXIE_HOST_DEVICE double operator()(Index t, Index e) const {
     return 0.5 * std::erfc(-distance(t, e) * 0.70710678118654752440);
   }
   /// The derivative with respect to z_te; that to θ_t is the negative sum over e.
-  MOXIE_CUDA_BOTH double derivative(Index t, Index e) const {
+  MOXIE_HOST_DEVICE double derivative(Index t, Index e) const {
     const double u = distance(t, e);
     return 0.39894228040143267794 / deviation * std::exp(-0.5 * u * u);
   }
@@ -206,7 +208,7 @@ struct BalanceLoss {
   const double* of_tokens = nullptr;  // z-loss and entropy, summed
   double* loss = nullptr;
 
-  MOXIE_CUDA_BOTH void operator()(Index /*one*/, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index /*one*/, auto lanes) const {
     const double n = double(row.starts[row.sequences]);
     double sum = 0;
     for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
@@ -233,7 +235,7 @@ struct SelectionBiasRow {
   bool recentre;
   Scalar* bias;
 
-  MOXIE_CUDA_BOTH void operator()(Index /*one*/, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index /*one*/, auto lanes) const {
     double total = 0;
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
       total += load[e];

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <moxie/config.hpp>
 #include <moxie/core/error.hpp>
 #include <moxie/core/extent.hpp>
 #include <moxie/core/layout.hpp>
@@ -19,8 +20,6 @@
 #include <cuda_runtime.h>
 #include <thrust/system/cuda/execution_policy.h>
 #include <thrust/system_error.h>
-/// Runs on the host and on the device.
-#define MOXIE_CUDA_BOTH __host__ __device__
 /// Code that nvcc compiles and code that it does not are different entities of one program.
 #define MOXIE_CUDA_BACKEND on_device
 #else
@@ -35,7 +34,6 @@
 #else
 #include <thrust/system/cpp/execution_policy.h>
 #endif
-#define MOXIE_CUDA_BOTH
 #define MOXIE_CUDA_BACKEND on_host
 #endif
 #include <thrust/for_each.h>
@@ -95,18 +93,18 @@ class Lanes {
  public:
 #if defined(__CUDA_ARCH__)
   static constexpr int count = 32;
-  MOXIE_CUDA_BOTH int first() const { return int(threadIdx.x) % count; }
-  MOXIE_CUDA_BOTH int step() const { return count; }
+  MOXIE_HOST_DEVICE int first() const { return int(threadIdx.x) % count; }
+  MOXIE_HOST_DEVICE int step() const { return count; }
   /// Over all lanes, the same number for each of them, in an order that is always the same.
   template <class T>
-  MOXIE_CUDA_BOTH T sum(T x) const {
+  MOXIE_HOST_DEVICE T sum(T x) const {
     for (int other = 16; other > 0; other /= 2) {
       x += __shfl_xor_sync(0xffffffffU, x, other);
     }
     return x;
   }
   template <class T>
-  MOXIE_CUDA_BOTH T largest(T x) const {
+  MOXIE_HOST_DEVICE T largest(T x) const {
     for (int other = 16; other > 0; other /= 2) {
       const T y = __shfl_xor_sync(0xffffffffU, x, other);
       x = y > x ? y : x;
@@ -115,7 +113,7 @@ class Lanes {
   }
   /// The largest value and its index, the lower one of equal values; an index below 0 stands for nothing.
   template <class T>
-  MOXIE_CUDA_BOTH void best(T& value, int& index) const {
+  MOXIE_HOST_DEVICE void best(T& value, int& index) const {
     for (int other = 16; other > 0; other /= 2) {
       const T v = __shfl_xor_sync(0xffffffffU, value, other);
       const int i = __shfl_xor_sync(0xffffffffU, index, other);
@@ -126,31 +124,31 @@ class Lanes {
     }
   }
   /// What each lane wrote before, all may read after.
-  MOXIE_CUDA_BOTH void sync() const { __syncwarp(); }
+  MOXIE_HOST_DEVICE void sync() const { __syncwarp(); }
 #else
   static constexpr int count = 1;
-  MOXIE_CUDA_BOTH static int first() { return 0; }
-  MOXIE_CUDA_BOTH static int step() { return count; }
+  MOXIE_HOST_DEVICE static int first() { return 0; }
+  MOXIE_HOST_DEVICE static int step() { return count; }
   template <class T>
-  MOXIE_CUDA_BOTH T sum(T x) const {
+  MOXIE_HOST_DEVICE T sum(T x) const {
     return x;
   }
   template <class T>
-  MOXIE_CUDA_BOTH T largest(T x) const {
+  MOXIE_HOST_DEVICE T largest(T x) const {
     return x;
   }
   template <class T>
-  MOXIE_CUDA_BOTH void best(T& /*value*/, int& /*index*/) const {}
-  MOXIE_CUDA_BOTH void sync() const {}
+  MOXIE_HOST_DEVICE void best(T& /*value*/, int& /*index*/) const {}
+  MOXIE_HOST_DEVICE void sync() const {}
 #endif
 };
 
 /// The threads of one of several warps that share a row: they take elements as `Lanes` do, and know nothing of each other.
 class Strip {
  public:
-  MOXIE_CUDA_BOTH Strip(Index strip, Index strips) : strip_(strip), strips_(strips) {}
-  MOXIE_CUDA_BOTH Index first() const { return strip_ * Lanes::count + Lanes().first(); }
-  MOXIE_CUDA_BOTH Index step() const { return strips_ * Lanes::count; }
+  MOXIE_HOST_DEVICE Strip(Index strip, Index strips) : strip_(strip), strips_(strips) {}
+  MOXIE_HOST_DEVICE Index first() const { return strip_ * Lanes::count + Lanes().first(); }
+  MOXIE_HOST_DEVICE Index step() const { return strips_ * Lanes::count; }
 
  private:
   Index strip_;
@@ -160,7 +158,7 @@ class Strip {
 namespace detail {
 
 /// *to = min(*to, x), by whoever comes.
-MOXIE_CUDA_BOTH inline void atomic_min(int* to, int x) {
+MOXIE_HOST_DEVICE inline void atomic_min(int* to, int x) {
 #if defined(__CUDA_ARCH__)
   atomicMin(to, x);
 #elif defined(__CUDACC__)
@@ -605,8 +603,8 @@ struct DeviceRows {
   requires std::is_same_v<const U, T> DeviceRows(const DeviceRows<U>& other)
       : DeviceRows(other.data, other.rows, other.cols, other.stride) {}
 
-  MOXIE_CUDA_BOTH T* row(Index i) const { return data + i * stride; }
-  MOXIE_CUDA_BOTH T& operator()(Index i, Index j) const { return data[i * stride + j]; }
+  MOXIE_HOST_DEVICE T* row(Index i) const { return data + i * stride; }
+  MOXIE_HOST_DEVICE T& operator()(Index i, Index j) const { return data[i * stride + j]; }
   moxie::detail::Extent extent() const { return {data, rows, cols, stride}; }
   DeviceRows middle_rows(Index first, Index count) const { return {row(first), count, cols, stride}; }
   DeviceRows middle_cols(Index first, Index count) const { return {data + first, rows, count, stride}; }

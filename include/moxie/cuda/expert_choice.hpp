@@ -15,7 +15,7 @@ struct ScoreKey {
   Scalar* key;
   int* place;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const Scalar v = s(i % s.rows, i / s.rows);
     key[i] = v == v ? v : Scalar(-1);
     place[i] = int(i);
@@ -28,7 +28,7 @@ struct SegmentKey {
   int sequences;
   int* key;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const { key[i] = place[i] / tokens * sequences + sequence[place[i] % tokens]; }
+  MOXIE_HOST_DEVICE void operator()(Index i) const { key[i] = place[i] / tokens * sequences + sequence[place[i] % tokens]; }
 };
 /// The best of every expert and sequence become rows.
 template <class Scalar>
@@ -43,7 +43,7 @@ struct TakenRow {
   int* expert;
   Scalar* weight;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const int e = int(i) / rows;
     const int q = int(i) % rows;
     const int b = lower_bound(first, sequences + 1, q + 1) - 1;
@@ -61,7 +61,7 @@ struct ScatterWeight {
   const Scalar* dweight;
   DeviceRows<Scalar> ds;
 
-  MOXIE_CUDA_BOTH void operator()(Index r) const { ds(token[r], expert[r]) = dweight[r]; }
+  MOXIE_HOST_DEVICE void operator()(Index r) const { ds(token[r], expert[r]) = dweight[r]; }
 };
 
 }  // namespace detail
@@ -72,7 +72,7 @@ struct SoftmaxBackwardRow {
   DeviceRows<const Scalar> s;
   DeviceRows<Scalar> ds;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const { softmax_backward(s.row(t), ds.row(t), s.cols, lanes); }
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const { softmax_backward(s.row(t), ds.row(t), s.cols, lanes); }
 };
 
 /// `moxie::ExpertChoiceRouter` on the device: the same options. The rows of an expert are sorted by sequence, then

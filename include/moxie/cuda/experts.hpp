@@ -53,7 +53,7 @@ template <class From, class To>
 struct Convert {
   const From* from;
   To* to;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = To(from[i]); }
+  MOXIE_HOST_DEVICE void operator()(Index i) const { to[i] = To(from[i]); }
 };
 /// A vector of each expert, from equal distances to one after the other.
 template <class T>
@@ -62,7 +62,7 @@ struct CopyVectors {
   Index distance;
   Index size;
   T* to;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = from[i / size * distance + i % size]; }
+  MOXIE_HOST_DEVICE void operator()(Index i) const { to[i] = from[i / size * distance + i % size]; }
 };
 /// A block as Elements: itself, or rounded into scratch.
 template <class Element, class Scalar>

@@ -20,7 +20,7 @@ struct GatherRow {
   const int* index;
   DeviceRows<To> to;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     const Index i = index == nullptr ? r : index[r];
     for (Index d = lanes.first(); d < to.cols; d += lanes.step()) {
       to(r, d) = To(from(i, d));
@@ -35,7 +35,7 @@ struct RestoreRow {
   const int* place;
   DeviceRows<Scalar> to;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     const Index i = place[t];
     for (Index d = lanes.first(); d < to.cols; d += lanes.step()) {
       to(t, d) = i < 0 ? Scalar(0) : from(i, d);
@@ -49,7 +49,7 @@ struct TokenRows {
   const int* starts = nullptr;
   int k = 0;
 
-  MOXIE_CUDA_BOTH Index begin(Index t) const { return starts == nullptr ? t * k : starts[t]; }
+  MOXIE_HOST_DEVICE Index begin(Index t) const { return starts == nullptr ? t * k : starts[t]; }
 };
 
 /// y_t = Σ_{r of t} w_r h_r, or added; without weights all are 1. Combine, and the adjoint of a gather.
@@ -61,7 +61,7 @@ struct CombineRow {
   DeviceRows<Scalar> y;
   bool add;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     for (Index d = lanes.first(); d < y.cols; d += lanes.step()) {
       Scalar sum = add ? y(t, d) : Scalar(0);
       for (Index i = rows_of.begin(t); i < rows_of.begin(t + 1); ++i) {
@@ -85,7 +85,7 @@ struct CombineBackwardRow {
   DeviceRows<Element> dh;
   Scalar* dweight;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     const Index t = token[r];
     Scalar dot = 0;
     for (Index d = lanes.first(); d < dy.cols; d += lanes.step()) {
@@ -105,7 +105,7 @@ struct GluRow {
   DeviceRows<const Element> gate_up;
   DeviceRows<Element> hidden;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
       hidden(r, j) = Element(Activation::value(Sum(gate_up(r, j))) * Sum(gate_up(r, hidden.cols + j)));
@@ -121,7 +121,7 @@ struct GluBackwardRow {
   DeviceRows<Element> hidden;
   DeviceRows<Element> dgate_up;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     const Index width = hidden.cols;
     for (Index j = lanes.first(); j < width; j += lanes.step()) {
@@ -143,7 +143,7 @@ struct BiasOfRow {
   Index distance = 0;
   const int* expert = nullptr;
 
-  MOXIE_CUDA_BOTH T* of(Index r) const { return data + (expert == nullptr ? 0 : expert[r] * distance); }
+  MOXIE_HOST_DEVICE T* of(Index r) const { return data + (expert == nullptr ? 0 : expert[r] * distance); }
 };
 
 /// Perceptron: a = before + b, hidden = act(a).
@@ -153,7 +153,7 @@ struct MlpRow {
   BiasOfRow<const Scalar> bias;
   DeviceRows<Element> hidden;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     for (Index j = lanes.first(); j < a.cols; j += lanes.step()) {
       const auto sum = SumOf<Element>(a(r, j)) + bias.of(r)[j];
       a(r, j) = Element(sum);
@@ -168,7 +168,7 @@ struct AddBiasRow {
   DeviceRows<Scalar> m;
   BiasOfRow<const Scalar> bias;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     for (Index j = lanes.first(); j < m.cols; j += lanes.step()) {
       m(r, j) += bias.of(r)[j];
     }
@@ -183,7 +183,7 @@ struct MlpBackwardRow {
   DeviceRows<Element> hidden;
   DeviceRows<Element> da;
 
-  MOXIE_CUDA_BOTH void operator()(Index r, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
       const Sum before = Sum(a(r, j));
@@ -198,27 +198,27 @@ template <class Sum, class T>
 struct ElementOf {
   DeviceRows<const T> m;
 
-  MOXIE_CUDA_BOTH Sum operator()(Index r, Index j) const { return Sum(m(r, j)); }
+  MOXIE_HOST_DEVICE Sum operator()(Index r, Index j) const { return Sum(m(r, j)); }
 };
 
 /// How `column_reduce` takes numbers together.
 struct Plus {
   template <class T>
-  MOXIE_CUDA_BOTH static T first() {
+  MOXIE_HOST_DEVICE static T first() {
     return T(0);
   }
   template <class T>
-  MOXIE_CUDA_BOTH static T of(T a, T b) {
+  MOXIE_HOST_DEVICE static T of(T a, T b) {
     return a + b;
   }
 };
 struct Largest {
   template <class T>
-  MOXIE_CUDA_BOTH static T first() {
+  MOXIE_HOST_DEVICE static T first() {
     return -detail::infinity<T>;
   }
   template <class T>
-  MOXIE_CUDA_BOTH static T of(T a, T b) {
+  MOXIE_HOST_DEVICE static T of(T a, T b) {
     return b > a ? b : a;
   }
 };
@@ -233,10 +233,10 @@ struct Pieces {
   const int* starts;
   Index groups;
 
-  MOXIE_CUDA_BOTH Index first(Index g) const { return starts[g] / rows + g; }
-  MOXIE_CUDA_BOTH Index count(Index g) const { return (starts[g + 1] - starts[g] + rows - 1) / rows; }
+  MOXIE_HOST_DEVICE Index first(Index g) const { return starts[g] / rows + g; }
+  MOXIE_HOST_DEVICE Index count(Index g) const { return (starts[g + 1] - starts[g] + rows - 1) / rows; }
   /// The group whose piece this number may be: the last one that does not begin after it.
-  MOXIE_CUDA_BOTH Index group(Index piece) const {
+  MOXIE_HOST_DEVICE Index group(Index piece) const {
     Index low = 0;
     Index high = groups;
     while (high - low > 1) {
@@ -250,7 +250,7 @@ struct Pieces {
 struct Ends {
   int end;
   int* starts;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { starts[i] = i == 0 ? 0 : end; }
+  MOXIE_HOST_DEVICE void operator()(Index i) const { starts[i] = i == 0 ? 0 : end; }
 };
 
 /// What a piece of a group's rows makes of each of its columns.
@@ -261,7 +261,7 @@ struct ReducePiece {
   Index cols;
   T* out;  // (pieces, cols)
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const Index j = i % cols;
     const Index piece = i / cols;
     const Index g = pieces.group(piece);
@@ -285,7 +285,7 @@ struct ReducePieces {
   Index distance;  // from one group's row to the next one's
   bool add;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const Index g = i / cols;
     const Index j = i % cols;
     T all = Op::template first<T>();

@@ -11,7 +11,7 @@ inline namespace MOXIE_CUDA_BACKEND {
 namespace detail {
 
 template <class Scalar>
-MOXIE_CUDA_BOTH bool finite(Scalar x) {
+MOXIE_HOST_DEVICE bool finite(Scalar x) {
   return x - x == Scalar(0);
 }
 
@@ -51,7 +51,7 @@ void linear_backward(DeviceExec& exec, DeviceRows<const Scalar> x, const Scalar*
 
 struct SetStatus {
   int* status;
-  MOXIE_CUDA_BOTH void operator()(Index /*one*/) const { *status = all_finite; }
+  MOXIE_HOST_DEVICE void operator()(Index /*one*/) const { *status = all_finite; }
 };
 /// What a forward found of its logits, on the device.
 class LogitStatus {
@@ -97,7 +97,7 @@ struct AddNoise {
   double deviation;
   Scalar* to;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const double n = noise.rows > 0 ? double(noise(i / z.cols, i % z.cols)) : rng.normal(std::uint64_t(i));
     to[i] = z.data[i] + Scalar(deviation * n);
   }
@@ -111,7 +111,7 @@ struct JitterRow {
   DeviceRows<Scalar> factor;
   DeviceRows<Scalar> input;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     for (Index d = lanes.first(); d < x.cols; d += lanes.step()) {
       factor(t, d) = Scalar(1 + jitter * (2 * rng.uniform(std::uint64_t(t * x.cols + d)) - 1));
       input(t, d) = x(t, d) * factor(t, d);
@@ -125,7 +125,7 @@ struct JitterBackwardRow {
   DeviceRows<const Scalar> dinput;
   DeviceRows<Scalar> dx;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     for (Index d = lanes.first(); d < dx.cols; d += lanes.step()) {
       dx(t, d) += dinput(t, d) * factor(t, d);
     }

@@ -73,7 +73,7 @@ inline int to_index(std::string_view where, Index n) {
 }
 
 /// The first place in [0, n) of sorted keys that is not below `key`.
-MOXIE_CUDA_BOTH inline int lower_bound(const int* keys, int n, int key) {
+MOXIE_HOST_DEVICE inline int lower_bound(const int* keys, int n, int key) {
   int first = 0;
   while (n > 0) {
     const int half = n / 2;
@@ -93,7 +93,7 @@ struct SequenceOf {
   int count;
   int* sequence;
 
-  MOXIE_CUDA_BOTH void operator()(Index t) const { sequence[t] = lower_bound(starts, count + 1, int(t) + 1) - 1; }
+  MOXIE_HOST_DEVICE void operator()(Index t) const { sequence[t] = lower_bound(starts, count + 1, int(t) + 1) - 1; }
 };
 
 }  // namespace detail
@@ -203,7 +203,7 @@ struct PairKey {
   int* key;
   int* pair;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     key[i] = expert[i] < 0 ? experts : expert[i];
     pair[i] = int(i);
   }
@@ -214,7 +214,7 @@ struct StartOf {
   int n;
   int* starts;
 
-  MOXIE_CUDA_BOTH void operator()(Index e) const { starts[e] = lower_bound(key, n, int(e)); }
+  MOXIE_HOST_DEVICE void operator()(Index e) const { starts[e] = lower_bound(key, n, int(e)); }
 };
 /// Sorted pairs become rows.
 template <class Scalar>
@@ -228,7 +228,7 @@ struct RowOfPair {
   Scalar* weight;
   int* row_of_pair;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const int p = pair[i];
     token[i] = p / k;
     weight[i] = weight_of_pair[p];
@@ -238,7 +238,7 @@ struct RowOfPair {
 
 struct Iota {
   int* to;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { to[i] = int(i); }
+  MOXIE_HOST_DEVICE void operator()(Index i) const { to[i] = int(i); }
 };
 
 /// Sorts values by keys, both in place; of equal keys the first stays first.

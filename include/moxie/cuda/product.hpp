@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/core/bfloat16.hpp>
 #include <moxie/cuda/exec.hpp>
 #include <span>
 
@@ -11,30 +12,6 @@
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
-/// A number of 16 bits: the upper half of a float, rounded to nearest, ties to even. `moxie::BFloat16` for both sides.
-struct BFloat16 {
-  std::uint16_t bits = 0;
-
-  BFloat16() = default;
-  MOXIE_CUDA_BOTH explicit BFloat16(float x) : bits(rounded(x)) {}
-  MOXIE_CUDA_BOTH operator float() const { return from_bits(std::uint32_t(bits) << 16U); }
-
- private:
-  MOXIE_CUDA_BOTH static std::uint16_t rounded(float x) {
-    std::uint32_t u = 0;
-    memcpy(&u, &x, sizeof u);
-    if ((u & 0x7fffffffU) > 0x7f800000U) {
-      return std::uint16_t(u >> 16U | 0x40U);  // NaN stays one
-    }
-    return std::uint16_t((u + 0x7fffU + (u >> 16U & 1U)) >> 16U);
-  }
-  MOXIE_CUDA_BOTH static float from_bits(std::uint32_t u) {
-    float x = 0;
-    memcpy(&x, &u, sizeof x);
-    return x;
-  }
-};
-
 /// A matrix of each group: rows of one matrix, cut where the groups' rows begin, or blocks at equal distances.
 template <class T>
 struct Series {
@@ -44,7 +21,7 @@ struct Series {
   bool transposed = false;
 
   /// Where the group's matrix begins, if its rows begin with row `first`.
-  MOXIE_CUDA_BOTH T* of(Index group, Index first) const { return data + (distance == 0 ? first * stride : group * distance); }
+  MOXIE_HOST_DEVICE T* of(Index group, Index first) const { return data + (distance == 0 ? first * stride : group * distance); }
 };
 /// The rows of each group.
 template <class T>
@@ -111,7 +88,7 @@ struct Addresses {
   const void** to_b;
   void** to_c;
 
-  MOXIE_CUDA_BOTH void operator()(Index g) const {
+  MOXIE_HOST_DEVICE void operator()(Index g) const {
     const Index first = starts == nullptr ? 0 : starts[g];
     Index place = g;
     if (by_rows) {
@@ -211,28 +188,18 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
 
 #else
 
-template <class T>
-struct OnHost {
-  using Type = T;
-};
-template <>
-struct OnHost<BFloat16> {
-  using Type = moxie::BFloat16;
-};
-
 /// By the CPU's kernels. What becomes BFloat16 is rounded from sums in float.
 template <class Element, class Out>
 void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
-  using Host = typename OnHost<Element>::Type;
   using Sum = std::conditional_t<std::is_same_v<Out, BFloat16>, float, Out>;
   const auto factor = [](const Series<const Element>& series, Index g, Index first) {
-    return kernel::Operand<Host>{{reinterpret_cast<const Host*>(series.of(g, first)), series.stride}, series.transposed};
+    return kernel::Operand<Element>{{series.of(g, first), series.stride}, series.transposed};
   };
   exec.count_product();
   const DeviceExec::Frame frame(exec);
   const auto product = [&](Index g) {
     const Index first = groups.begin(g);
-    kernel::Product<Sum, Host> out{
+    kernel::Product<Sum, Element> out{
         .m = p.rows(groups, g), .n = p.n, .k = p.depth(groups, g), .a = factor(p.a, g, first), .b = factor(p.b, g, first)};
     if constexpr (std::is_same_v<Out, Sum>) {
       out.c = {{p.c.of(g, first), p.c.stride}, p.add};

@@ -20,9 +20,9 @@ class DeviceRng {
   DeviceRng split(std::uint64_t key) const { return DeviceRng(seed_, mix(stream_ + mix(key + 1))); }
 
   /// Uniform on [0, 1), 53 bits.
-  MOXIE_CUDA_BOTH double uniform(std::uint64_t index) const { return double(words(index).low >> 11U) * 0x1p-53; }
+  MOXIE_HOST_DEVICE double uniform(std::uint64_t index) const { return double(words(index).low >> 11U) * 0x1p-53; }
   /// Standard normal, by Box and Muller.
-  MOXIE_CUDA_BOTH double normal(std::uint64_t index) const {
+  MOXIE_HOST_DEVICE double normal(std::uint64_t index) const {
     constexpr double two_pi = 6.283185307179586477;
     const Words w = words(index);
     const double u = (double(w.low >> 11U) + 0.5) * 0x1p-53;  // in (0, 1)
@@ -34,9 +34,9 @@ class DeviceRng {
   struct Words {
     std::uint64_t low, high;
   };
-  MOXIE_CUDA_BOTH static std::uint32_t low(std::uint64_t x) { return std::uint32_t(x); }
-  MOXIE_CUDA_BOTH static std::uint32_t high(std::uint64_t x) { return std::uint32_t(x >> 32U); }
-  MOXIE_CUDA_BOTH Words words(std::uint64_t index) const {
+  MOXIE_HOST_DEVICE static std::uint32_t low(std::uint64_t x) { return std::uint32_t(x); }
+  MOXIE_HOST_DEVICE static std::uint32_t high(std::uint64_t x) { return std::uint32_t(x >> 32U); }
+  MOXIE_HOST_DEVICE Words words(std::uint64_t index) const {
     std::uint32_t c[] = {low(index), high(index), low(stream_), high(stream_)};
     std::uint32_t k0 = low(seed_);
     std::uint32_t k1 = high(seed_);

@@ -17,7 +17,7 @@ struct SlotRow {
   int* slot_of_row;
   int* expert_of_row;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const int all = experts * slot_count;
     const int b = int(i) / all;
     const int n = int(i) % all;
@@ -98,7 +98,7 @@ struct NormalizeRow {
   DeviceRows<Scalar> hat;
   Scalar* factor;
 
-  MOXIE_CUDA_BOTH void operator()(Index i, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index i, auto lanes) const {
     Scalar sum = 0;
     for (Index d = lanes.first(); d < v.cols; d += lanes.step()) {
       sum += v(i, d) * v(i, d);
@@ -125,7 +125,7 @@ struct NormalizeBackwardRow {
   DeviceRows<Scalar> dv;
   Scalar* dots;
 
-  MOXIE_CUDA_BOTH void operator()(Index i, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index i, auto lanes) const {
     Scalar dot = 0;
     for (Index d = lanes.first(); d < hat.cols; d += lanes.step()) {
       dot += hat(i, d) * dhat(i, d);
@@ -146,7 +146,7 @@ struct SlotLogit {
   DeviceRows<const Scalar> z;
   const Scalar* scale;
 
-  MOXIE_CUDA_BOTH Scalar operator()(Index t, Index n) const { return (scale == nullptr ? Scalar(1) : *scale) * z(t, n); }
+  MOXIE_HOST_DEVICE Scalar operator()(Index t, Index n) const { return (scale == nullptr ? Scalar(1) : *scale) * z(t, n); }
 };
 template <class Scalar>
 struct SlotExponential {
@@ -154,7 +154,7 @@ struct SlotExponential {
   const int* sequence;
   const Scalar* largest;  // (B,N)
 
-  MOXIE_CUDA_BOTH Scalar operator()(Index t, Index n) const {
+  MOXIE_HOST_DEVICE Scalar operator()(Index t, Index n) const {
     return std::exp(logit(t, n) - largest[sequence[t] * logit.z.cols + n]);
   }
 };
@@ -165,7 +165,7 @@ struct DispatchRow {
   const Scalar* sum;  // (B,N)
   DeviceRows<Scalar> d;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     for (Index n = lanes.first(); n < d.cols; n += lanes.step()) {
       d(t, n) = exponential(t, n) / sum[exponential.sequence[t] * d.cols + n];
     }
@@ -180,7 +180,7 @@ struct ConstantRow {
   const int* sequence;
   DeviceRows<Scalar> m;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     const Index first = starts[sequence[t]];
     const Scalar share = Scalar(1) / Scalar(over_tokens ? starts[sequence[t] + 1] - first : m.cols);
     for (Index n = lanes.first(); n < m.cols; n += lanes.step()) {
@@ -193,7 +193,7 @@ struct ElementProduct {
   DeviceRows<const Scalar> a;
   DeviceRows<const Scalar> b;
 
-  MOXIE_CUDA_BOTH Scalar operator()(Index t, Index n) const { return a(t, n) * b(t, n); }
+  MOXIE_HOST_DEVICE Scalar operator()(Index t, Index n) const { return a(t, n) * b(t, n); }
 };
 /// Both softmaxes back to the logits: dz = C ⊙ (dC - Σ_n dC C) + D ⊙ (dD - Σ_t dD D), of those sides that are learned.
 template <class Scalar>
@@ -203,7 +203,7 @@ struct SoftBackwardRow {
   const int* sequence;
   DeviceRows<Scalar> dz;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     for (Index n = lanes.first(); n < dz.cols; n += lanes.step()) {
       dz(t, n) = c.data == nullptr ? Scalar(0) : dc(t, n);
     }

@@ -12,7 +12,7 @@ namespace detail {
 /// Of a row's n candidates, the best one that comes after (value, index) in decreasing order, ties to the lower index, NaN
 /// never: what a selection of the K largest asks K times. Index -1: there is none.
 template <class Scalar, class ValueOf>
-MOXIE_CUDA_BOTH void next_best(int n, const ValueOf& value_of, auto lanes, Scalar& value, int& index) {
+MOXIE_HOST_DEVICE void next_best(int n, const ValueOf& value_of, auto lanes, Scalar& value, int& index) {
   Scalar best = 0;
   int place = -1;
   for (int e = lanes.first(); e < n; e += lanes.step()) {
@@ -38,7 +38,7 @@ struct SoftmaxRow {
   const Scalar* scale;  // of the logits, one number; null: 1
   int* first_bad;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     const Scalar factor = scale == nullptr ? Scalar(1) : *scale;
     Scalar largest = -detail::infinity<Scalar>;
     bool ok = true;
@@ -72,7 +72,7 @@ struct SigmoidRow {
   Scalar* probability;
   int* first_bad;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     Scalar sum = 0;
     bool ok = true;
     for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
@@ -95,7 +95,7 @@ struct SigmoidRow {
 /// The softmax's adjoint of a row, in place: dz_e = s_e (ds_e - Σ_i ds_i s_i), the ds of the largest score taken from all
 /// first.
 template <class Scalar>
-MOXIE_CUDA_BOTH void softmax_backward(const Scalar* s, Scalar* ds, Index n, auto lanes) {
+MOXIE_HOST_DEVICE void softmax_backward(const Scalar* s, Scalar* ds, Index n, auto lanes) {
   Scalar value = 0;
   int index = -1;
   detail::next_best(
@@ -135,7 +135,7 @@ struct TopKRow {
   Scalar* share = nullptr;        // (T,K): normalized weights without the scale
   int* first_bad = nullptr;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     if (softmax) {
       SoftmaxRow<Scalar>{z, s, nullptr, first_bad}(t, lanes);
     } else {
@@ -170,7 +170,7 @@ struct TopKRow {
 
  private:
   /// Sets the scores of groups that may be chosen from to 0, those of others to -1.
-  MOXIE_CUDA_BOTH void choose_groups(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void choose_groups(Index t, auto lanes) const {
     Scalar* score = group_score + t * groups;
     const int size = experts / groups;
     for (int g = lanes.first(); g < groups; g += lanes.step()) {
@@ -210,7 +210,7 @@ struct TopKRow {
   }
 
   template <class ValueOf>
-  MOXIE_CUDA_BOTH void select(auto lanes, int* to, const ValueOf& value_of) const {
+  MOXIE_HOST_DEVICE void select(auto lanes, int* to, const ValueOf& value_of) const {
     Scalar value = 0;
     int index = -1;
     for (int j = 0; j < k; ++j) {
@@ -225,7 +225,7 @@ struct TopKRow {
     }
   }
 
-  MOXIE_CUDA_BOTH void weigh(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void weigh(Index t, auto lanes) const {
     const int* e = chosen + t * k;
     Scalar largest = z(t, e[0]);
     Scalar sum = softmax ? Scalar(0) : Scalar(1e-20);
@@ -261,7 +261,7 @@ struct TopKBackwardRow {
   double token_entropy = 0;               // the same
   DeviceRows<Scalar> dz = {};
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     const int experts = row.experts;
     Scalar* d = dz.row(t);
     const Scalar* s = row.s.row(t);
@@ -301,18 +301,18 @@ struct TopKBackwardRow {
 
  private:
   /// ∂/∂w_j, of weights without the scale.
-  MOXIE_CUDA_BOTH Scalar dw(Index t, int j) const {
+  MOXIE_HOST_DEVICE Scalar dw(Index t, int j) const {
     const int r = rows_of.rows[t * row.k + j];
     return r < 0 ? Scalar(0) : row.scale * dweight[r];
   }
   /// Adds to what its lane owns.
-  MOXIE_CUDA_BOTH static void add(Scalar* d, int e, Scalar x, auto lanes) {
+  MOXIE_HOST_DEVICE static void add(Scalar* d, int e, Scalar x, auto lanes) {
     if (e % lanes.step() == lanes.first()) {
       d[e] += x;
     }
   }
   /// p = s / n, n = Σ s + 1e-20: ds_e = (dp_e - Σ dp p) / n, in place.
-  MOXIE_CUDA_BOTH void probability_backward(const Scalar* s, const Scalar* p, Scalar* d, auto lanes) const {
+  MOXIE_HOST_DEVICE void probability_backward(const Scalar* s, const Scalar* p, Scalar* d, auto lanes) const {
     Scalar n = 0;
     Scalar dot = 0;
     for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
@@ -326,7 +326,7 @@ struct TopKBackwardRow {
     }
   }
   /// w_j = s_j: ds_j += dw_j; w_j = s_j / n, of sigmoids: ds_j += (dw_j - Σ_i dw_i w_i) / n.
-  MOXIE_CUDA_BOTH void add_weight_gradient(Index t, const Scalar* s, Scalar* d, auto lanes) const {
+  MOXIE_HOST_DEVICE void add_weight_gradient(Index t, const Scalar* s, Scalar* d, auto lanes) const {
     const int* chosen = row.chosen + t * row.k;
     Scalar n = 1;
     Scalar dot = 0;
@@ -342,7 +342,7 @@ struct TopKBackwardRow {
     }
   }
   /// w a softmax over the chosen logits: dz_j += w_j (dw_j - Σ_i dw_i w_i).
-  MOXIE_CUDA_BOTH void add_softmax_weight_gradient(Index t, Scalar* d, auto lanes) const {
+  MOXIE_HOST_DEVICE void add_softmax_weight_gradient(Index t, Scalar* d, auto lanes) const {
     const int* chosen = row.chosen + t * row.k;
     Scalar dot = 0;
     for (int j = 0; j < row.k; ++j) {
@@ -366,7 +366,7 @@ struct NoisyBackwardRow {
   DeviceRows<Scalar> scratch;
   DeviceRows<Scalar> dz;
 
-  MOXIE_CUDA_BOTH void operator()(Index t, auto lanes) const {
+  MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     const Index experts = dz.cols;
     if (importance != nullptr) {
       const double* coefficient = importance + Index(sequence[t]) * experts;
@@ -398,7 +398,7 @@ struct NoisyBackwardRow {
 
  private:
   /// Through p = s / (Σ s + 1e-20) and s = σ(z), of the logits without noise.
-  MOXIE_CUDA_BOTH void sigmoid_backward(Index t, Scalar* d, auto lanes) const {
+  MOXIE_HOST_DEVICE void sigmoid_backward(Index t, Scalar* d, auto lanes) const {
     Scalar n = 0;
     Scalar dot = 0;
     for (Index e = lanes.first(); e < dz.cols; e += lanes.step()) {
@@ -424,7 +424,7 @@ struct PriorityOf {
   Scalar* priority;
   int* token;
 
-  MOXIE_CUDA_BOTH void operator()(Index t) const {
+  MOXIE_HOST_DEVICE void operator()(Index t) const {
     Scalar most = weight[t * k];
     for (int j = 1; j < k; ++j) {
       most = weight[t * k + j] > most ? weight[t * k + j] : most;
@@ -437,7 +437,7 @@ struct KeyOf {
   const int* index;
   const int* key_of;
   int* key;
-  MOXIE_CUDA_BOTH void operator()(Index i) const { key[i] = key_of[index[i]]; }
+  MOXIE_HOST_DEVICE void operator()(Index i) const { key[i] = key_of[index[i]]; }
 };
 /// Pairs in the order in which they come to their experts: of each sequence all first choices, then all second ones; with the
 /// sequence and the expert to sort by.
@@ -451,7 +451,7 @@ struct ArrivalOf {
   int* key;
   int* pair;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const int b = sequence[i / k];
     const Index length = starts[b + 1] - starts[b];
     const Index j = i - Index(starts[b]) * k;
@@ -471,7 +471,7 @@ struct PlaceOf {
   int* place;
   int* assigned;
 
-  MOXIE_CUDA_BOTH void operator()(Index i) const {
+  MOXIE_HOST_DEVICE void operator()(Index i) const {
     const int p = pair[i];
     place[p] = int(i) - lower_bound(key, n, key[i]);
     assigned[p] = place[p] < room[key[i] / experts] ? chosen[p] : -1;
