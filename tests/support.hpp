@@ -10,6 +10,7 @@
 #include <moxie/core/matrix.hpp>
 #include <moxie/core/parameters.hpp>
 #include <moxie/core/random.hpp>
+#include <numbers>
 #include <string>
 #include <vector>
 

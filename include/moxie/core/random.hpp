@@ -3,14 +3,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <moxie/core/matrix.hpp>
-#include <numbers>
+#include <moxie/core/philox.hpp>
 
 namespace moxie {
 
-/// Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+/// Counter-based random numbers: Philox4x32-10 (`core/philox.hpp`).
 ///
 /// A number is a function of (seed, stream, index) alone, so any thread may draw any of them in any order, and a program that
 /// is resumed at step n draws what it would have drawn. `split(key)` gives an independent stream. A value type; nothing
@@ -25,37 +24,20 @@ class Rng {
   std::uint64_t stream() const { return stream_; }
 
   /// The stream of a child: the same seed, a stream that depends on this one and on `key`.
-  Rng split(std::uint64_t key) const { return Rng(seed_, mix(stream_ + mix(key + 1))); }
+  Rng split(std::uint64_t key) const { return Rng(seed_, philox::child(stream_, key)); }
 
   /// 128 random bits.
   Words words(std::uint64_t index) const {
-    Words c{low(index), high(index), low(stream_), high(stream_)};
-    std::uint32_t k0 = low(seed_);
-    std::uint32_t k1 = high(seed_);
-    for (int round = 0; round < 10; ++round) {
-      const std::uint64_t p0 = std::uint64_t{0xD2511F53} * c[0];
-      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57} * c[2];
-      c = {high(p1) ^ c[1] ^ k0, low(p1), high(p0) ^ c[3] ^ k1, low(p0)};
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-    return c;
+    const philox::Bits b = philox::bits(seed_, stream_, index);
+    return {std::uint32_t(b.low), std::uint32_t(b.low >> 32U), std::uint32_t(b.high), std::uint32_t(b.high >> 32U)};
   }
-  std::uint64_t bits(std::uint64_t index) const {
-    const Words w = words(index);
-    return (std::uint64_t{w[1]} << 32U) | w[0];
-  }
+  std::uint64_t bits(std::uint64_t index) const { return philox::bits(seed_, stream_, index).low; }
 
   /// Uniform on [0, 1), 53 bits.
-  double uniform(std::uint64_t index) const { return double(bits(index) >> 11U) * 0x1p-53; }
+  double uniform(std::uint64_t index) const { return philox::uniform(philox::bits(seed_, stream_, index)); }
 
   /// Standard normal, by Box and Muller from the two halves of the counter's 128 bits.
-  double normal(std::uint64_t index) const {
-    const Words w = words(index);
-    const double u = (double(((std::uint64_t{w[1]} << 32U) | w[0]) >> 11U) + 0.5) * 0x1p-53;  // in (0, 1)
-    const double v = double(((std::uint64_t{w[3]} << 32U) | w[2]) >> 11U) * 0x1p-53;
-    return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v);
-  }
+  double normal(std::uint64_t index) const { return philox::normal(philox::bits(seed_, stream_, index)); }
 
   /// Uniform on {0, ..., n-1}; the bias is below n / 2^53.
   Index below(Index n, std::uint64_t index) const { return (std::min)(n - 1, Index(uniform(index) * double(n))); }
@@ -72,14 +54,6 @@ class Rng {
   }
 
  private:
-  static std::uint32_t low(std::uint64_t x) { return static_cast<std::uint32_t>(x); }
-  static std::uint32_t high(std::uint64_t x) { return static_cast<std::uint32_t>(x >> 32U); }
-  // The finaliser of SplitMix64.
-  static std::uint64_t mix(std::uint64_t x) {
-    x = (x ^ (x >> 30U)) * 0xBF58476D1CE4E5B9ULL;
-    x = (x ^ (x >> 27U)) * 0x94D049BB133111EBULL;
-    return x ^ (x >> 31U);
-  }
   template <class Scalar, class F>
   static void fill(RowView<Scalar> m, F&& f) {
     for (Index i = 0; i < m.rows(); ++i) {
