@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cases.hpp>
-#include <moxie/expert/activation.hpp>
+#include <moxie/kernel/activation.hpp>
 #include <string>
 
 /// The same work as people write it without this library: for each expert gather its rows, call a library's product three

@@ -2,10 +2,9 @@
 #include <doctest/doctest.h>
 
 #include <moxie/core/random.hpp>
-#include <moxie/cuda/activation.hpp>
 #include <moxie/cuda/expert_choice.hpp>
 #include <moxie/cuda/soft.hpp>
-#include <moxie/expert/activation.hpp>
+#include <moxie/kernel/gated_unit.hpp>
 #include <moxie/routing/plan.hpp>
 #include <moxie/routing/selection.hpp>
 #include <support.hpp>
@@ -33,31 +32,6 @@ TEST_CASE("random: the numbers of the CPU's streams") {
     CHECK(device.uniform(i) == host.uniform(i));
     CHECK(device.normal(i) == doctest::Approx(host.normal(i)).epsilon(1e-14));
   }
-}
-
-TEST_CASE("activation: values are the CPU's, derivatives their difference quotients") {
-  const auto check = [](auto device, auto host, double kink) {
-    using Device = decltype(device);
-    using Host = decltype(host);
-    for (double x = -6; x <= 6; x += 0.17) {
-      CAPTURE(x);
-      double expected = 0;
-      moxie::kernel::map(
-          1, &expected, [](auto v) { return Host::value(v); }, &x);
-      CHECK(Device::value(x) == doctest::Approx(expected).epsilon(1e-12));
-      if (std::abs(x) > kink) {
-        const double h = 1e-5;
-        CHECK(Device::derivative(x) == doctest::Approx((Device::value(x + h) - Device::value(x - h)) / (2 * h)).epsilon(1e-7));
-      }
-    }
-    for (const double far : {-1e300, -1e30, 1e30}) {
-      CHECK(std::isfinite(Device::derivative(far)));
-    }
-  };
-  check(moxie::cuda::Silu(), moxie::Silu(), -1);
-  check(moxie::cuda::Relu(), moxie::Relu(), 1e-3);
-  check(moxie::cuda::GeluErf(), moxie::GeluErf(), -1);
-  check(moxie::cuda::GeluTanh(), moxie::GeluTanh(), -1);
 }
 
 TEST_CASE("column_reduce: sums and maxima of each group's columns, in pieces, added or not") {
@@ -197,6 +171,44 @@ TEST_CASE("normalize: rows of length 1, and their adjoint is that of differences
   }
   forward();
   CHECK(dots(2, 0) == doctest::Approx(hat.row(2).dot(dhat.row(2))).epsilon(1e-12));
+}
+
+TEST_CASE("gated unit: a row is its value, and backward its derivatives, with options of the object") {
+  DeviceExec exec;
+  const moxie::ClampedSwiGlu unit{.limit = 1, .alpha = 1.702, .beta = 1};
+  Matrix<double> gate_up = moxie::test::random<double>(3, 14, 1);
+  Matrix<double> dhidden = moxie::test::random<double>(3, 7, 2);
+  Matrix<double> hidden(3, 7), again(3, 7), dgate_up(3, 14);
+  const auto read = [](Matrix<double>& m) { return DeviceRows<const double>(view(m)); };
+  exec.for_each_row(3, moxie::cuda::GluRow<moxie::ClampedSwiGlu, double>{read(gate_up), view(hidden), unit});
+  exec.for_each_row(3, moxie::cuda::GluBackwardRow<moxie::ClampedSwiGlu, double>{read(gate_up), read(dhidden), view(again),
+                                                                                 view(dgate_up), unit});
+  CHECK(hidden == again);
+  for (Index r = 0; r < 3; ++r) {
+    for (Index j = 0; j < 7; ++j) {
+      const double gate = gate_up(r, j);
+      const double up = gate_up(r, 7 + j);
+      CHECK(hidden(r, j) == unit.value(gate, up));
+      CHECK(dgate_up(r, j) == dhidden(r, j) * unit.derivatives(gate, up).gate);
+      CHECK(dgate_up(r, 7 + j) == dhidden(r, j) * unit.derivatives(gate, up).up);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("activation: NaN stays NaN in a bank's rows", Activation, moxie::Silu, moxie::Relu, moxie::ReluSquared,
+                   moxie::GeluErf, moxie::GeluTanh) {
+  DeviceExec exec;
+  Matrix<float> a = Matrix<float>::Constant(1, 1, std::numeric_limits<float>::quiet_NaN());
+  Matrix<float> hidden = Matrix<float>::Zero(1, 1);
+  const float bias = 0;
+  exec.for_each_row(1, moxie::cuda::MlpRow<Activation, float, float>{view(a), {&bias, 0, nullptr}, view(hidden)});
+  CHECK(std::isnan(hidden(0, 0)));
+  Matrix<float> gate_up(1, 2);
+  gate_up << std::numeric_limits<float>::quiet_NaN(), 1.0F;
+  hidden.setZero();
+  exec.for_each_row(1,
+                    moxie::cuda::GluRow<moxie::Gated<Activation>, float>{DeviceRows<const float>(view(gate_up)), view(hidden)});
+  CHECK(std::isnan(hidden(0, 0)));
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <limits>
 #include <moxie/kernel/gemm.hpp>
-#include <moxie/kernel/scalar.hpp>
+#include <moxie/kernel/math.hpp>
 #include <support.hpp>
 
 namespace {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moxie/cuda/activation.hpp>
 #include <moxie/cuda/functor.hpp>
 #include <moxie/expert/config.hpp>
 
@@ -174,7 +173,7 @@ class GluExperts {
     multiply<Element, Sum>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(dh), .b = down_.series(weights), .c = rows_of(dhidden)});
-    exec.for_each_row(rows, hidden.cols, GluBackwardRow<Activation, Element>{gate_up, dhidden, hidden, dgate_up});
+    exec.for_each_row(rows, hidden.cols, GluBackwardRow<Gated<Activation>, Element>{gate_up, dhidden, hidden, dgate_up});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = model_dim(),
                                .n = hidden_,
@@ -223,7 +222,7 @@ class GluExperts {
                                   .c = rows_of(part)});
     });
     const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
-    exec.for_each_row(rows, hidden.cols, GluRow<Activation, Element>{gate_up, hidden});
+    exec.for_each_row(rows, hidden.cols, GluRow<Gated<Activation>, Element>{gate_up, hidden});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = of_group,
                                .n = model_dim(),

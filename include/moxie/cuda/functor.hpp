@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <moxie/cuda/product.hpp>
+#include <moxie/kernel/gated_unit.hpp>
 
 /// What the backend does with rows, a small function each: the same on the host and on the device. All are given to
 /// `DeviceExec::for_each_row`, but for those whose operator takes no lanes, which `for_each` calls.
@@ -99,27 +100,29 @@ struct CombineBackwardRow {
   }
 };
 
-/// Gated unit: hidden = act(g) ⊙ u, g and u the halves of a row.
-template <class Activation, class Element>
+/// Gated unit: hidden = unit(g, u), g and u the halves of a row.
+template <class Unit, class Element>
 struct GluRow {
   DeviceRows<const Element> gate_up;
   DeviceRows<Element> hidden;
+  Unit unit = {};
 
   MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
     for (Index j = lanes.first(); j < hidden.cols; j += lanes.step()) {
-      hidden(r, j) = Element(Activation::value(Sum(gate_up(r, j))) * Sum(gate_up(r, hidden.cols + j)));
+      hidden(r, j) = Element(unit.value(Sum(gate_up(r, j)), Sum(gate_up(r, hidden.cols + j))));
     }
   }
 };
 
-/// Its adjoint, and hidden again: dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ act(g).
-template <class Activation, class Element>
+/// Its adjoint, and hidden again: dg = dhidden ∂unit/∂g, du = dhidden ∂unit/∂u.
+template <class Unit, class Element>
 struct GluBackwardRow {
   DeviceRows<const Element> gate_up;
   DeviceRows<const SumOf<Element>> dhidden;
   DeviceRows<Element> hidden;
   DeviceRows<Element> dgate_up;
+  Unit unit = {};
 
   MOXIE_HOST_DEVICE void operator()(Index r, auto lanes) const {
     using Sum = SumOf<Element>;
@@ -127,11 +130,11 @@ struct GluBackwardRow {
     for (Index j = lanes.first(); j < width; j += lanes.step()) {
       const Sum gate = Sum(gate_up(r, j));
       const Sum up = Sum(gate_up(r, width + j));
-      const Sum value = Activation::value(gate);
+      const GateUp<Sum> slope = unit.derivatives(gate, up);
       const Sum d = dhidden(r, j);
-      hidden(r, j) = Element(value * up);
-      dgate_up(r, j) = Element(d * up * Activation::derivative(gate));
-      dgate_up(r, width + j) = Element(d * value);
+      hidden(r, j) = Element(unit.value(gate, up));
+      dgate_up(r, j) = Element(d * slope.gate);
+      dgate_up(r, width + j) = Element(d * slope.up);
     }
   }
 };

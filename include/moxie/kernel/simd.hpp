@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <moxie/core/matrix.hpp>
+#include <moxie/kernel/number.hpp>
 #include <moxie/kernel/scalar.hpp>
 #include <xsimd/xsimd.hpp>
 
@@ -115,18 +116,6 @@ MOXIE_INLINE void prefetch(const Scalar* p, Index n) {
   }
 }
 
-/// A constant in the precision of the batch's elements.
-template <class V>
-MOXIE_INLINE V constant(double value) {
-  return V(static_cast<typename V::value_type>(value));
-}
-
-/// x within ±1000: what smooth functions that have long reached their limits there may compute with. NaN becomes -1000.
-template <class V>
-MOXIE_INLINE V limited(const V& x) {
-  return min(constant<V>(1000), max(constant<V>(-1000), x));
-}
-
 namespace detail {
 
 /// Copies n elements one by one: a call of memcpy, which is what the compiler would make of the loop, would cost the loops
@@ -208,7 +197,8 @@ namespace detail {
 template <class V, class F>
 MOXIE_INLINE V within_limits(const V& x, F&& f) {
   const auto is_number = x == x;
-  return select(is_number, f(select(is_number, limited(x), constant<V>(0))), x);
+  const V near = min(constant<V>(1000), max(constant<V>(-1000), x));
+  return select(is_number, f(select(is_number, near, constant<V>(0))), x);
 }
 
 /// 2^n (1 + r + r²(...)) with n the integer nearest to x / ln 2, r = x - n ln 2, and the polynomial of Cephes' expf (Moshier):
@@ -243,11 +233,6 @@ MOXIE_INLINE V exp(const V& x) {
   } else {
     return detail::within_limits(x, [](const V& v) { return detail::exp_within_limits(v); });
   }
-}
-/// 1 / (1 + e^-x).
-template <class V>
-MOXIE_INLINE V sigmoid(const V& x) {
-  return constant<V>(1) / (constant<V>(1) + kernel::exp(-x));  // named in full: xsimd has an exp of batches too
 }
 template <class V>
 MOXIE_INLINE V tanh(const V& x) {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <moxie/core/exec.hpp>
-#include <moxie/kernel/simd.hpp>
+#include <moxie/kernel/math.hpp>
 
 namespace moxie {
 

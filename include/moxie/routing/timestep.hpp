@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moxie/expert/activation.hpp>
+#include <moxie/kernel/activation.hpp>
 #include <moxie/kernel/gemm.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/score.hpp>

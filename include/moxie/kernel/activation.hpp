@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moxie/kernel/simd.hpp>
+#include <moxie/kernel/math.hpp>
 
-/// Element-wise functions with their derivatives, written once for vectors of any width. An activation is a struct with two
-/// static functions: `value(x)` and `derivative(x)`.
+/// Element-wise functions with their derivatives. An activation is a struct with two static functions, `value(x)` and
+/// `derivative(x)`, which are written once, with the words of `kernel/math.hpp`, for numbers and for vectors of any width. It
+/// serves the banks of the CPU in float, double and BFloat16, frozen or not, and those of the CUDA backend.
 namespace moxie {
 
 /// x σ(x). Elfwing et al. 2018; the gate of SwiGLU (Shazeer 2020).

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <moxie/expert/activation.hpp>
+#include <moxie/kernel/activation.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <support.hpp>
 
@@ -107,6 +107,36 @@ TEST_CASE_TEMPLATE("ReLU, ReLU squared: the derivative at 0 is 0, and NaN stays 
   for (const Matrix<S>& y : {value<moxie::Relu>(x), value<moxie::ReluSquared>(x)}) {
     CHECK(std::isnan(y(0, 2)));
   }
+}
+
+TEST_CASE_TEMPLATE("activations: of a plain number, as a CUDA device computes, are those of vectors, NaN of NaN", S, float,
+                   double) {
+  const auto check = [](auto activation) {
+    using Activation = decltype(activation);
+    Matrix<S> x = points<S>(2001, 30);
+    const Matrix<S> y = value<Activation>(x);
+    const Matrix<S> d = derivative<Activation>(x);
+    double worst = 0;
+    for (Index i = 0; i < x.size(); ++i) {
+      const S point = x(0, i);
+      worst = std::max(worst,
+                       std::abs(double(Activation::value(point)) - double(y(0, i))) / std::max(1.0, double(std::abs(point))));
+      worst = std::max(worst, std::abs(double(Activation::derivative(point)) - double(d(0, i))));
+    }
+    CHECK(worst < Tolerance<S>::function);
+    CHECK(std::isnan(Activation::value(std::numeric_limits<S>::quiet_NaN())));
+    for (const S far : {S(1e30), S(-1e30)}) {
+      CHECK(std::isfinite(Activation::derivative(far)));
+    }
+  };
+  check(moxie::Silu{});
+  check(moxie::Relu{});
+  check(moxie::GeluErf{});
+  check(moxie::GeluTanh{});
+  CHECK(moxie::ReluSquared::value(S(-3)) == S(0));
+  CHECK(moxie::ReluSquared::value(S(3)) == S(9));
+  CHECK(moxie::ReluSquared::derivative(S(3)) == S(6));
+  CHECK(std::isnan(moxie::ReluSquared::value(std::numeric_limits<S>::quiet_NaN())));
 }
 
 TEST_CASE("GELU: the approximation is one") {

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <moxie/kernel/number.hpp>
+
+#if !defined(__CUDACC__)  // which has no vectors, and must not see those of the CPU
+#include <moxie/kernel/simd.hpp>
+#endif
+
+/// Functions over V that are written once: a number of the host, a number of a CUDA device, or a vector of the CPU.
+///
+/// Such a function calls these, all as `kernel::NAME`: `constant<V>(1.5)`, `exp`, `tanh`, `erf`, `sigmoid`, `min`, `max`,
+/// `limited` and `select(condition, where it holds, elsewhere)`; beside them + - * / and comparisons. It begins with
+/// MOXIE_INLINE.
+namespace moxie::kernel {
+
+/// x within ±1000: what smooth functions that have long reached their limits there may compute with. What becomes of
+/// NaN depends on V: -1000, or NaN.
+template <class V>
+MOXIE_INLINE V limited(const V& x) {
+  return kernel::min(constant<V>(1000), kernel::max(constant<V>(-1000), x));
+}
+
+/// 1 / (1 + e^-x).
+template <class V>
+MOXIE_INLINE V sigmoid(const V& x) {
+  return constant<V>(1) / (constant<V>(1) + kernel::exp(-x));
+}
+
+/// x where lower <= x <= upper, else the nearer limit. NaN stays NaN.
+template <class V>
+MOXIE_INLINE V clamp(const V& x, const V& lower, const V& upper) {
+  return kernel::select(x < lower, lower, kernel::select(x > upper, upper, x));
+}
+
+}  // namespace moxie::kernel
