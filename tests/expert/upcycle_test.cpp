@@ -90,6 +90,31 @@ void check_families(const Case& c) {
   check_equals_dense<moxie::ReluSquaredExperts<S>>(c, whole, part);
 }
 
+// Weights are those of the float bank: only products round.
+template <class Rounded, class Plain>
+void check_same_weights(const typename Plain::Config& dense_config, const typename Plain::Config& expert_config, Index parts) {
+  const Rounded rounded(4, dim, expert_config);
+  const Plain plain(4, dim, expert_config);
+  const Plain dense(1, dim, dense_config, shared);
+  const auto weights = random_weights(dense);
+  auto found = zeros(rounded);
+  auto expected = zeros(plain);
+  const UpcycleOptions options{.parts = parts, .weight_sum = 2, .noise = 0.1, .rng = moxie::Rng(7)};
+  moxie::upcycle(Rounded(1, dim, dense_config, shared), weights, rounded, found, options);
+  moxie::upcycle(dense, weights, plain, expected, options);
+  CHECK((expected.flat() != 0).any());
+  CHECK((found.flat() == expected.flat()).all());
+}
+
+TEST_CASE("upcycle: banks of BFloat16 elements get what banks of floats get") {
+  using moxie::BFloat16;
+  const moxie::HiddenConfig whole{hidden};
+  const moxie::HiddenConfig half{hidden / 2};
+  check_same_weights<moxie::SwiGluExperts<float, BFloat16>, moxie::SwiGluExperts<float>>(whole, half, 2);
+  check_same_weights<moxie::GeluTanhExperts<float, BFloat16>, moxie::GeluTanhExperts<float>>(whole, half, 2);
+  check_same_weights<moxie::LinearExperts<float, BFloat16>, moxie::LinearExperts<float>>({}, {}, 1);
+}
+
 TEST_CASE_TEMPLATE("upcycle: copies with normalized weights are the dense feed-forward, for any K", S, float, double) {
   for (const Index k : {2, 3, 4}) {
     check_families<S>({.experts = 4, .top_k = k, .parts = 1});

@@ -29,18 +29,18 @@ struct UpcycledTensor {
   bool output;    // whether the expert's output is linear in it
 };
 
-template <class Scalar, class Activation>
-std::vector<UpcycledTensor> upcycled_tensors(const GluExperts<Scalar, Activation>& /*bank*/) {
+template <class Scalar, class Activation, class Element>
+std::vector<UpcycledTensor> upcycled_tensors(const GluExperts<Scalar, Activation, Element>& /*bank*/) {
   using enum UpcycledTensor::Hidden;
   return {{rows, false}, {rows, false}, {cols, true}};
 }
-template <class Scalar, class Activation>
-std::vector<UpcycledTensor> upcycled_tensors(const MlpExperts<Scalar, Activation>& /*bank*/) {
+template <class Scalar, class Activation, class Element>
+std::vector<UpcycledTensor> upcycled_tensors(const MlpExperts<Scalar, Activation, Element>& /*bank*/) {
   using enum UpcycledTensor::Hidden;
   return {{rows, false}, {cols, false}, {cols, true}, {none, true}};
 }
-template <class Scalar>
-std::vector<UpcycledTensor> upcycled_tensors(const LinearExperts<Scalar>& bank) {
+template <class Scalar, class Element>
+std::vector<UpcycledTensor> upcycled_tensors(const LinearExperts<Scalar, Element>& bank) {
   const auto each = bank.layout().tensors().size() / std::size_t(bank.experts());
   return std::vector<UpcycledTensor>(each, {UpcycledTensor::Hidden::none, true});
 }
