@@ -99,6 +99,17 @@ TEST_CASE("softmax: rows that are not finite are told, the first of them") {
   CHECK(first_bad == 3);
 }
 
+TEST_CASE("sigmoid: probabilities keep their ratios where all scores vanish") {
+  Matrix<double> z = moxie::test::random<double>(2, 5, 3).array() - 900;
+  Matrix<double> s(2, 5), p(2, 5), softmax(2, 5);
+  int first_bad = moxie::cuda::detail::all_finite;
+  DeviceExec exec;
+  exec.for_each_row(2, moxie::cuda::SigmoidRow<double>{view(z), view(s), p.data(), &first_bad});
+  exec.for_each_row(2, moxie::cuda::SoftmaxRow<double>{view(z), view(softmax), nullptr, &first_bad});
+  CHECK(s.isZero(0));
+  CHECK(moxie::test::relative_error(p, softmax) < 1e-12);
+}
+
 TEST_CASE("sequences: the sequence of every token, empty ones among them") {
   DeviceExec exec;
   moxie::cuda::DeviceSequences sequences;

@@ -3,6 +3,7 @@
 
 #include <moxie/cuda/plan.hpp>
 #include <moxie/loss/config.hpp>
+#include <moxie/loss/formula.hpp>
 
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
@@ -22,20 +23,6 @@ struct TimesChosen {
   }
 };
 
-/// ln Σ_e exp z_e of a token.
-template <class Scalar>
-MOXIE_HOST_DEVICE double log_sum_exp(const Scalar* z, Index n) {
-  double largest = double(z[0]);
-  for (Index i = 1; i < n; ++i) {
-    largest = double(z[i]) > largest ? double(z[i]) : largest;
-  }
-  double sum = 0;
-  for (Index i = 0; i < n; ++i) {
-    sum += std::exp(double(z[i]) - largest);
-  }
-  return largest + std::log(sum);
-}
-
 /// What single tokens add to a loss: column 0 the z-loss (ln Σ exp z)², column 1 the entropy -Σ p ln p; 0 for what is null.
 template <class Scalar>
 struct TokenLoss {
@@ -45,12 +32,12 @@ struct TokenLoss {
   MOXIE_HOST_DEVICE double operator()(Index t, Index which) const {
     double loss = 0;
     if (which == 0 && z.data != nullptr) {
-      loss = log_sum_exp(z.row(t), z.cols);
+      loss = formula::log_sum_exp(z.cols, z.row(t));
       loss *= loss;
     }
     if (which == 1 && p.data != nullptr) {
       for (Index e = 0; e < p.cols; ++e) {
-        loss -= p(t, e) > 0 ? double(p(t, e)) * std::log(double(p(t, e))) : 0;
+        loss += formula::entropy_term(double(p(t, e)));
       }
     }
     return loss;
@@ -107,18 +94,18 @@ struct BalanceRow {
     }
     const double n = double(starts[sequences]);
     const double share = 1 / double(nonempty);
-    const double factor = double(experts) / (length * length) * share;
     double loss = 0;
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
       const Index i = b * experts + e;
       double c = (weights.expert_level * frequency(e) + weights.device_level * device_frequency(e)) / n;
       if (weights.mean_entropy > 0) {
-        const double share_of_e = batch_p[e] / n;
-        const double least = detail::smallest<double>;
-        c += weights.mean_entropy * (std::log(share_of_e > least ? share_of_e : least) + 1) / n;
+        c -= weights.mean_entropy * formula::entropy_slope<double>(batch_p[e] / n) / n;
       }
-      const double of_sequence_level =
-          weights.sequence_level * factor / k * counts[i] + (firsts == nullptr ? 0 : weights.gshard * factor * firsts[i]);
+      double of_sequence_level =
+          weights.sequence_level * share * formula::sequence_factor(double(experts), k, length) * counts[i];
+      if (firsts != nullptr) {
+        of_sequence_level += weights.gshard * share * formula::sequence_factor(double(experts), 1, length) * firsts[i];
+      }
       loss += of_sequence_level * p[i];
       c += of_sequence_level;
       coefficient[i] = c;
@@ -171,10 +158,10 @@ struct VariationRow {
     }
     variance = lanes.sum(variance);
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
-      coefficient[b * experts + e] += factor * 2 / (double(experts) * mean * mean) * ((v[e] - mean) - variance / mean);
+      coefficient[b * experts + e] += factor * formula::squared_variation_slope(v[e], double(experts), mean, variance);
     }
     if (lanes.first() == 0) {
-      of_sequence[b] += factor * variance / (mean * mean);
+      of_sequence[b] += factor * formula::squared_variation(mean, variance);
     }
   }
 };
@@ -192,14 +179,9 @@ struct LoadOf {
   MOXIE_HOST_DEVICE double distance(Index t, Index e) const {
     return (double(z(t, e)) - double(noisy(t, best[(t + 1) * k - 1]))) / deviation;
   }
-  MOXIE_HOST_DEVICE double operator()(Index t, Index e) const {
-    return 0.5 * std::erfc(-distance(t, e) * 0.70710678118654752440);
-  }
+  MOXIE_HOST_DEVICE double operator()(Index t, Index e) const { return formula::normal_distribution(distance(t, e)); }
   /// The derivative with respect to z_te; that to θ_t is the negative sum over e.
-  MOXIE_HOST_DEVICE double derivative(Index t, Index e) const {
-    const double u = distance(t, e);
-    return 0.39894228040143267794 / deviation * std::exp(-0.5 * u * u);
-  }
+  MOXIE_HOST_DEVICE double derivative(Index t, Index e) const { return formula::normal_density(distance(t, e)) / deviation; }
 };
 
 /// Everything together: one number.
@@ -214,7 +196,7 @@ struct BalanceLoss {
     for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
       const double share = row.batch_p[e] / n;
       sum += (row.weights.expert_level * row.frequency(e) + row.weights.device_level * row.device_frequency(e)) * share;
-      sum += share > 0 ? row.weights.mean_entropy * share * std::log(share) : 0;
+      sum -= row.weights.mean_entropy * formula::entropy_term(share);
     }
     for (Index b = lanes.first(); b < row.sequences; b += lanes.step()) {
       sum += row.of_sequence[b];
@@ -243,8 +225,7 @@ struct SelectionBiasRow {
     total = lanes.sum(total);
     double mean = 0;
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
-      const double excess = total - load[e] * double(experts);  // of integers: exact
-      bias[e] += Scalar(rate * double((excess > 0) - (excess < 0)));
+      bias[e] += Scalar(rate * formula::load_direction(load[e], total, double(experts)));
       mean += double(bias[e]) / double(experts);
     }
     mean = lanes.sum(mean);

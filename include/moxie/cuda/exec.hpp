@@ -68,8 +68,6 @@ using moxie::detail::expect_value;
 // Constants that device code may read; it may not call the functions that they come from.
 template <class T>
 inline constexpr T infinity = std::numeric_limits<T>::infinity();
-template <class T>
-inline constexpr T smallest = (std::numeric_limits<T>::min)();
 inline constexpr int largest_int = (std::numeric_limits<int>::max)();
 
 #if defined(__CUDACC__)

@@ -4,6 +4,7 @@
 #include <moxie/cuda/plan.hpp>
 #include <moxie/cuda/random.hpp>
 #include <moxie/routing/config.hpp>
+#include <moxie/routing/formula.hpp>
 
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
@@ -113,7 +114,7 @@ struct JitterRow {
 
   MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
     for (Index d = lanes.first(); d < x.cols; d += lanes.step()) {
-      factor(t, d) = Scalar(1 + jitter * (2 * rng.uniform(std::uint64_t(t * x.cols + d)) - 1));
+      factor(t, d) = Scalar(formula::jitter_factor(jitter, rng.uniform(std::uint64_t(t * x.cols + d))));
       input(t, d) = x(t, d) * factor(t, d);
     }
   }

@@ -103,9 +103,7 @@ struct NormalizeRow {
     for (Index d = lanes.first(); d < v.cols; d += lanes.step()) {
       sum += v(i, d) * v(i, d);
     }
-    // A norm that overflows is no number to divide by: NaN, which the logits then show.
-    const Scalar squares = lanes.sum(sum) + Scalar(1e-6);
-    const Scalar r = detail::finite(squares) ? Scalar(1) / std::sqrt(squares) : squares - squares;
+    const Scalar r = formula::l2norm_factor(lanes.sum(sum));  // NaN, where it is, is what the logits then show
     for (Index d = lanes.first(); d < v.cols; d += lanes.step()) {
       hat(i, d) = r * v(i, d);
     }
@@ -132,7 +130,7 @@ struct NormalizeBackwardRow {
     }
     dot = lanes.sum(dot);
     for (Index d = lanes.first(); d < hat.cols; d += lanes.step()) {
-      dv(i, d) += *scale * factor[i] * (dhat(i, d) - dot * hat(i, d));
+      dv(i, d) += *scale * formula::l2norm_slope(factor[i], hat(i, d), dhat(i, d), dot);
     }
     if (dots != nullptr && lanes.first() == 0) {
       dots[i] = dot;
@@ -213,7 +211,7 @@ struct SoftBackwardRow {
     }
     if (d.data != nullptr) {
       for (Index n = lanes.first(); n < dz.cols; n += lanes.step()) {
-        dz(t, n) += d(t, n) * (dd(t, n) - dots[sequence[t] * dz.cols + n]);
+        dz(t, n) += formula::softmax_slope(d(t, n), dd(t, n), dots[sequence[t] * dz.cols + n]);
       }
     }
   }

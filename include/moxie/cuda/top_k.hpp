@@ -3,6 +3,8 @@
 
 #include <moxie/cuda/balance.hpp>
 #include <moxie/cuda/gate.hpp>
+#include <moxie/kernel/math.hpp>
+#include <moxie/routing/formula.hpp>
 
 namespace moxie::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
@@ -64,7 +66,7 @@ struct SoftmaxRow {
   }
 };
 
-/// s = σ(z) of a row, and p = s / (Σ s + 1e-20) where `probability` (T,E) is not null; with the logits checked.
+/// s = σ(z) of a row, and p = s / Σ s where `probability` (T,E) is not null, from the logits; with these checked.
 template <class Scalar>
 struct SigmoidRow {
   DeviceRows<const Scalar> z;
@@ -73,21 +75,29 @@ struct SigmoidRow {
   int* first_bad;
 
   MOXIE_HOST_DEVICE void operator()(Index t, auto lanes) const {
-    Scalar sum = 0;
+    Scalar largest = -detail::infinity<Scalar>;
     bool ok = true;
     for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
       ok = ok && detail::finite(z(t, e));
-      s(t, e) = Scalar(1) / (Scalar(1) + std::exp(-z(t, e)));
-      sum += s(t, e);
+      largest = z(t, e) > largest ? z(t, e) : largest;
+      s(t, e) = kernel::sigmoid(z(t, e));
     }
     if (!ok) {
       detail::atomic_min(first_bad, int(t));
     }
-    if (probability != nullptr) {
-      sum = lanes.sum(sum) + Scalar(1e-20);
-      for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
-        probability[t * z.cols + e] = s(t, e) / sum;
-      }
+    if (probability == nullptr) {
+      return;
+    }
+    Scalar* p = probability + t * z.cols;
+    largest = lanes.max(largest);
+    Scalar sum = 0;
+    for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+      p[e] = formula::scaled_sigmoid(z(t, e), s(t, e), largest);
+      sum += p[e];
+    }
+    sum = lanes.sum(sum);
+    for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
+      p[e] /= sum;
     }
   }
 };
@@ -109,7 +119,7 @@ MOXIE_HOST_DEVICE void softmax_backward(const Scalar* s, Scalar* ds, Index n, au
   }
   dot = lanes.sum(dot);
   for (Index e = lanes.first(); e < n; e += lanes.step()) {
-    ds[e] = s[e] * (ds[e] - dot);
+    ds[e] = formula::softmax_slope(s[e], ds[e], dot);
   }
 }
 
@@ -227,20 +237,14 @@ struct TopKRow {
 
   MOXIE_HOST_DEVICE void weigh(Index t, auto lanes) const {
     const int* e = chosen + t * k;
-    Scalar largest = z(t, e[0]);
-    Scalar sum = softmax ? Scalar(0) : Scalar(1e-20);
+    formula::ShareSum<Scalar> all{};
     if (normalized) {
-      for (int j = 1; j < k; ++j) {
-        largest = z(t, e[j]) > largest ? z(t, e[j]) : largest;
-      }
-      for (int j = 0; j < k; ++j) {
-        sum += softmax ? std::exp(z(t, e[j]) - largest) : s(t, e[j]);
-      }
+      all = formula::share_sum(softmax, z.row(t), s.row(t), e, k);
     }
     for (int j = lanes.first(); j < k; j += lanes.step()) {
       Scalar w = s(t, e[j]);
       if (normalized) {
-        w = (softmax ? std::exp(z(t, e[j]) - largest) : w) / sum;
+        w = formula::share(softmax, z(t, e[j]), w, all);
         share[t * k + j] = w;
       }
       weight[t * k + j] = scale * w;
@@ -269,32 +273,30 @@ struct TopKBackwardRow {
     for (Index e = lanes.first(); e < experts; e += lanes.step()) {
       double sum = coefficient == nullptr ? 0 : coefficient[Index(sequence[t]) * experts + e];
       if (token_entropy > 0) {
-        const double least = double(detail::smallest<Scalar>);
-        sum -= token_entropy * (std::log(double(p[e]) > least ? double(p[e]) : least) + 1);
+        sum += token_entropy * formula::entropy_slope<Scalar>(double(p[e]));
       }
       d[e] = Scalar(sum);
     }
-    if (row.probability != nullptr) {
-      probability_backward(s, p, d, lanes);
-    }
-    if (!row.normalized || !row.softmax) {
+    if (row.softmax && !row.normalized) {
       add_weight_gradient(t, s, d, lanes);
     }
-    lanes.sync();
-    if (row.softmax) {
-      softmax_backward(s, d, experts, lanes);
-    } else {
-      for (Index e = lanes.first(); e < experts; e += lanes.step()) {
-        d[e] *= s[e] * (Scalar(1) - s[e]);
-      }
+    if (row.softmax || row.probability != nullptr) {
+      lanes.sync();
+      softmax_backward(p, d, experts, lanes);
     }
-    if (row.normalized && row.softmax) {
-      add_softmax_weight_gradient(t, d, lanes);
+    // Probabilities of sigmoids are a softmax of ln σ(z), whose derivative is 1 - s.
+    for (Index e = lanes.first(); row.probability != nullptr && e < experts; e += lanes.step()) {
+      d[e] *= Scalar(1) - s[e];
+    }
+    if (row.normalized) {
+      add_share_gradient(t, s, d, lanes);
+    } else if (!row.softmax) {
+      add_weight_gradient(t, s, d, lanes);
     }
     if (z_loss > 0) {
-      const double value = log_sum_exp(clean_z.row(t), experts);
+      const double log_sum = formula::log_sum_exp(experts, clean_z.row(t));
       for (Index e = lanes.first(); e < experts; e += lanes.step()) {
-        d[e] += Scalar(z_loss * 2 * value * std::exp(double(clean_z(t, e)) - value));
+        d[e] += Scalar(z_loss * formula::z_loss_slope(double(clean_z(t, e)), log_sum));
       }
     }
   }
@@ -311,45 +313,24 @@ struct TopKBackwardRow {
       d[e] += x;
     }
   }
-  /// p = s / n, n = Σ s + 1e-20: ds_e = (dp_e - Σ dp p) / n, in place.
-  MOXIE_HOST_DEVICE void probability_backward(const Scalar* s, const Scalar* p, Scalar* d, auto lanes) const {
-    Scalar n = 0;
-    Scalar dot = 0;
-    for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
-      n += s[e];
-      dot += d[e] * p[e];
-    }
-    n = lanes.sum(n) + Scalar(1e-20);
-    dot = lanes.sum(dot);
-    for (Index e = lanes.first(); e < row.experts; e += lanes.step()) {
-      d[e] = (d[e] - dot) / n;
-    }
-  }
-  /// w_j = s_j: ds_j += dw_j; w_j = s_j / n, of sigmoids: ds_j += (dw_j - Σ_i dw_i w_i) / n.
+  /// w_j = s_j: ds_j += dw_j of softmax scores, dz_j += dw_j s_j (1 - s_j) of sigmoids.
   MOXIE_HOST_DEVICE void add_weight_gradient(Index t, const Scalar* s, Scalar* d, auto lanes) const {
     const int* chosen = row.chosen + t * row.k;
-    Scalar n = 1;
-    Scalar dot = 0;
-    if (row.normalized) {
-      n = Scalar(1e-20);
-      for (int j = 0; j < row.k; ++j) {
-        n += s[chosen[j]];
-        dot += dw(t, j) * row.share[t * row.k + j];
-      }
-    }
     for (int j = 0; j < row.k; ++j) {
-      add(d, chosen[j], (dw(t, j) - dot) / n, lanes);
+      const Scalar slope = row.softmax ? Scalar(1) : formula::sigmoid_slope(s[chosen[j]]);
+      add(d, chosen[j], dw(t, j) * slope, lanes);
     }
   }
-  /// w a softmax over the chosen logits: dz_j += w_j (dw_j - Σ_i dw_i w_i).
-  MOXIE_HOST_DEVICE void add_softmax_weight_gradient(Index t, Scalar* d, auto lanes) const {
+  /// w shares of the chosen scores: straight to the logits.
+  MOXIE_HOST_DEVICE void add_share_gradient(Index t, const Scalar* s, Scalar* d, auto lanes) const {
     const int* chosen = row.chosen + t * row.k;
+    const Scalar* w = row.share + t * row.k;
     Scalar dot = 0;
     for (int j = 0; j < row.k; ++j) {
-      dot += dw(t, j) * row.share[t * row.k + j];
+      dot += dw(t, j) * w[j];
     }
     for (int j = 0; j < row.k; ++j) {
-      add(d, chosen[j], row.share[t * row.k + j] * (dw(t, j) - dot), lanes);
+      add(d, chosen[j], formula::share_slope(row.softmax, s[chosen[j]], w[j], dw(t, j), dot), lanes);
     }
   }
 };
@@ -375,9 +356,9 @@ struct NoisyBackwardRow {
         d[e] = Scalar(coefficient[e]);
       }
       lanes.sync();
-      softmax ? softmax_backward(clean.row(t), d, experts, lanes) : sigmoid_backward(t, d, lanes);
+      softmax_backward(clean.row(t), d, experts, lanes);
       for (Index e = lanes.first(); e < experts; e += lanes.step()) {
-        dz(t, e) += d[e];
+        dz(t, e) += softmax ? d[e] : d[e] * (Scalar(1) - kernel::sigmoid(load_of.z(t, e)));
       }
     }
     if (load != nullptr) {
@@ -393,23 +374,6 @@ struct NoisyBackwardRow {
       if (lanes.first() == 0) {
         dz(t, load_of.best[(t + 1) * load_of.k - 1]) -= Scalar(sum);
       }
-    }
-  }
-
- private:
-  /// Through p = s / (Σ s + 1e-20) and s = σ(z), of the logits without noise.
-  MOXIE_HOST_DEVICE void sigmoid_backward(Index t, Scalar* d, auto lanes) const {
-    Scalar n = 0;
-    Scalar dot = 0;
-    for (Index e = lanes.first(); e < dz.cols; e += lanes.step()) {
-      n += Scalar(1) / (Scalar(1) + std::exp(-load_of.z(t, e)));
-      dot += d[e] * clean(t, e);
-    }
-    n = lanes.sum(n) + Scalar(1e-20);
-    dot = lanes.sum(dot);
-    for (Index e = lanes.first(); e < dz.cols; e += lanes.step()) {
-      const Scalar s = Scalar(1) / (Scalar(1) + std::exp(-load_of.z(t, e)));
-      d[e] = (d[e] - dot) / n * s * (Scalar(1) - s);
     }
   }
 };
