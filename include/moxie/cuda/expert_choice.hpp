@@ -108,7 +108,9 @@ class ExpertChoiceRouter {
   explicit ExpertChoiceRouter(const Config& config)
       : config_((config.expect_valid("ExpertChoiceRouter"), config)),
         layout_(config.layout()),
-        gate_(config.model_dim, config.experts, config.noise) {}
+        gate_(config.model_dim, config.experts, config.noise) {
+    expect_supported(config);
+  }
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }

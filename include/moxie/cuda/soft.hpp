@@ -241,7 +241,9 @@ class SoftRouter {
   };
 
   /// Throws what `SoftRouterConfig::expect_valid` throws.
-  explicit SoftRouter(const Config& config) : config_((config.expect_valid("SoftRouter"), config)), layout_(config.layout()) {}
+  explicit SoftRouter(const Config& config) : config_((config.expect_valid("SoftRouter"), config)), layout_(config.layout()) {
+    expect_supported(config);
+  }
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }

@@ -3,6 +3,7 @@
 
 #include <moxie/cuda/balance.hpp>
 #include <moxie/cuda/gate.hpp>
+#include <moxie/cuda/supported.hpp>
 #include <moxie/kernel/math.hpp>
 #include <moxie/routing/formula.hpp>
 
@@ -208,7 +209,7 @@ struct TopKRow {
       }
       open |= (before < groups_chosen ? 1ULL : 0ULL) << unsigned(turn % 64);
       if (turn % 64 == 63) {
-        break;  // `route` refuses as many groups
+        break;  // there are no more: `expect_supported`
       }
     }
     lanes.sync();
@@ -497,13 +498,13 @@ class TopKRouter {
     BalanceTape balance_;
   };
 
-  /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for more than 64 groups.
+  /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for options that a device does not have.
   explicit TopKRouter(const Config& config)
       : config_((config.expect_valid("TopKRouter"), config)),
         layout_(config.layout()),
         gate_(config.model_dim, config.experts, config.noise) {
     detail::expect_value(std::isfinite(Scalar(config.scale)), "TopKRouter", "scale is not finite");
-    detail::expect_value(config.groups.count <= 64, "TopKRouter", "more than 64 groups are not there on the device");
+    expect_supported(config);
   }
 
   const Config& config() const { return config_; }
