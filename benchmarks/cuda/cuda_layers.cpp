@@ -217,7 +217,7 @@ void measure_all(const char* type) {
 int main() {
   try {
     measure_all<float>("float");
-    measure_all<BFloat16>("bfloat16");
+    measure_all<moxie::BFloat16>("bfloat16");
   } catch (const std::exception& error) {
     std::fprintf(stderr, "cuda_layers: %s\n", error.what());
     return 1;

@@ -2,6 +2,7 @@
 #include "device_layer.hpp"
 
 #include <moxie/cuda/cuda.hpp>
+#include <quick_gelu.hpp>
 
 namespace moxie::test {
 namespace {
@@ -165,9 +166,18 @@ Made<S> make_one(const TopKMoEConfig<HiddenConfig>& config, DeviceExperts expert
     if (bfloat16 && experts == DeviceExperts::swiglu) {
       return make<cuda::TopKMoE<S, cuda::SwiGluExperts<S, BFloat16>>>(config);
     }
+    if (bfloat16 && experts == DeviceExperts::quick_glu) {
+      return make<cuda::TopKMoE<S, cuda::GluExperts<S, QuickGelu, BFloat16>>>(config);
+    }
   }
   if (experts == DeviceExperts::swiglu) {
     return make<cuda::TopKMoE<S>>(config);
+  }
+  if (experts == DeviceExperts::quick_glu) {
+    return make<cuda::TopKMoE<S, cuda::GluExperts<S, QuickGelu>>>(config);
+  }
+  if (experts == DeviceExperts::quick_gelu) {
+    return make<cuda::TopKMoE<S, cuda::MlpExperts<S, QuickGelu>>>(config);
   }
   return experts == DeviceExperts::gelu_tanh ? make<cuda::TopKMoE<S, cuda::GeluTanhExperts<S>>>(config) : nullptr;
 }
@@ -193,6 +203,9 @@ Made<S> make_one(const SharedExpertMoEConfig<HiddenConfig>& config, DeviceExpert
       return make<cuda::SharedExpertMoE<S, cuda::GeluErfExperts<S>>>(config);
     case DeviceExperts::relu_squared:
       return make<cuda::SharedExpertMoE<S, cuda::ReluSquaredExperts<S>>>(config);
+    case DeviceExperts::quick_glu:
+    case DeviceExperts::quick_gelu:
+      break;
   }
   return nullptr;
 }

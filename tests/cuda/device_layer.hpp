@@ -15,7 +15,7 @@
 /// host or by nvcc for a device, and the tests, which nvcc could not compile, are the same.
 namespace moxie::test {
 
-enum class DeviceExperts { swiglu, geglu_tanh, geglu_erf, reglu, gelu_tanh, gelu_erf, relu_squared };
+enum class DeviceExperts { swiglu, geglu_tanh, geglu_erf, reglu, quick_glu, gelu_tanh, gelu_erf, relu_squared, quick_gelu };
 
 /// The options of the CPU's layers; the type says which layer.
 using DeviceConfig = std::variant<TopKMoEConfig<HiddenConfig>, SharedExpertMoEConfig<HiddenConfig>,

@@ -259,6 +259,19 @@ TEST_CASE("device: products of BFloat16 are within a hundredth of those of float
       {.model_dim = 8, .experts = 3, .slots_per_expert = 2, .expert = {.hidden_dim = 16}}, input.tokens(), 0.02);
 }
 
+TEST_CASE_TEMPLATE("device: an activation of one's own is the same on both sides", S, float, double) {
+  const Input<S> input;
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
+  check_same_step<moxie::TopKMoE<S, moxie::GluExperts<S, moxie::test::QuickGelu>>>(
+      {.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 16}}, input.tokens(), tolerance);
+  check_same_step<moxie::TopKMoE<S, moxie::MlpExperts<S, moxie::test::QuickGelu>>>(
+      {.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 16}}, input.tokens(), tolerance);
+  if constexpr (std::is_same_v<S, float>) {
+    check_same_step<moxie::TopKMoE<float, moxie::GluExperts<float, moxie::test::QuickGelu, moxie::BFloat16>>>(
+        {.model_dim = 8, .experts = 6, .top_k = 2, .expert = {.hidden_dim = 16}}, input.tokens(), 0.01);
+  }
+}
+
 TEST_CASE_TEMPLATE("device: masked tokens take no part, in any layer", S, float, double) {
   const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
   Input<S> input;

@@ -5,6 +5,7 @@
 #include <moxie/layer/shared_expert_moe.hpp>
 #include <moxie/layer/soft_moe.hpp>
 #include <moxie/layer/top_k_moe.hpp>
+#include <quick_gelu.hpp>
 
 #include "device_layer.hpp"
 
@@ -41,6 +42,15 @@ struct DeviceBank<MlpExperts<S, GeluErf, Element>> {
 template <class S, class Element>
 struct DeviceBank<MlpExperts<S, ReluSquared, Element>> {
   static constexpr DeviceExperts kind = DeviceExperts::relu_squared;
+};
+
+template <class S, class Element>
+struct DeviceBank<GluExperts<S, QuickGelu, Element>> {
+  static constexpr DeviceExperts kind = DeviceExperts::quick_glu;
+};
+template <class S, class Element>
+struct DeviceBank<MlpExperts<S, QuickGelu, Element>> {
+  static constexpr DeviceExperts kind = DeviceExperts::quick_gelu;
 };
 
 }  // namespace detail
