@@ -255,7 +255,7 @@ inline Routing route(const TopKRouterConfig& c, const Weights& p, const Batch& i
     return s;
   };
   const auto probabilities_of = [&](const Row& s) {
-    Var sum = 1e-20;
+    Var sum = 0;
     for (const Var& v : s) {
       sum += v;
     }
@@ -292,7 +292,7 @@ inline Routing route(const TopKRouterConfig& c, const Weights& p, const Batch& i
       });
       chosen.back().resize(std::size_t(k));
     }
-    Var sum = 1e-20;
+    Var sum = 0;
     for (const Index e : chosen.back()) {
       sum += s[std::size_t(e)];
     }

@@ -144,6 +144,81 @@ TEST_CASE("top-k router: backward matches central differences in every mode, and
   }
 }
 
+// Logits base + 2 of experts 0 and 1, base of the other six, so that both tokens choose the first two.
+template <class S>
+Matrix<S> set_sigmoid_gate(moxie::Parameters<S>& p, double base) {
+  p["gate.weight"].eigen().setZero();
+  p["gate.weight"].eigen().col(0).setConstant(S(1));
+  p["gate.weight"].eigen().col(1).head(2) << S(2), S(2.125);
+  Matrix<S> x(2, 2);
+  x << S(base), 1, S(base - 0.5), 1;
+  return x;
+}
+TopKRouterConfig sigmoid_router(const moxie::Balance& balance) {
+  return {.model_dim = 2, .experts = 8, .top_k = 2, .normalize = true, .balance = balance, .score = moxie::Score::sigmoid};
+}
+
+TEST_CASE_TEMPLATE("top-k router: weights and losses of sigmoid scores keep their value where all scores vanish", S, float,
+                   double) {
+  Routed<S> routed(sigmoid_router({.expert_level = 1, .sequence_level = 1}));
+  const auto sigmoid = [](double z) { return 1 / (1 + std::exp(-z)); };
+  for (const double base : {0.0, -3.0, -40.0, -50.0, -60.0, -100.0, -500.0, -1e4}) {
+    CAPTURE(base);
+    const Matrix<S> x = set_sigmoid_gate(routed.p, base);
+    routed.route({x});
+    double loss = 0;
+    for (Index t = 0; t < 2; ++t) {
+      // Far below 0 a sigmoid is an exponential: the ratios are those of a softmax.
+      const auto score = [&](double z) { return x(t, 0) < -30 ? std::exp(z) : sigmoid(double(x(t, 0)) + z); };
+      const double chosen = score(2) + score(2.125);
+      loss += 2 * 4.0 * chosen / (chosen + 6 * score(0)) / 2;
+      CHECK(routed.tape.choices()[std::size_t(2 * t)] == 1);
+      for (const Index r : routed.plan.rows_of_token(t)) {
+        const double expected = score(routed.plan.pair(r) % 2 == 0 ? 2.125 : 2) / chosen;
+        CHECK(double(routed.plan.weight(r)) == doctest::Approx(expected).epsilon(Tolerance<S>::layer));
+      }
+    }
+    CHECK(routed.tape.balance_loss() == doctest::Approx(loss).epsilon(Tolerance<S>::layer));
+  }
+}
+
+TEST_CASE("top-k router: backward of sigmoid scores matches central differences where all scores vanish") {
+  const Matrix<double> c = moxie::test::random<double>(2, 2, 614);
+  const moxie::Balance losses[] = {
+      {}, {.expert_level = 1, .sequence_level = 0.5}, {.importance = 1, .mean_entropy = 0.5, .token_entropy = 0.25}};
+  for (const moxie::Balance& balance : losses) {
+    for (const double base : {0.0, -3.0, -45.0, -60.0, -500.0, -1e4}) {
+      CAPTURE(base);
+      Routed<double> routed(sigmoid_router(balance));
+      const Matrix<double> x = set_sigmoid_gate(routed.p, base);
+      const Tokens<double> in(x);
+      routed.route(in);
+      Matrix<double> dx = Matrix<double>::Zero(2, 2);
+      moxie::Parameters<double> dp = routed.backward(in, c, dx);
+      const auto loss = [&] {
+        routed.route(in, Exec{.threads = 1});
+        double sum = routed.tape.balance_loss();
+        for (Index r = 0; r < routed.plan.rows(); ++r) {
+          sum += c.data()[routed.plan.pair(r)] * routed.plan.weight(r);
+        }
+        return sum;
+      };
+      // The column that does not multiply the base: a step of the other one would be as large as the logits.
+      Matrix<double> gate = routed.p["gate.weight"].eigen().col(1);
+      const Matrix<double> dgate = dp["gate.weight"].eigen().col(1);
+      const auto report = moxie::testing::check_gradient(
+          [&] {
+            routed.p["gate.weight"].eigen().col(1) = gate;
+            return loss();
+          },
+          gate, dgate);
+      INFO(report.message());
+      CHECK(report.passes(moxie::test::gradient_tolerance));
+      CHECK(dgate.norm() > 1e-3);
+    }
+  }
+}
+
 TEST_CASE("top-k router: a token's weights have a gradient to that token alone") {
   const Matrix<double> x = moxie::test::random<double>(2, dim, 607);
   Routed<double> routed(modes[1]);

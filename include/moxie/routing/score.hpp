@@ -85,6 +85,46 @@ void sigmoid_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowVie
 
 namespace detail {
 
+/// σ(z) e^max(0, -m), where m is the largest logit and s = σ(z): s itself for m >= 0. For m < 0 it is e^(z-m) (1 - s), since
+/// σ(z) = e^z (1 - σ(z)). The factor is the same for all, so ratios stay exact where the scores are so small that they vanish,
+/// and the largest is never below 1/2.
+template <class Scalar>
+Scalar scaled_sigmoid(Scalar z, Scalar s, Scalar largest) {
+  return largest >= 0 ? s : std::exp(z - largest) * (1 - s);
+}
+
+}  // namespace detail
+
+/// Sigmoid scores over their sum, for each row: p_i = s_i / Σ_j s_j, of logits z and s = σ(z). Computed from the logits, so
+/// that p sums to 1 where all s are 0. p may be s.
+template <class Scalar>
+void sigmoid_probabilities(RowView<const Scalar> z, RowView<const Scalar> s, RowView<Scalar> p, const Exec& exec) {
+  detail::for_each_row(z.rows(), exec, [&](Index t) {
+    const Scalar largest = kernel::largest(z.cols(), z.row(t));
+    Scalar sum = 0;
+    for (Index i = 0; i < z.cols(); ++i) {
+      p(t, i) = detail::scaled_sigmoid(z(t, i), s(t, i), largest);
+      sum += p(t, i);
+    }
+    for (Index i = 0; i < z.cols(); ++i) {
+      p(t, i) /= sum;
+    }
+  });
+}
+
+/// The adjoint, in place: dp -> dz. p is a softmax of ln σ(z), whose derivative is 1 - s: dz_i = (1 - s_i) p_i (dp_i - Σ_j dp_j
+/// p_j).
+template <class Scalar>
+void sigmoid_probabilities_backward(RowView<const Scalar> p, RowView<const Scalar> s, RowView<Scalar> dp, const Exec& exec) {
+  detail::for_each_row(p.rows(), exec, [&](Index t) {
+    detail::softmax_backward<Scalar>(p.cols(), p.row(t), dp.row(t), dp.row(t));
+    kernel::map(
+        p.cols(), dp.row(t), [](auto d, auto v) { return d * (decltype(v)(1) - v); }, dp.row(t), s.row(t));
+  });
+}
+
+namespace detail {
+
 /// Throws ValueError that names the token (or whatever `what` says) if one of its logits is NaN or infinite.
 template <class Scalar>
 void expect_finite_logits(std::string_view where, Index n, const Scalar* z, Index row, std::string_view what = "token") {

@@ -13,7 +13,7 @@ namespace moxie {
 ///
 ///     z  = x Wgᵀ (+ noise),   s = softmax(z) or sigmoid(z)
 ///     chosen = the K largest z; or s + b, from the best groups of experts        ties: the lower index
-///     w = γ s;  normalized: w = γ softmax of the chosen z, or for sigmoid scores γ s / (Σ_chosen s + 1e-20)
+///     w = γ s;  normalized: w = γ s / Σ_chosen s
 ///
 /// then, with a capacity, every expert keeps the first C of those that chose it, and the others are dropped: their weight is
 /// not given to other choices.
@@ -211,39 +211,21 @@ class TopKRouter {
     for (Index r = 0; r < plan.rows(); ++r) {
       dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
     }
-    const bool softmax = config_.score == Score::softmax;
     const bool losses = config_.balance.any();
-    const RowView<Scalar> dlogits = losses ? zeros(experts) : RowView<Scalar>();  // what does not pass the scores
+    // What does not pass through the scores on its way to the logits.
+    const RowView<Scalar> dlogits = losses ? zeros(experts) : RowView<Scalar>();
     if (losses) {
-      const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
-      const RowView<Scalar> dclean = clean ? zeros(experts) : dz;
-      balance_backward<Scalar>(config_.balance, losses_of(in, tape), tape.totals_, {dz, dclean, dlogits, dlogits}, workspace);
-      if (clean) {
-        const RowView<const Scalar> p_clean = tape.clean_probabilities_.view(tokens, experts);
-        if (softmax) {
-          softmax_rows_backward(p_clean, dclean, exec);
-        } else {
-          const RowView<Scalar> s_clean = workspace.matrix<Scalar>(tokens, experts);
-          s_clean.eigen() = tape.gate_.logits().eigen();
-          sigmoid_rows(s_clean, exec);
-          probabilities_backward(p_clean, s_clean, dclean, exec);
-          sigmoid_rows_backward(s_clean, dclean, exec);
-        }
-        dlogits.eigen() += dclean.eigen();
-      }
-    }
-    if (!softmax && config_.balance.of_probabilities()) {
-      probabilities_backward(tape.probabilities_.view(tokens, experts), s, dz, exec);
+      add_loss_gradients(in, tape, dz, dlogits, workspace, exec);
     }
     if (tape.dscores_.size() > 0) {
       dz.eigen() += tape.dscores_.view(tokens, experts).eigen();
     }
-    if (!config_.normalized() || !softmax) {
-      detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(s.row(t), tape, t, dw.row(t), dz.row(t)); });
+    if (!config_.normalized()) {
+      detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
     }
-    softmax ? softmax_rows_backward(s, dz, exec) : sigmoid_rows_backward(s, dz, exec);
-    if (config_.normalized() && softmax) {
-      detail::for_each_row(tokens, exec, [&](Index t) { add_softmax_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
+    config_.score == Score::softmax ? softmax_rows_backward(s, dz, exec) : sigmoid_rows_backward(s, dz, exec);
+    if (config_.normalized()) {
+      detail::for_each_row(tokens, exec, [&](Index t) { add_share_gradient(s.row(t), tape, t, dw.row(t), dz.row(t)); });
     }
     if (losses) {
       dz.eigen() += dlogits.eigen();
@@ -280,16 +262,18 @@ class TopKRouter {
     }
   }
 
-  /// The normalized weights of one token, without the scale: a softmax over the chosen logits alone (their scores may all be 0,
-  /// where a bias chose experts far from the best), or sigmoid scores over n = Σ_chosen s + 1e-20. Exactly 1 for K = 1.
+  /// The normalized weights of one token, without the scale: their scores over the sum of these, from the logits, so that the
+  /// weights sum to 1 where all of these scores are 0. For softmax scores this is a softmax of the chosen logits. Exactly 1 for
+  /// K = 1.
   void shares(const Scalar* z, const Scalar* s, const Index* chosen, Index k, Scalar* share) const {
-    Scalar sum = config_.score == Score::softmax ? Scalar(0) : Scalar(1e-20);
+    Scalar sum = 0;
     Scalar largest = z[chosen[0]];
     for (Index j = 1; j < k; ++j) {
       largest = (std::max)(largest, z[chosen[j]]);
     }
     for (Index j = 0; j < k; ++j) {
-      share[j] = config_.score == Score::softmax ? std::exp(z[chosen[j]] - largest) : s[chosen[j]];
+      const Index e = chosen[j];
+      share[j] = config_.score == Score::softmax ? std::exp(z[e] - largest) : detail::scaled_sigmoid(z[e], s[e], largest);
       sum += share[j];
     }
     for (Index j = 0; j < k; ++j) {
@@ -297,28 +281,20 @@ class TopKRouter {
     }
   }
 
-  /// w_j = s_j:                      ds_j += dw_j;
-  /// w_j = s_j / n, of sigmoids:     ds_j += (dw_j - Σ_i dw_i w_i) / n.
-  void add_weight_gradient(const Scalar* s, const Tape& tape, Index t, const Scalar* dw, Scalar* ds) const {
-    const Index k = tape.top_k_;
-    const Index* chosen = tape.chosen_.data() + t * k;
-    Scalar n = 1;
-    Scalar dot = 0;
-    if (config_.normalized()) {
-      n = Scalar(1e-20);
-      for (Index j = 0; j < k; ++j) {
-        n += s[chosen[j]];
-        dot += dw[j] * tape.shares_[t * k + j];
-      }
-    }
-    for (Index j = 0; j < k; ++j) {
-      ds[chosen[j]] += (dw[j] - dot) / n;
+  /// w_j = s_j:  ds_j += dw_j.
+  static void add_weight_gradient(const Tape& tape, Index t, const Scalar* dw, Scalar* ds) {
+    const Index* chosen = tape.chosen_.data() + t * tape.top_k_;
+    for (Index j = 0; j < tape.top_k_; ++j) {
+      ds[chosen[j]] += dw[j];
     }
   }
 
-  /// The weights are a softmax over the chosen logits alone: dz_j += w_j (dw_j - Σ_i dw_i w_i). Straight to the logits, so that
-  /// experts that were not chosen get exactly nothing.
-  void add_softmax_weight_gradient(const Tape& tape, Index t, const Scalar* dw, Scalar* dz) const {
+  /// The normalized weights are a softmax of the chosen z, or of the chosen ln σ(z), whose derivative is 1 - s:
+  ///
+  ///     dz_j += w_j (dw_j - Σ_i dw_i w_i), for sigmoid scores times 1 - s_j
+  ///
+  /// Straight to the logits, so that experts that were not chosen get exactly nothing, and scores may be 0.
+  void add_share_gradient(const Scalar* s, const Tape& tape, Index t, const Scalar* dw, Scalar* dz) const {
     const Index k = tape.top_k_;
     const Index* chosen = tape.chosen_.data() + t * k;
     const Scalar* w = tape.shares_.data() + t * k;
@@ -327,35 +303,44 @@ class TopKRouter {
       dot += dw[j] * w[j];
     }
     for (Index j = 0; j < k; ++j) {
-      dz[chosen[j]] += w[j] * (dw[j] - dot);
+      const Scalar through = config_.score == Score::softmax ? Scalar(1) : 1 - s[chosen[j]];
+      dz[chosen[j]] += w[j] * (dw[j] - dot) * through;
     }
   }
 
-  /// p_i = s_i / (Σ_j s_j + 1e-20), of sigmoid scores.
-  static void probabilities(RowView<const Scalar> s, RowView<Scalar> p, const Exec& exec) {
-    detail::for_each_row(s.rows(), exec, [&](Index t) {
-      const Scalar n = sum_of(s, t);
-      for (Index i = 0; i < s.cols(); ++i) {
-        p(t, i) = s(t, i) / n;
-      }
-    });
-  }
-  /// In place: dp -> ds, ds_i = (dp_i - Σ_j dp_j p_j) / (Σ_j s_j + 1e-20).
-  static void probabilities_backward(RowView<const Scalar> p, RowView<const Scalar> s, RowView<Scalar> dp, const Exec& exec) {
-    detail::for_each_row(s.rows(), exec, [&](Index t) {
-      const Scalar n = sum_of(s, t);
-      const Scalar dot = kernel::dot(s.cols(), dp.row(t), p.row(t));
-      for (Index i = 0; i < s.cols(); ++i) {
-        dp(t, i) = (dp(t, i) - dot) / n;
-      }
-    });
-  }
-  static Scalar sum_of(RowView<const Scalar> s, Index t) {
-    Scalar sum = 0;
-    for (Index i = 0; i < s.cols(); ++i) {
-      sum += s(t, i);
+  /// Adds the gradients of the losses to ∂/∂scores, and to ∂/∂logits what does not pass through the scores.
+  void add_loss_gradients(const Tokens<Scalar>& in, const Tape& tape, RowView<Scalar> dscores, RowView<Scalar> dlogits,
+                          Workspace& workspace, const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const bool softmax = config_.score == Score::softmax;
+    const auto zeros = [&] {
+      const RowView<Scalar> m = workspace.matrix<Scalar>(dlogits.rows(), dlogits.cols());
+      m.eigen().setZero();
+      return m;
+    };
+    const bool normalizes = !softmax && config_.balance.of_probabilities();
+    const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
+    const RowView<Scalar> dprobabilities = normalizes ? zeros() : dscores;
+    const RowView<Scalar> dclean = clean ? zeros() : dprobabilities;
+    balance_backward<Scalar>(config_.balance, losses_of(in, tape), tape.totals_, {dprobabilities, dclean, dlogits, dlogits},
+                             workspace);
+    if (normalizes) {
+      sigmoid_probabilities_backward<Scalar>(tape.probabilities_.view(tape.tokens_, tape.experts_), tape.scores(),
+                                             dprobabilities, exec);
+      dlogits.eigen() += dprobabilities.eigen();
     }
-    return sum + Scalar(1e-20);
+    if (clean) {
+      const RowView<const Scalar> p_clean = tape.clean_probabilities_.view(tape.tokens_, tape.experts_);
+      if (softmax) {
+        softmax_rows_backward(p_clean, dclean, exec);
+      } else {
+        const RowView<Scalar> s_clean = workspace.matrix<Scalar>(tape.tokens_, tape.experts_);
+        s_clean.eigen() = tape.gate_.logits().eigen();
+        sigmoid_rows(s_clean, exec);
+        sigmoid_probabilities_backward<Scalar>(p_clean, s_clean, dclean, exec);
+      }
+      dlogits.eigen() += dclean.eigen();
+    }
   }
 
   BalanceInput<Scalar> losses_of(const Tokens<Scalar>& in, const Tape& tape) const {
@@ -386,7 +371,8 @@ class TopKRouter {
       return;
     }
     if (config_.score == Score::sigmoid && balance.of_probabilities()) {
-      probabilities(tape.scores(), tape.probabilities_.matrix(tape.tokens_, tape.experts_), exec);
+      sigmoid_probabilities<Scalar>(tape.gate_.noisy_logits(), tape.scores(),
+                                    tape.probabilities_.matrix(tape.tokens_, tape.experts_), exec);
     }
     if (tape.gate_.noisy() && balance.importance > 0) {
       const RowView<Scalar> clean = tape.clean_probabilities_.matrix(tape.tokens_, tape.experts_);
@@ -395,7 +381,7 @@ class TopKRouter {
         softmax_rows(clean, exec);
       } else {
         sigmoid_rows(clean, exec);
-        probabilities(clean, clean, exec);
+        sigmoid_probabilities<Scalar>(tape.gate_.logits(), clean, clean, exec);
       }
     }
     add_balance_totals(balance, losses_of(in, tape), config_.experts, tape.totals_, workspace);
