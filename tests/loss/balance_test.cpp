@@ -290,4 +290,39 @@ TEST_CASE("balance: totals of other experts do not add up") {
   CHECK(fresh.counts.size() == 4);
 }
 
+TEST_CASE("balance: what has not the size of the batch is refused, and totals stay as they were") {
+  const Batch<double> b(12, 5, 2, Sequences(4), 545);
+  const Balance all{.expert_level = 1, .gshard = 1, .importance = 1, .load = 1, .z = 1};
+  const auto message = [&](auto&& change) {
+    moxie::BalanceInput<double> in = b.input();
+    BalanceTotals totals;
+    totals.clear(5);
+    change(in, totals);
+    moxie::Workspace workspace;
+    const std::string text =
+        moxie::test::message_of<std::invalid_argument>([&] { moxie::add_balance_totals(all, in, 5, totals, workspace); });
+    CHECK((text == "nothing was thrown") == (totals.tokens == 12));
+    return text;
+  };
+  const Matrix<double> small = moxie::test::random<double>(12, 4, 546);
+  std::vector<Index> wrong = b.best;
+  wrong[3] = 5;
+  std::vector<Index> none = b.best;
+  none[3] = -1;
+  CHECK(message([](auto&, auto&) {}) == "nothing was thrown");
+  CHECK(message([&](auto& in, auto&) { in.counted = none; }) == "nothing was thrown");
+  CHECK(message([](auto&, auto& totals) { totals = {}; }) == "add_balance_totals: counts has 0 elements, expected 5");
+  CHECK(message([&](auto& in, auto&) { in.probabilities = small; }) ==
+        "add_balance_totals: probabilities is (12,4), expected (12,5)");
+  CHECK(message([](auto& in, auto&) { in.clean_probabilities = {}; }) ==
+        "add_balance_totals: clean_probabilities is (0,0), expected (12,5)");
+  CHECK(message([](auto& in, auto&) { in.noisy_logits = {}; }) == "add_balance_totals: noisy_logits is (0,0), expected (12,5)");
+  CHECK(message([](auto& in, auto&) { in.best = in.best.first(23); }) ==
+        "add_balance_totals: best has 23 elements, expected 24");
+  CHECK(message([&](auto& in, auto&) { in.best = wrong; }) == "add_balance_totals: a choice is not one of the experts");
+  CHECK(message([&](auto& in, auto&) { in.best = none; }) == "add_balance_totals: a choice is not one of the experts");
+  CHECK(message([&](auto& in, auto&) { in.counted = wrong; }) ==
+        "add_balance_totals: a counted choice is not one of the experts");
+}
+
 }  // namespace

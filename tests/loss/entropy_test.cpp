@@ -33,4 +33,12 @@ TEST_CASE("entropy: backward matches central differences and adds; it is finite 
   CHECK(dp.allFinite());
 }
 
+TEST_CASE("entropy: a gradient of another size is refused") {
+  const std::vector<double> p{0.5, 0.5};
+  std::vector<double> dp{7};
+  CHECK(moxie::test::message_of<moxie::ShapeError>([&] { moxie::entropy_backward(p, 1, std::span<double>(dp)); }) ==
+        "entropy_backward: dp has 1 elements, expected 2");
+  CHECK(dp[0] == 7);
+}
+
 }  // namespace

@@ -47,4 +47,16 @@ TEST_CASE("squared variation: backward is zero where there is nothing") {
   CHECK(zero == std::vector<double>(3, 0.0));
 }
 
+TEST_CASE("importance loss: other sizes are refused before anything is written") {
+  const Matrix<double> p = moxie::test::random<double>(3, 4, 551);
+  std::vector<double> small(3), scratch(4);
+  Matrix<double> dp = moxie::test::untouched<double>(3, 5);
+  using moxie::test::message_of;
+  CHECK(message_of<moxie::ShapeError>([&] { moxie::importance_loss<double>(p, small); }) ==
+        "importance_loss: scratch has 3 elements, expected 4");
+  CHECK(message_of<moxie::ShapeError>([&] { moxie::importance_loss_backward(p, 1, RowView<double>(dp), scratch); }) ==
+        "importance_loss_backward: dprobabilities is (3,5), expected (3,4)");
+  CHECK(moxie::test::is_untouched(dp));
+}
+
 }  // namespace

@@ -41,4 +41,19 @@ TEST_CASE("load loss: backward matches central differences of logits and thresho
   }
 }
 
+TEST_CASE("load loss: other sizes and a deviation that is not above 0 are refused") {
+  const moxie::Matrix<double> z = moxie::test::random<double>(3, 4, 552);
+  const std::vector<double> two(2), three(3);
+  std::vector<double> scratch(4);
+  const auto message = [&](const std::vector<double>& threshold, double deviation, std::vector<double> into) {
+    return moxie::test::message_of<std::invalid_argument>(
+        [&] { moxie::load_loss<double>(z, std::span<const double>(threshold), deviation, into); });
+  };
+  CHECK(message(three, 0.1, scratch) == "nothing was thrown");
+  CHECK(message(two, 0.1, scratch) == "load_loss: threshold has 2 elements, expected 3");
+  CHECK(message(three, 0.1, two) == "load_loss: scratch has 2 elements, expected 4");
+  CHECK(message(three, 0, scratch) == "load_loss: the deviation must be above 0");
+  CHECK(message(three, std::nan(""), scratch) == "load_loss: the deviation must be above 0");
+}
+
 }  // namespace

@@ -39,4 +39,14 @@ TEST_CASE("z-loss: backward matches central differences and adds") {
   CHECK(report.passes(moxie::test::gradient_tolerance));
 }
 
+TEST_CASE("z-loss: no logits and a gradient of another size are refused") {
+  const std::vector<double> z{1, 2};
+  std::vector<double> dz{7};
+  using moxie::test::message_of;
+  CHECK(message_of<moxie::ShapeError>([] { moxie::z_loss(std::span<const double>()); }) == "log_sum_exp: there are no logits");
+  CHECK(message_of<moxie::ShapeError>([&] { moxie::z_loss_backward(z, 1, std::span<double>(dz)); }) ==
+        "z_loss_backward: dlogits has 1 elements, expected 2");
+  CHECK(dz[0] == 7);
+}
+
 }  // namespace

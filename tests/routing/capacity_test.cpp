@@ -45,4 +45,20 @@ TEST_CASE("places: every sequence has room of its own, empty ones none") {
   CHECK(Places::list(p.assigned) == std::vector<Index>{1, 1, 1, -1});  // ⌈1/2⌉ and ⌈3/2⌉
 }
 
+TEST_CASE("places: sizes, experts and weights that make no plan are refused") {
+  using moxie::test::message_of;
+  const Sequences two = Sequences().over(2);
+  const Capacity by_weight{.factor = 1, .priority = Priority::weight};
+  const auto message = [&](Index k, const std::vector<Index>& expert, const std::vector<double>& weight) {
+    return message_of<std::invalid_argument>([&] { Places(two, 2, k, by_weight, expert, weight); });
+  };
+  CHECK(message(1, {0, 1}, {1, 1}) == "nothing was thrown");
+  CHECK(message(1, {0}, {1}) == "assign_places: there are 1 experts and 1 weights, expected 2");
+  CHECK(message(1, {0, 1}, {1}) == "assign_places: there are 2 experts and 1 weights, expected 2");
+  CHECK(message(0, {}, {}) == "assign_places: top_k is 0, expected at least 1");
+  CHECK(message(1, {0, 2}, {1, 1}) == "assign_places: an expert is not one of them");
+  CHECK(message(1, {0, -2}, {1, 1}) == "assign_places: an expert is not one of them");
+  CHECK(message(1, {0, 1}, {1, std::nan("")}) == "assign_places: a weight is NaN");
+}
+
 }  // namespace

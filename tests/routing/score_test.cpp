@@ -111,6 +111,77 @@ TEST_CASE("sigmoid: backward matches central differences") {
   CHECK(report.passes(moxie::test::gradient_tolerance));
 }
 
+TEST_CASE_TEMPLATE("softmax: a NaN makes its own row NaN, forward and backward, and reads nothing else", S, float, double) {
+  const S nan = std::numeric_limits<S>::quiet_NaN();
+  for (const Index n : {1, 3, 8, 17}) {
+    Matrix<S> s = moxie::test::random<S>(3, n, 310);
+    moxie::softmax_rows(RowView<S>(s), Exec{});
+    const Matrix<S> ds = moxie::test::random<S>(3, n, 311);
+    Matrix<S> expected = ds;
+    moxie::softmax_rows_backward(s, RowView<S>(expected), Exec{});
+    s(1, n / 2) = nan;
+    const std::vector<S> exact(ds.row(1).begin(), ds.row(1).end());  // a sanitizer sees what is read behind it
+    std::vector<S> dz = exact;
+    moxie::softmax_rows_backward(RowView<const S>(s.row(1)), RowView<S>(dz.data(), 1, n), Exec{});
+    CHECK(std::ranges::all_of(dz, [](S v) { return std::isnan(v); }));
+    Matrix<S> all = ds;
+    moxie::softmax_rows_backward(s, RowView<S>(all), Exec{});
+    CHECK(moxie::test::same_bits<S>(all.row(0), expected.row(0)));
+    CHECK(moxie::test::same_bits<S>(all.row(2), expected.row(2)));
+    Matrix<S> z = moxie::test::random<S>(3, n, 310);
+    z(1, n - 1) = nan;
+    moxie::softmax_rows(RowView<S>(z), Exec{});
+    CHECK(z.row(1).array().isNaN().all());
+    CHECK(z.row(0).allFinite());
+  }
+}
+
+TEST_CASE_TEMPLATE("scores: rows without columns, other shapes and overlaps are refused", S, float, double) {
+  using moxie::ShapeError;
+  using moxie::ValueError;
+  using moxie::test::message_of;
+  Matrix<S> none(3, 0);
+  Matrix<S> a = moxie::test::random<S>(3, 4, 312);
+  const Matrix<S> before = a;
+  Matrix<S> b(3, 5), c(2, 4);
+  const Exec exec;
+  CHECK(message_of<ShapeError>([&] { moxie::softmax_rows(RowView<S>(none), exec); }) ==
+        "softmax_rows: z is (3,0), expected at least one column");
+  CHECK(message_of<ShapeError>([&] { moxie::softmax_rows_backward(none, RowView<S>(none), exec); }) ==
+        "softmax_rows_backward: s is (3,0), expected at least one column");
+  CHECK(message_of<ShapeError>([&] { moxie::softmax_rows(b, RowView<S>(a), exec); }) ==
+        "softmax_rows: s is (3,4), expected (3,5)");
+  CHECK(message_of<ShapeError>([&] { moxie::softmax_rows_backward(c, RowView<S>(a), exec); }) ==
+        "softmax_rows_backward: ds is (3,4), expected (2,4)");
+  CHECK(message_of<ShapeError>([&] { moxie::sigmoid_rows_backward(b, RowView<S>(a), exec); }) ==
+        "sigmoid_rows_backward: ds is (3,4), expected (3,5)");
+  CHECK(message_of<ShapeError>([&] { moxie::sigmoid_probabilities<S>(a, b, a, exec); }) ==
+        "sigmoid_probabilities: s is (3,5), expected (3,4)");
+  CHECK(message_of<ShapeError>([&] { moxie::sigmoid_probabilities_backward<S>(a, a, b, exec); }) ==
+        "sigmoid_probabilities_backward: dp is (3,5), expected (3,4)");
+  const RowView<S> first(a.data(), 2, 4), second(a.data() + 4, 2, 4);
+  CHECK(message_of<ValueError>([&] { moxie::softmax_rows(first, second, exec); }) ==
+        "softmax_rows: the matrices overlap, and are not the same");
+  CHECK(moxie::test::same_bits(a, before));
+  Matrix<S> empty(0, 0);
+  moxie::softmax_rows(RowView<S>(empty), exec);
+}
+
+TEST_CASE_TEMPLATE("sigmoid scores over their sum: sum to 1 for any logits", S, float, double) {
+  Matrix<S> z(4, 3);
+  z << 0, 1, 2, S(-1e30), S(-1e30), S(-1e30), -200, -201, -202, 1000, -1000, 1000;
+  Matrix<S> s = z;
+  moxie::sigmoid_rows(RowView<S>(s), Exec{});
+  Matrix<S> p = z;
+  moxie::sigmoid_probabilities<S>(Matrix<S>(z), s, p, Exec{});
+  for (Index t = 0; t < 4; ++t) {
+    CHECK(p.row(t).sum() == doctest::Approx(1).epsilon(Tolerance<S>::sum));
+  }
+  CHECK(p(0, 2) == doctest::Approx(s(0, 2) / s.row(0).sum()).epsilon(Tolerance<S>::sum));
+  CHECK(p(2, 0) == doctest::Approx(1 / (1 + std::exp(-1.0) + std::exp(-2.0))).epsilon(Tolerance<S>::function));
+  CHECK(p(3, 0) == S(0.5));
+}
+
 TEST_CASE_TEMPLATE("logits: the first token with one that is not finite is named", S, float, double) {
   const S infinity = std::numeric_limits<S>::infinity();
   const auto check = [](const Matrix<S>& z) {

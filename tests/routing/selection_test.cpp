@@ -53,4 +53,32 @@ TEST_CASE("top-k: agrees with a stable sort for every n and K, with and without 
   }
 }
 
+TEST_CASE("top-k: a K that the scores do not have is refused") {
+  using moxie::test::message_of;
+  const std::vector<double> score{1, 2, 3, 4};
+  std::vector<double> scratch = score;
+  std::vector<Index> chosen(4, -1);
+  std::vector<double> group_score(2);
+  std::vector<Index> group(2);
+  for (const Index k : {-1, 0, 5}) {
+    CHECK(message_of<moxie::ValueError>([&] { moxie::select_top_k(score.data(), 4, k, chosen.data()); }) ==
+          "select_top_k: k must be between 1 and the number of scores");
+    CHECK(message_of<moxie::ValueError>([&] {
+            moxie::select_top_k_in_groups(scratch.data(), 4, k, {.count = 2, .chosen = 2}, group_score.data(), group.data(),
+                                          chosen.data());
+          }) == "select_top_k_in_groups: k must be between 1 and the number of scores in the chosen groups");
+  }
+  CHECK(message_of<moxie::ValueError>([&] { moxie::select_largest(score.data(), 4, 5, chosen.data()); }) != "");
+  CHECK(message_of<moxie::ValueError>([&] {
+          moxie::select_top_k_in_groups(scratch.data(), 4, 3, {.count = 2, .chosen = 1}, group_score.data(), group.data(),
+                                        chosen.data());
+        }) == "select_top_k_in_groups: k must be between 1 and the number of scores in the chosen groups");
+  CHECK(message_of<moxie::ValueError>([&] {
+          moxie::select_top_k_in_groups(scratch.data(), 4, 1, {.count = 3, .chosen = 1}, group_score.data(), group.data(),
+                                        chosen.data());
+        }) == "select_top_k_in_groups: groups.count must divide the number of scores");
+  CHECK(scratch == score);
+  CHECK(chosen == std::vector<Index>(4, -1));
+}
+
 }  // namespace

@@ -121,7 +121,7 @@ struct BalanceInput {
   RowView<const Scalar> logits;               ///< (T,E) without noise
   RowView<const Scalar> noisy_logits;         ///< (T,E) that select
   std::span<const Index> best;                ///< T·K: the K largest noisy logits of each token, in decreasing order
-  std::span<const Index> counted;             ///< T·K: what f counts
+  std::span<const Index> counted;             ///< T·K: what f counts; -1 is no choice
   double deviation = 0;                       ///< of the noise on a logit; 0: none, and no load loss
 };
 
@@ -149,7 +149,9 @@ struct FrequencyLoss {
     counts.eigen().setZero();
     for (Index t = begin; t < end; ++t) {
       for (Index j = 0; j < k; ++j) {
-        counts(0, chosen[std::size_t(t * stride + j)]) += 1;
+        if (const Index e = chosen[std::size_t(t * stride + j)]; e >= 0) {
+          counts(0, e) += 1;
+        }
       }
     }
   }
@@ -203,17 +205,57 @@ std::span<T> row_span(RowView<T> m, Index row = 0) {
 
 }  // namespace detail
 
+namespace detail {
+
+/// Throws ShapeError unless everything that the losses read has the size of the batch, ValueError for a choice that is no
+/// expert; -1, no choice, is not counted.
+template <class Scalar>
+void expect_balance_input(std::string_view where, const Balance& weights, const BalanceInput<Scalar>& in, Index experts) {
+  const Index tokens = in.sequences.tokens();
+  expect_at_least(where, "top_k", in.top_k, 1);
+  const auto expect_matrix = [&](bool read, std::string_view name, const RowView<const Scalar>& m) {
+    if (read) {
+      expect_shape(where, name, m, tokens, experts);
+    }
+  };
+  const bool load = weights.load > 0 && in.deviation > 0;
+  expect_matrix(weights.of_probabilities(), "probabilities", in.probabilities);
+  expect_matrix(weights.importance > 0, "clean_probabilities", in.clean_probabilities);
+  expect_matrix(weights.z > 0 || load, "logits", in.logits);
+  expect_matrix(load, "noisy_logits", in.noisy_logits);
+  const auto pairs = std::size_t(tokens * in.top_k);
+  expect_as_many(where, "counted", in.counted.size(), pairs);
+  if (weights.gshard > 0 || load) {
+    expect_as_many(where, "best", in.best.size(), pairs);
+  }
+  for (const Index e : in.best) {
+    expect_value(e >= 0 && e < experts, where, "a choice is not one of the experts");
+  }
+  for (const Index e : in.counted) {
+    expect_value(e >= -1 && e < experts, where, "a counted choice is not one of the experts");
+  }
+}
+
+}  // namespace detail
+
 /// Adds the totals of a batch. O(T (E + K)) for each loss that is on, in order of tokens.
+///
+/// Throws ShapeError for sizes that do not fit the tokens and experts, and totals of other experts.
 template <class Scalar>
 void add_balance_totals(const Balance& weights, const BalanceInput<Scalar>& in, Index experts, BalanceTotals& totals,
                         Workspace& workspace) {
+  constexpr std::string_view where = "add_balance_totals";
+  detail::expect_balance_input(where, weights, in, experts);
+  detail::expect_as_many(where, "counts", totals.counts.size(), std::size_t(experts));
   const Workspace::Frame frame(workspace);
   const RowView<double> scratch = workspace.matrix<double>(1, experts);
   totals.tokens += in.sequences.tokens();
   totals.pairs += in.sequences.tokens() * in.top_k;
   totals.sequences += in.sequences.nonempty();
   for (const Index e : in.counted) {
-    ++totals.counts[std::size_t(e)];
+    if (e >= 0) {
+      ++totals.counts[std::size_t(e)];
+    }
   }
   const bool sums = weights.expert_level > 0 || weights.device_level > 0 || weights.mean_entropy > 0;
   for (Index t = 0; t < in.sequences.tokens(); ++t) {
@@ -252,11 +294,14 @@ void add_balance_totals(const Balance& weights, const BalanceInput<Scalar>& in, 
 
 /// Adds the gradient of `totals.loss(weights)` with respect to what this batch put into the totals; counts are constants. The
 /// totals may be those of several micro-batches: each then gets its part of the gradient of the whole.
+///
+/// Throws ShapeError for sizes that do not fit the tokens and the experts of the totals.
 template <class Scalar>
 void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, const BalanceTotals& totals,
                       const BalanceGradient<Scalar>& gradient, Workspace& workspace) {
-  const Workspace::Frame frame(workspace);
   const Index experts = Index(totals.counts.size());
+  detail::expect_balance_input("balance_backward", weights, in, experts);
+  const Workspace::Frame frame(workspace);
   const double n = double(totals.tokens);
   const double b = double(totals.sequences);
   const RowView<double> scratch = workspace.matrix<double>(1, experts);

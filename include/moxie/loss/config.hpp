@@ -6,6 +6,18 @@
 
 namespace moxie {
 
+namespace detail {
+
+/// Throws ShapeError unless there are as many.
+inline void expect_as_many(std::string_view where, std::string_view name, std::size_t size, std::size_t expected) {
+  if (size != expected) {
+    throw ShapeError(std::string(where) + ": " + std::string(name) + " has " + std::to_string(size) + " elements, expected " +
+                     std::to_string(expected));
+  }
+}
+
+}  // namespace detail
+
 /// Weights of the balance losses of a router; 0 switches one off, any combine: `{.expert_level = 0.01, .z = 1e-3}`.
 ///
 /// s are the probabilities of a token (softmax scores, or sigmoid scores divided by their sum), f_i = E/(K T) · #{t : i chosen}

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <moxie/loss/config.hpp>
 #include <span>
 
 namespace moxie {
@@ -19,9 +20,10 @@ double entropy(std::span<const Scalar> p) {
 }
 
 /// Adds weight · ∂H/∂p_i = -weight · (ln p_i + 1) to `dp`, with the logarithm of the smallest number for p_i = 0, where the
-/// derivative has no limit.
+/// derivative has no limit. Throws ShapeError if the sizes differ.
 template <class Scalar>
 void entropy_backward(std::span<const std::type_identity_t<Scalar>> p, double weight, std::span<Scalar> dp) {
+  detail::expect_as_many("entropy_backward", "dp", dp.size(), p.size());
   for (std::size_t i = 0; i < p.size(); ++i) {
     dp[i] -= Scalar(weight * (std::log((std::max)(double(p[i]), double((std::numeric_limits<Scalar>::min)()))) + 1));
   }

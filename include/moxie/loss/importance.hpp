@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <moxie/core/matrix.hpp>
+#include <moxie/loss/config.hpp>
 #include <span>
 
 namespace moxie {
@@ -44,9 +45,10 @@ inline void squared_variation_backward(std::span<double> v) {
 /// The importance loss of a group of tokens: CV² of Σ_t p_ti over the experts i, `probabilities` (n,E) without noise.
 ///
 /// Shazeer et al. 2017, equation 7; V-MoE (Riquelme et al. 2021), appendix A.2. 0 for equal importance, E - 1 for one expert
-/// alone. `scratch` holds E numbers.
+/// alone. `scratch` holds E numbers; throws ShapeError if it does not.
 template <class Scalar>
 double importance_loss(RowView<const Scalar> probabilities, std::span<double> scratch) {
+  detail::expect_as_many("importance_loss", "scratch", scratch.size(), std::size_t(probabilities.cols()));
   std::fill(scratch.begin(), scratch.end(), 0.0);
   for (Index t = 0; t < probabilities.rows(); ++t) {
     for (Index i = 0; i < probabilities.cols(); ++i) {
@@ -56,10 +58,12 @@ double importance_loss(RowView<const Scalar> probabilities, std::span<double> sc
   return squared_variation(scratch);
 }
 
-/// Adds weight · ∂loss/∂p_ti to `dprobabilities` (n,E).
+/// Adds weight · ∂loss/∂p_ti to `dprobabilities` (n,E). Throws ShapeError for other sizes.
 template <class Scalar>
 void importance_loss_backward(RowView<const std::type_identity_t<Scalar>> probabilities, double weight,
                               RowView<Scalar> dprobabilities, std::span<double> scratch) {
+  detail::expect_shape("importance_loss_backward", "dprobabilities", dprobabilities, probabilities.rows(),
+                       probabilities.cols());
   importance_loss<Scalar>(probabilities, scratch);
   squared_variation_backward(scratch);
   for (Index t = 0; t < probabilities.rows(); ++t) {

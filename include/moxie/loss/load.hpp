@@ -15,9 +15,13 @@ namespace moxie {
 ///
 /// A load that has a gradient, unlike the counts: Shazeer et al. 2017, equations 8 to 11, as V-MoE (Riquelme et al. 2021,
 /// appendix A.2) has it. `logits` (n,E) without noise, `threshold` (n) θ_t, `deviation` σ > 0 of a logit's noise. `scratch`
-/// holds E numbers.
+/// holds E numbers. Throws ShapeError for other sizes, ValueError for a deviation that is not above 0.
 template <class Scalar>
 double load_loss(RowView<const Scalar> logits, std::span<const Scalar> threshold, double deviation, std::span<double> scratch) {
+  constexpr std::string_view where = "load_loss";
+  detail::expect_as_many(where, "threshold", threshold.size(), std::size_t(logits.rows()));
+  detail::expect_as_many(where, "scratch", scratch.size(), std::size_t(logits.cols()));
+  detail::expect_value(deviation > 0, where, "the deviation must be above 0");
   std::fill(scratch.begin(), scratch.end(), 0.0);
   for (Index t = 0; t < logits.rows(); ++t) {
     for (Index i = 0; i < logits.cols(); ++i) {
@@ -31,10 +35,15 @@ double load_loss(RowView<const Scalar> logits, std::span<const Scalar> threshold
 /// Adds weight · ∂loss/∂z_ti to `dlogits` (n,E), and weight · ∂loss/∂θ_t to `dthreshold` (n), with the normal density φ:
 ///
 ///     g_i = ∂CV²/∂load_i,   ∂/∂z_ti = g_i φ(u_ti) / σ,   ∂/∂θ_t = -Σ_i g_i φ(u_ti) / σ
+///
+/// Throws what `load_loss` throws, and ShapeError for other sizes of the gradients.
 template <class Scalar>
 void load_loss_backward(RowView<const std::type_identity_t<Scalar>> logits,
                         std::span<const std::type_identity_t<Scalar>> threshold, double deviation, double weight,
                         RowView<Scalar> dlogits, std::span<Scalar> dthreshold, std::span<double> scratch) {
+  constexpr std::string_view where = "load_loss_backward";
+  detail::expect_shape(where, "dlogits", dlogits, logits.rows(), logits.cols());
+  detail::expect_as_many(where, "dthreshold", dthreshold.size(), std::size_t(logits.rows()));
   load_loss<Scalar>(logits, threshold, deviation, scratch);
   squared_variation_backward(scratch);
   const double density = weight / (deviation * std::sqrt(2 * std::numbers::pi));

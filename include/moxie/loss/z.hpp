@@ -3,14 +3,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <moxie/core/matrix.hpp>
+#include <moxie/loss/config.hpp>
 #include <span>
 
 namespace moxie {
 
-/// ln Σ_i exp z_i, from the largest logit.
+/// ln Σ_i exp z_i, from the largest logit. Throws ShapeError for no logits.
 template <class Scalar>
 double log_sum_exp(std::span<const Scalar> z) {
+  if (z.empty()) {
+    throw ShapeError("log_sum_exp: there are no logits");
+  }
   const double largest = double(*std::max_element(z.begin(), z.end()));
   double sum = 0;
   for (const Scalar x : z) {
@@ -28,9 +31,11 @@ double z_loss(std::span<const Scalar> logits) {
   return value * value;
 }
 
-/// Adds weight · ∂loss/∂z_i = weight · 2 ln Σ exp z · softmax(z)_i to `dlogits`.
+/// Adds weight · ∂loss/∂z_i = weight · 2 ln Σ exp z · softmax(z)_i to `dlogits`. Throws ShapeError if the sizes differ, or for
+/// no logits.
 template <class Scalar>
 void z_loss_backward(std::span<const std::type_identity_t<Scalar>> logits, double weight, std::span<Scalar> dlogits) {
+  detail::expect_as_many("z_loss_backward", "dlogits", dlogits.size(), logits.size());
   const double value = log_sum_exp(logits);
   for (std::size_t i = 0; i < logits.size(); ++i) {
     dlogits[i] += Scalar(weight * 2 * value * std::exp(double(logits[i]) - value));

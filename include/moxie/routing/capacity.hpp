@@ -16,11 +16,28 @@ namespace moxie {
 /// dropped pairs too. Where `place >= C` of the sequence, `assigned` is -1, elsewhere the expert. `place`, `assigned` and
 /// `order` (T) are overwritten; `order` has the tokens of each sequence in the order in which they came.
 ///
+/// Throws ShapeError unless there are T·K experts and weights, ValueError for an expert outside [0, E), a weight that is NaN
+/// where the weights decide, and a capacity below 1.
+///
 /// GShard (Lepikhin et al. 2020), Algorithm 1; V-MoE (Riquelme et al. 2021), Algorithms 1 and 2. O(T K + T log T).
 template <class Scalar>
 void assign_places(const Sequences& sequences, Index experts, Index top_k, const Capacity& capacity,
                    std::span<const Index> expert, std::span<const std::type_identity_t<Scalar>> weight, Buffer<Index>& place,
                    Buffer<Index>& assigned, Buffer<Index>& order, Buffer<Index>& taken) {
+  constexpr std::string_view where = "assign_places";
+  detail::expect_at_least(where, "top_k", top_k, 1);
+  if (Index(expert.size()) != sequences.tokens() * top_k || weight.size() != expert.size()) {
+    throw ShapeError(std::string(where) + ": there are " + std::to_string(expert.size()) + " experts and " +
+                     std::to_string(weight.size()) + " weights, expected " + std::to_string(sequences.tokens() * top_k));
+  }
+  for (const Index e : expert) {
+    detail::expect_value(e >= 0 && e < experts, where, "an expert is not one of them");
+  }
+  if (capacity.priority == Priority::weight) {
+    for (const Scalar w : weight) {
+      detail::expect_value(w == w, where, "a weight is NaN");
+    }
+  }
   place.resize(sequences.tokens() * top_k);
   assigned.resize(sequences.tokens() * top_k);
   order.resize(sequences.tokens());

@@ -31,13 +31,14 @@ void softmax(Index n, const Scalar* z, Scalar* s) {
       n, s, [&](auto v) { return v * decltype(v)(share); }, s);
 }
 
-/// The adjoint of the softmax of n numbers. dz may be ds.
+/// The adjoint of the softmax of n numbers. dz may be ds. NaN where s has one.
 ///
 /// Because Σ s = 1, a constant may be taken from all ds_i first: the one of the largest score, so that a score near 1 does not
 /// leave the difference of two nearly equal numbers.
 template <class Scalar>
 void softmax_backward(Index n, const Scalar* s, const Scalar* ds, Scalar* dz) {
-  const Scalar shift = ds[std::find(s, s + n, kernel::largest(n, s)) - s];
+  const Index best = std::find(s, s + n, kernel::largest(n, s)) - s;
+  const Scalar shift = ds[best < n ? best : 0];  // nothing is equal to NaN
   kernel::map(
       n, dz, [&](auto v) { return v - decltype(v)(shift); }, ds);
   const Scalar dot = kernel::dot(n, dz, s);
@@ -45,11 +46,28 @@ void softmax_backward(Index n, const Scalar* s, const Scalar* ds, Scalar* dz) {
       n, dz, [&](auto v, auto p) { return p * (v - decltype(v)(dot)); }, dz, s);
 }
 
+/// The checks of functions from the rows of `in` to those of `out`, which may be the same matrix.
+template <class In, class Out>
+void expect_rows(std::string_view where, std::string_view name, const RowView<In>& in, std::string_view out_name,
+                 const RowView<Out>& out) {
+  if (in.cols() < 1 && in.rows() > 0) {
+    throw ShapeError(std::string(where) + ": " + std::string(name) + " is " + dimensions(in.rows(), in.cols()) +
+                     ", expected at least one column");
+  }
+  expect_shape(where, out_name, out, in.rows(), in.cols());
+  const bool same = in.data() == out.data() && in.stride() == out.stride();
+  expect_value(same || !overlaps(in, out), where, "the matrices overlap, and are not the same");
+}
+
 }  // namespace detail
 
-/// For each row: s_i = exp(z_i - max z) / Σ_j exp(z_j - max z). s may be z.
+/// For each row: s_i = exp(z_i - max z) / Σ_j exp(z_j - max z). s may be z. A row with a NaN or +∞ becomes NaN.
+///
+/// Throws ShapeError for another shape of s or rows without columns, ValueError if s overlaps z otherwise. Backward:
+/// `softmax_rows_backward`.
 template <class Scalar>
 void softmax_rows(RowView<const std::type_identity_t<Scalar>> z, RowView<Scalar> s, const Exec& exec) {
+  detail::expect_rows("softmax_rows", "z", z, "s", s);
   detail::for_each_row(z.rows(), exec, [&](Index t) { detail::softmax(z.cols(), z.row(t), s.row(t)); });
 }
 /// In place.
@@ -58,9 +76,11 @@ void softmax_rows(RowView<Scalar> z, const Exec& exec) {
   softmax_rows<Scalar>(z, z, exec);
 }
 
-/// The adjoint of the softmax of each row, in place: ds -> dz, dz_i = s_i (ds_i - Σ_j ds_j s_j).
+/// The adjoint of the softmax of each row, in place: ds -> dz, dz_i = s_i (ds_i - Σ_j ds_j s_j). A row in which s has a NaN
+/// becomes NaN. Throws ShapeError for another shape of ds or rows without columns, ValueError if ds overlaps s.
 template <class Scalar>
 void softmax_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
+  detail::expect_rows("softmax_rows_backward", "s", s, "ds", ds);
   detail::for_each_row(s.rows(), exec,
                        [&](Index t) { detail::softmax_backward<Scalar>(s.cols(), s.row(t), ds.row(t), ds.row(t)); });
 }
@@ -74,9 +94,11 @@ void sigmoid_rows(RowView<Scalar> z, const Exec& exec) {
   });
 }
 
-/// The adjoint of the sigmoid, in place: ds -> dz, dz = ds s (1 - s).
+/// The adjoint of the sigmoid, in place: ds -> dz, dz = ds s (1 - s). Throws ShapeError for another shape of ds, ValueError if
+/// ds overlaps s.
 template <class Scalar>
 void sigmoid_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowView<Scalar> ds, const Exec& exec) {
+  detail::expect_rows("sigmoid_rows_backward", "s", s, "ds", ds);
   detail::for_each_row(s.rows(), exec, [&](Index t) {
     kernel::map(
         s.cols(), ds.row(t), [](auto d, auto v) { return d * v * (decltype(v)(1) - v); }, ds.row(t), s.row(t));
@@ -97,8 +119,15 @@ Scalar scaled_sigmoid(Scalar z, Scalar s, Scalar largest) {
 
 /// Sigmoid scores over their sum, for each row: p_i = s_i / Σ_j s_j, of logits z and s = σ(z). Computed from the logits, so
 /// that p sums to 1 where all s are 0. p may be s.
+///
+/// Throws ShapeError for shapes that differ or rows without columns, ValueError if p overlaps z or s otherwise. Backward:
+/// `sigmoid_probabilities_backward`.
 template <class Scalar>
 void sigmoid_probabilities(RowView<const Scalar> z, RowView<const Scalar> s, RowView<Scalar> p, const Exec& exec) {
+  constexpr std::string_view where = "sigmoid_probabilities";
+  detail::expect_shape(where, "s", s, z.rows(), z.cols());
+  detail::expect_rows(where, "s", s, "p", p);
+  detail::expect_value(!detail::overlaps(z, p), where, "p overlaps z");
   detail::for_each_row(z.rows(), exec, [&](Index t) {
     const Scalar largest = kernel::largest(z.cols(), z.row(t));
     Scalar sum = 0;
@@ -116,6 +145,10 @@ void sigmoid_probabilities(RowView<const Scalar> z, RowView<const Scalar> s, Row
 /// p_j).
 template <class Scalar>
 void sigmoid_probabilities_backward(RowView<const Scalar> p, RowView<const Scalar> s, RowView<Scalar> dp, const Exec& exec) {
+  constexpr std::string_view where = "sigmoid_probabilities_backward";
+  detail::expect_shape(where, "s", s, p.rows(), p.cols());
+  detail::expect_rows(where, "p", p, "dp", dp);
+  detail::expect_value(!detail::overlaps(s, dp), where, "dp overlaps s");
   detail::for_each_row(p.rows(), exec, [&](Index t) {
     detail::softmax_backward<Scalar>(p.cols(), p.row(t), dp.row(t), dp.row(t));
     kernel::map(

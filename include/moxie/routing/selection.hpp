@@ -10,9 +10,10 @@ namespace moxie {
 
 /// The K largest of n scores in decreasing order, ties to the lower index: `chosen[0..K)`. Insertion into K kept candidates,
 /// O(nK) at worst and near O(n) for random scores, of which a vector at a time is compared with the least that is kept. Scores
-/// must not be NaN; 1 <= K <= n.
+/// must not be NaN: with one, any K of them are chosen. Throws ValueError unless 1 <= K <= n.
 template <class Scalar>
 void select_top_k(const Scalar* score, Index n, Index k, Index* chosen) {
+  detail::expect_value(k >= 1 && k <= n, "select_top_k", "k must be between 1 and the number of scores");
   Index kept = 0;
   for (Index i = 0; i < n; ++i) {
     if (kept == k) {
@@ -30,9 +31,11 @@ void select_top_k(const Scalar* score, Index n, Index k, Index* chosen) {
 }
 
 /// The K largest of n scores in decreasing order, ties to the lower index, for a K that is not small: `order` has room for n,
-/// and begins with the K best. O(n log K). Scores must not be NaN; K <= n. `score(i)` is a function of i.
+/// and begins with the K best. O(n log K). Scores must not be NaN. `score(i)` is a function of i. Throws ValueError unless
+/// 0 <= K <= n.
 template <class Score>
 void partial_sort_top_k(const Score& score, Index n, Index k, Index* order) {
+  detail::expect_value(k >= 0 && k <= n, "partial_sort_top_k", "k must be between 0 and the number of scores");
   for (Index i = 0; i < n; ++i) {
     order[i] = i;
   }
@@ -51,10 +54,17 @@ void select_largest(const Scalar* score, Index n, Index k, Index* order) {
 }
 
 /// The K largest of those n scores that are in the best groups, ties to the lower index, of groups too. `score` is overwritten
-/// where a group is left out. `group_score` and `group` are scratch for G numbers. Scores must be finite.
+/// where a group is left out. `group_score` and `group` are scratch for G numbers. Scores must be finite. Throws ValueError for
+/// groups that do not divide the scores, and unless 1 <= K <= the number of scores in the groups that may be chosen.
 template <class Scalar>
 void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups& groups, Scalar* group_score, Index* group,
                             Index* chosen) {
+  constexpr std::string_view where = "select_top_k_in_groups";
+  detail::expect_value(groups.count >= 1 && n % groups.count == 0, where, "groups.count must divide the number of scores");
+  detail::expect_value(groups.chosen >= 1 && groups.chosen <= groups.count, where,
+                       "groups.chosen must be between 1 and groups.count");
+  detail::expect_value(k >= 1 && k <= n / groups.count * groups.chosen, where,
+                       "k must be between 1 and the number of scores in the chosen groups");
   const Index size = n / groups.count;
   for (Index g = 0; g < groups.count; ++g) {
     const Scalar* s = score + g * size;
