@@ -123,7 +123,7 @@ naive::Batch batch_of(const Data& data, std::vector<Index>& rows) {
     }
   }
   batch.training = data.in.training;
-  batch.rng = data.in.rng;
+  batch.rng = *data.in.rng;
   batch.top_k = data.in.top_k;
   return batch;
 }
@@ -316,6 +316,7 @@ moxie::TopKRouterConfig draw_top_k(Draw& draw, const Sizes& sizes) {
                .token_entropy = weight(),
                .devices = 1,
                .count_chosen = draw.one_in(2)};
+  c.balance.load *= c.noise.logits > 0 ? 1 : 0;  // a loss of the noise, refused without any
   do {
     c.balance.devices = draw.between(1, sizes.experts);
   } while (sizes.experts % c.balance.devices != 0);

@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <moxie/layer/expert_choice_moe.hpp>
+#include <moxie/layer/shared_expert_moe.hpp>
+#include <moxie/layer/soft_moe.hpp>
+#include <moxie/layer/timestep_moe.hpp>
+#include <moxie/routing/cluster.hpp>
 #include <moxie/routing/config.hpp>
+#include <moxie/routing/hash.hpp>
+#include <moxie/routing/top_p.hpp>
 #include <support.hpp>
 
 namespace {
@@ -91,6 +98,74 @@ TEST_CASE("config: a selection is biased where others than the best may be chose
   CHECK_FALSE(config.normalized());
   config.order = moxie::TopKOrder::top_k_softmax;
   CHECK(config.normalized());
+}
+
+using moxie::test::contains;
+using moxie::test::message_of;
+
+TEST_CASE("config: options are checked in the scalar that computes with them") {
+  const auto valid = [](const moxie::TopKRouterConfig& config, bool in_float) {
+    try {
+      in_float ? config.expect_valid<float>("f") : config.expect_valid<double>("f");
+      return true;
+    } catch (const moxie::ValueError&) {
+      return false;
+    }
+  };
+  const auto with = [](auto&& change) {
+    moxie::TopKRouterConfig config{.model_dim = 4, .experts = 5, .top_k = 2};
+    change(config);
+    return config;
+  };
+  for (const double bad : {1e300, 1e39, 1e20, 1e-20, 1e-39, 1e-310}) {
+    const bool in_double = bad > 1e-150 && bad < 1e150;
+    CAPTURE(bad);
+    for (double moxie::Balance::*weight : {&moxie::Balance::expert_level, &moxie::Balance::sequence_level,
+                                           &moxie::Balance::device_level, &moxie::Balance::gshard, &moxie::Balance::importance,
+                                           &moxie::Balance::z, &moxie::Balance::mean_entropy, &moxie::Balance::token_entropy}) {
+      const auto config = with([&](auto& c) { c.balance.*weight = bad; });
+      CHECK_FALSE(valid(config, true));
+      CHECK(valid(config, false) == in_double);
+    }
+    CHECK_FALSE(valid(with([&](auto& c) { c.noise.logits = bad; }), true));
+    CHECK(valid(with([&](auto& c) { c.noise.logits = bad; }), false) == in_double);
+    CHECK_FALSE(valid(with([&](auto& c) { c.scale = -bad; }), true));
+    CHECK(valid(with([&](auto& c) { c.scale = -bad; }), false) == in_double);
+  }
+  CHECK_FALSE(valid(with([](auto& c) { c.scale = 0; }), true));
+  CHECK(valid(with([](auto& c) { c.noise.logits = c.balance.load = 1e-18; }), true));
+  CHECK(valid(with([](auto& c) { c.balance.z = 1e19; }), true));
+  // Each is a number of float, and the gradient divides one by the other.
+  CHECK_FALSE(valid(with([](auto& c) { c.noise.logits = 1e-10, c.balance.load = 1e10; }), true));
+  CHECK(valid(with([](auto& c) { c.noise.logits = 1e-10, c.balance.load = 1e10; }), false));
+}
+
+TEST_CASE("config: a load loss without noise on the logits is refused") {
+  moxie::TopKRouterConfig config{.model_dim = 4, .experts = 5, .top_k = 2, .balance = {.load = 1}};
+  CHECK(message_of<moxie::ValueError>([&] { config.expect_valid("f"); }) ==
+        "f: balance.load is a loss of the noise on the logits, and noise.logits is 0");
+  config.noise.logits = 1;
+  CHECK(message_of<moxie::ValueError>([&] { config.expect_valid("f"); }) == "nothing was thrown");
+}
+
+TEST_CASE("config: more experts than can have names are refused by every router") {
+  for (const Index many : {moxie::most_experts + 1, Index{1} << 31, Index{1} << 40}) {
+    const std::string refused = "experts is " + std::to_string(many) + ", expected at most 1048576";
+    const auto message = [](auto&& make) { return message_of<moxie::ValueError>(make); };
+    CHECK(contains(message([&] { moxie::TopKRouter<float>({.model_dim = 4, .experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::ExpertChoiceRouter<float>({.model_dim = 4, .experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::SoftRouter<float>({.model_dim = 4, .experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::TopPRouter<float>({.model_dim = 4, .experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::HashRouter<float>({.experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::TimestepRouter<float>({.condition_dim = 4, .experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::ClusterRouter<float>({.feature_dim = 4, .experts = many}); }), refused));
+    CHECK(contains(message([&] { moxie::TopKMoE<float>({.model_dim = 4, .experts = many, .expert = {4}}); }), refused));
+    CHECK(contains(message([&] { moxie::SharedExpertMoE<float>({.model_dim = 4, .experts = many, .expert = {4}}); }), refused));
+    CHECK(contains(message([&] { moxie::ExpertChoiceMoE<float>({.model_dim = 4, .experts = many, .expert = {4}}); }), refused));
+    CHECK(contains(message([&] { moxie::SoftMoE<float>({.model_dim = 4, .experts = many, .expert = {4}}); }), refused));
+    CHECK(
+        contains(message([&] { moxie::TimestepMoE<float>({.model_dim = 4, .condition_dim = 4, .experts = many}); }), refused));
+  }
 }
 
 }  // namespace

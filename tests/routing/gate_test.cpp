@@ -60,6 +60,7 @@ TEST_CASE("gate: jitter multiplies the input by U(1-ε, 1+ε), other numbers for
   g.weight.leftCols(experts).setIdentity();  // logits are the jittered features
   Tokens<double> in(x);
   in.training = true;
+  in.rng = moxie::Rng(0);
   g.forward(in);
   const Matrix<double> first = g.tape.logits().eigen();
   CHECK(first.minCoeff() >= 0.7);
@@ -79,6 +80,7 @@ TEST_CASE("gate: backward matches central differences, with noise and jitter, an
     Gated<double> g(noise);
     Tokens<double> in(x);
     in.training = true;
+    in.rng = moxie::Rng(0);
     g.forward(in);
     const Matrix<double> start = moxie::test::random<double>(7, dim, 667);
     const Matrix<double> start_weight = moxie::test::random<double>(experts, dim, 668);
@@ -103,6 +105,7 @@ TEST_CASE_TEMPLATE("gate: the same bits for any number of threads", S, float, do
   Gated<S> one({.logits = 1, .jitter = 0.1}), seven({.logits = 1, .jitter = 0.1});
   Tokens<S> in(x);
   in.training = true;
+  in.rng = moxie::Rng(0);
   one.forward(in, moxie::Exec{1});
   seven.forward(in, moxie::Exec{7});
   CHECK(moxie::test::same_bits(Matrix<S>(one.tape.noisy_logits().eigen()), Matrix<S>(seven.tape.noisy_logits().eigen())));
@@ -125,6 +128,47 @@ TEST_CASE("gate: bad noise, noise of another shape and logits that are not finit
   noise(8, 1) = nan;
   in.noise = noise;
   CHECK(moxie::test::message_of<moxie::ValueError>([&] { g.forward(in); }) == "f: the logits of token 8 are not finite");
+}
+
+TEST_CASE("gate: noise that has to be drawn needs a stream, and noise that is given does not") {
+  const Matrix<double> x = moxie::test::random<double>(tokens, dim, 673);
+  const Matrix<double> noise = moxie::test::random<double>(tokens, experts, 674);
+  const auto message = [&](const GateNoise& options, bool training, bool given, const Matrix<double>& input) {
+    Gated<double> g(options);
+    Tokens<double> in(input);
+    in.training = training;
+    if (given) {
+      in.noise = noise;
+    }
+    return moxie::test::message_of<moxie::ValueError>([&] { g.forward(in); });
+  };
+  const std::string refused =
+      "f: training draws noise, and there is no stream to draw from; set Tokens::rng, another one for every step";
+  CHECK(message({.logits = 1}, true, false, x) == refused);
+  CHECK(message({.jitter = 0.1}, true, true, x) == refused);
+  CHECK(message({.logits = 1}, true, true, x) == "nothing was thrown");
+  CHECK(message({.logits = 1, .jitter = 0.1}, false, false, x) == "nothing was thrown");
+  CHECK(message({}, true, false, x) == "nothing was thrown");
+  CHECK(message({.logits = 1}, true, false, Matrix<double>(0, dim)) == "nothing was thrown");
+}
+
+TEST_CASE("gate: backward follows the forward on the tape, whatever it is told of training") {
+  const Matrix<double> x = moxie::test::random<double>(tokens, dim, 675);
+  const Matrix<double> dz = moxie::test::random<double>(tokens, experts, 676);
+  Gated<double> g({.logits = 1, .jitter = 0.4});
+  Tokens<double> in(x);
+  in.training = true;
+  in.rng = moxie::Rng(3);
+  g.forward(in);
+  moxie::Workspace workspace;
+  Matrix<double> dx = Matrix<double>::Zero(tokens, dim), dweight = Matrix<double>::Zero(experts, dim);
+  Matrix<double> again = dx, dweight_again = dweight;
+  g.gate.backward(g.weight, in, dz, dx, dweight, g.tape, workspace, {});
+  in.training = false;
+  in.rng.reset();
+  g.gate.backward(g.weight, in, dz, again, dweight_again, g.tape, workspace, {});
+  CHECK(moxie::test::same_bits(dx, again));
+  CHECK(moxie::test::same_bits(dweight, dweight_again));
 }
 
 }  // namespace

@@ -106,7 +106,7 @@ class ExpertChoiceRouter {
 
   /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
   explicit ExpertChoiceRouter(const Config& config)
-      : config_((config.expect_valid("ExpertChoiceRouter"), config)),
+      : config_((config.template expect_valid<Scalar>("ExpertChoiceRouter"), config)),
         layout_(config.layout()),
         gate_(config.model_dim, config.experts, config.noise) {
     expect_supported(config);

@@ -500,10 +500,9 @@ class TopKRouter {
 
   /// Throws what `TopKRouterConfig::expect_valid` throws, and ValueError for options that a device does not have.
   explicit TopKRouter(const Config& config)
-      : config_((config.expect_valid("TopKRouter"), config)),
+      : config_((config.template expect_valid<Scalar>("TopKRouter"), config)),
         layout_(config.layout()),
         gate_(config.model_dim, config.experts, config.noise) {
-    detail::expect_value(std::isfinite(Scalar(config.scale)), "TopKRouter", "scale is not finite");
     expect_supported(config);
   }
 

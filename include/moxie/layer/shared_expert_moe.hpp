@@ -15,10 +15,11 @@ class SharedExpertMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
  public:
   using Config = SharedExpertMoEConfig<typename Experts::Config>;
 
+  // Braces: the router is made first, and refuses sizes before the bank names tensors.
   explicit SharedExpertMoE(const Config& config)
-      : Moe<TopKRouter<Scalar>, Experts, Scalar>(
+      : Moe<TopKRouter<Scalar>, Experts, Scalar>{
             TopKRouter<Scalar>(config.router()), Experts(config.experts, config.model_dim, config.expert),
-            Experts(1, config.model_dim, config.shared, BankNames{"shared_experts", false}), "SharedExpertMoE") {}
+            Experts(1, config.model_dim, config.shared, BankNames{"shared_experts", false}), "SharedExpertMoE"} {}
 };
 
 }  // namespace moxie

@@ -37,10 +37,11 @@ class TimestepMoE : public Moe<TimestepRouter<Scalar>, Experts, Scalar> {
   using Config = TimestepMoEConfig<typename Experts::Config>;
 
   /// Throws what `TimestepRouter` and the bank throw.
+  // Braces: the router is made first, and refuses sizes before the bank names tensors.
   explicit TimestepMoE(const Config& config)
-      : Moe<TimestepRouter<Scalar>, Experts, Scalar>(
+      : Moe<TimestepRouter<Scalar>, Experts, Scalar>{
             TimestepRouter<Scalar>({config.condition_dim, config.experts, config.top_k}),
-            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "TimestepMoE") {}
+            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "TimestepMoE"} {}
 };
 
 /// Switch-DiT's use of the layer: its output y makes the mask 1 + y of x.

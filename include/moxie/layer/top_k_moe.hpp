@@ -19,10 +19,11 @@ class TopKMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
  public:
   using Config = TopKMoEConfig<typename Experts::Config>;
 
+  // Braces: the router is made first, and refuses sizes before the bank names tensors.
   explicit TopKMoE(const Config& config)
-      : Moe<TopKRouter<Scalar>, Experts, Scalar>(TopKRouter<Scalar>(config.router()),
+      : Moe<TopKRouter<Scalar>, Experts, Scalar>{TopKRouter<Scalar>(config.router()),
                                                  Experts(config.experts, config.model_dim, config.expert), std::nullopt,
-                                                 "TopKMoE") {}
+                                                 "TopKMoE"} {}
 };
 
 }  // namespace moxie

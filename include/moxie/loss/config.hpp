@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <moxie/core/error.hpp>
+#include <type_traits>
 
 namespace moxie {
 
@@ -14,6 +16,19 @@ inline void expect_as_many(std::string_view where, std::string_view name, std::s
     throw ShapeError(std::string(where) + ": " + std::string(name) + " has " + std::to_string(size) + " elements, expected " +
                      std::to_string(expected));
   }
+}
+
+/// Throws ValueError unless an option is 0, or as large as an ordinary number of the scalar that computes with it: between the
+/// square roots of the smallest and the largest one. Then products of two options neither vanish nor become infinite.
+template <class Scalar>
+void expect_in_scalar(std::string_view where, std::string_view name, double value) {
+  using Limits = std::numeric_limits<Scalar>;
+  const double size = std::abs(value);
+  if (size == 0 || (size >= std::sqrt(double(Limits::min())) && size <= std::sqrt(double(Limits::max())))) {
+    return;
+  }
+  const std::string range = std::is_same_v<Scalar, float> ? "float (1.1e-19 to 1.8e19)" : "double (1.5e-154 to 1.3e154)";
+  throw ValueError(std::string(where) + ": " + std::string(name) + " is too small, too large or not finite for " + range);
 }
 
 }  // namespace detail
@@ -42,11 +57,14 @@ struct Balance {
     return expert_level > 0 || sequence_level > 0 || device_level > 0 || gshard > 0 || importance > 0 || mean_entropy > 0 ||
            token_entropy > 0;
   }
-  /// Throws ValueError for a negative weight, NaN, or devices that do not divide the experts.
+  /// Throws ValueError for a weight that is negative, NaN, or no ordinary number of `Scalar`, and devices that do not divide
+  /// the experts.
+  template <class Scalar = double>
   void expect_valid(std::string_view where, Index experts) const {
     for (const double w :
          {expert_level, sequence_level, device_level, gshard, importance, load, z, mean_entropy, token_entropy}) {
       detail::expect_value(std::isfinite(w) && w >= 0, where, "balance weights must not be negative, infinite or NaN");
+      detail::expect_in_scalar<Scalar>(where, "a balance weight", w);
     }
     detail::expect_value(devices >= 1 && experts % devices == 0, where, "balance.devices must divide the number of experts");
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <moxie/core/linear_sum_assignment.hpp>
+#include <moxie/loss/config.hpp>
 #include <span>
 #include <vector>
 
@@ -141,6 +142,7 @@ void expect_diffusion_prior(std::string_view where, RowView<const Scalar> probab
   expect_at_least(where, "blocks", prior.blocks, 1);
   expect_value(units % prior.blocks == 0, where, "blocks must divide the number of units");
   expect_value(prior.epsilon > 0 && std::isfinite(prior.epsilon), where, "epsilon must be positive and finite");
+  expect_in_scalar<double>(where, "epsilon", prior.epsilon);
   std::vector<std::uint8_t> taken(std::size_t(units), std::uint8_t{0});
   for (const Index p : prior.prior_of_unit) {
     if (p < 0 || p >= units || taken[std::size_t(p)]++ != 0) {

@@ -3,7 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <moxie/core/matrix.hpp>
+#include <moxie/loss/config.hpp>
 #include <span>
 
 namespace moxie {
@@ -20,6 +20,7 @@ template <class Scalar>
 void update_selection_bias(RowView<Scalar> bias, std::span<const std::int64_t> load, double rate, bool recentre = false) {
   detail::expect_shape("update_selection_bias", "bias", bias, 1, Index(load.size()));
   detail::expect_value(std::isfinite(rate), "update_selection_bias", "the rate is not finite");
+  detail::expect_in_scalar<Scalar>("update_selection_bias", "the rate", rate);
   std::int64_t total = 0;
   for (const std::int64_t n : load) {
     total += n;

@@ -54,10 +54,11 @@ class ClusterRouter {
   explicit ClusterRouter(const Config& config) : config_(config) {
     constexpr std::string_view where = "ClusterRouter";
     detail::expect_at_least(where, "feature_dim", config.feature_dim, 1);
-    detail::expect_at_least(where, "experts", config.experts, 1);
+    detail::expect_experts(where, config.experts);
     detail::expect_at_least(where, "top_k", config.top_k, 1);
     detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
     detail::expect_value(config.temperature > 0 && std::isfinite(config.temperature), where, "the temperature must be above 0");
+    detail::expect_in_scalar<Scalar>(where, "the temperature", config.temperature);
     centroids_ =
         layout_.add("centroids", {config.experts, config.feature_dim}, {.role = Role::state, .trained = Trained::elsewhere});
   }

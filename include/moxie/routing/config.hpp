@@ -8,6 +8,30 @@
 
 namespace moxie {
 
+/// The most experts that a router can have. Every expert has tensors with names, so that sizes by mistake would take all
+/// memory.
+inline constexpr Index most_experts = Index{1} << 20;
+
+namespace detail {
+
+/// Throws ValueError unless there are 1 to `most_experts` experts.
+inline void expect_experts(std::string_view where, Index experts) {
+  expect_at_least(where, "experts", experts, 1);
+  if (experts > most_experts) {
+    throw ValueError(std::string(where) + ": experts is " + std::to_string(experts) + ", expected at most " +
+                     std::to_string(most_experts));
+  }
+}
+
+/// Throws ValueError unless the factor of all weights is an ordinary number of `Scalar`, and not 0.
+template <class Scalar>
+void expect_scale(std::string_view where, double scale) {
+  expect_value(scale != 0, where, "scale is 0: all weights would be 0");
+  expect_in_scalar<Scalar>(where, "scale", scale);
+}
+
+}  // namespace detail
+
 /// How a capacity that is not whole becomes whole.
 enum class Rounding {
   ceil,
@@ -42,15 +66,18 @@ inline void expect_capacity(std::string_view where, const Capacity& capacity) {
 }  // namespace detail
 
 /// C = ⌈n · cf / E⌉, or the nearest integer, then up to a multiple. `n` is what all experts together are asked for: L·K for
-/// token choice, L for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1.
+/// token choice, L for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1, and one that is no
+/// integer.
 inline Index expert_capacity(Index n, Index experts, const Capacity& capacity) {
   const double exact = double(n) * capacity.factor / double(experts);
-  detail::expect_value(exact < 0x1p62, "expert_capacity", "the capacity is too large for an integer");
+  detail::expect_value(exact < double(std::numeric_limits<Index>::max() / 2 - capacity.multiple_of), "expert_capacity",
+                       "the capacity is too large for an integer");
   Index c = Index(capacity.rounding == Rounding::ceil ? std::ceil(exact) : std::nearbyint(exact));
   c += (capacity.multiple_of - c % capacity.multiple_of) % capacity.multiple_of;
   if (c < 1) {
-    throw ValueError("expert_capacity: " + std::to_string(n) + " · " + std::to_string(capacity.factor) + " / " +
-                     std::to_string(experts) + " rounds to a capacity of " + std::to_string(c) + ", expected at least 1");
+    throw ValueError("expert_capacity: " + std::to_string(n) + " assignments to " + std::to_string(experts) +
+                     " experts, times the capacity factor, rounds to a capacity of " + std::to_string(c) +
+                     ", expected at least 1");
   }
   return c;
 }
@@ -77,11 +104,14 @@ struct GateNoise {
 
 namespace detail {
 
-/// Throws ValueError for sizes below 1, and noise that is negative, not finite, or a jitter above 1.
-inline void expect_gate(std::string_view where, Index model_dim, Index experts, const GateNoise& noise) {
+/// Throws ValueError for sizes below 1, too many experts, noise that is negative or no ordinary number of `Scalar`, and a
+/// jitter above 1.
+template <class Scalar>
+void expect_gate(std::string_view where, Index model_dim, Index experts, const GateNoise& noise) {
   expect_at_least(where, "model_dim", model_dim, 1);
-  expect_at_least(where, "experts", experts, 1);
+  expect_experts(where, experts);
   expect_value(std::isfinite(noise.logits) && noise.logits >= 0, where, "noise.logits must be finite and not negative");
+  expect_in_scalar<Scalar>(where, "noise.logits", noise.logits);
   expect_value(noise.jitter >= 0 && noise.jitter <= 1, where, "noise.jitter must be between 0 and 1");
 }
 
@@ -120,13 +150,20 @@ struct TopKRouterConfig {
   /// Whether other experts than those of the K largest logits may be chosen.
   bool biased() const { return selection_bias || groups.chosen < groups.count; }
 
-  /// Throws ValueError for sizes below 1, K > E, groups that do not divide the experts or hold fewer than K, weights of losses
-  /// below 0, a capacity or noise that is not a number, and weights that would be constant.
+  /// Throws ValueError for sizes below 1, more than `most_experts`, K > E, groups that do not divide the experts or hold fewer
+  /// than K, weights of losses below 0, a capacity that is not a number, noise, weights or a scale that are no ordinary numbers
+  /// of `Scalar`, a load loss without noise on the logits, and weights that would be constant.
+  template <class Scalar = double>
   void expect_valid(std::string_view where) const {
-    detail::expect_gate(where, model_dim, experts, noise);
+    detail::expect_gate<Scalar>(where, model_dim, experts, noise);
     detail::expect_at_least(where, "top_k", top_k, 1);
-    detail::expect_value(std::isfinite(scale), where, "scale is not finite");
-    balance.expect_valid(where, experts);
+    detail::expect_scale<Scalar>(where, scale);
+    balance.expect_valid<Scalar>(where, experts);
+    detail::expect_value(balance.load == 0 || noise.logits > 0, where,
+                         "balance.load is a loss of the noise on the logits, and noise.logits is 0");
+    if (balance.load > 0) {
+      detail::expect_in_scalar<Scalar>(where, "balance.load over noise.logits", balance.load / noise.logits);
+    }
     detail::expect_capacity(where, capacity);
     detail::expect_value(groups.count >= 1 && experts % groups.count == 0, where,
                          "groups.count must divide the number of experts");
@@ -170,9 +207,11 @@ struct ExpertChoiceRouterConfig {
   Capacity capacity = {.factor = 1};
   GateNoise noise = {};  ///< in training
 
-  /// Throws ValueError for sizes below 1 and a capacity or noise that is not a number.
+  /// Throws ValueError for sizes below 1, more than `most_experts`, a capacity that is not a number, and noise that is no
+  /// ordinary number of `Scalar`.
+  template <class Scalar = double>
   void expect_valid(std::string_view where) const {
-    detail::expect_gate(where, model_dim, experts, noise);
+    detail::expect_gate<Scalar>(where, model_dim, experts, noise);
     detail::expect_capacity(where, capacity);
     detail::expect_value(capacity.limited(), where, "the capacity factor must be above 0");
     detail::expect_value(capacity.priority == Priority::order, where, "experts choose by score; there is no priority to set");
@@ -208,12 +247,15 @@ struct SoftRouterConfig {
   bool learned() const { return dispatch == Mixing::learned || combine == Mixing::learned; }
   bool normalized() const { return learned() && normalize; }
 
-  /// Throws ValueError for sizes below 1.
+  /// Throws ValueError for sizes below 1, more than `most_experts`, and more than 2^40 slots.
+  template <class Scalar = double>
   void expect_valid(std::string_view where) const {
     detail::expect_at_least(where, "model_dim", model_dim, 1);
-    detail::expect_at_least(where, "experts", experts, 1);
+    detail::expect_experts(where, experts);
     detail::expect_at_least(where, "slots_per_expert", slots_per_expert, 1);
-    detail::expect_value(slots_per_expert <= (Index{1} << (sizeof(Index) < 8 ? 20 : 40)) / experts, where, "there are too many slots");
+    detail::expect_value(
+        double(slots_per_expert) * double(experts) <= std::min(0x1p40, double(std::numeric_limits<Index>::max())), where,
+        "there are too many slots");
   }
   /// `phi.weight` (E·S,D), a row a slot, and `scale` () where the logits are normalized; nothing if nothing is learned.
   Layout layout() const {

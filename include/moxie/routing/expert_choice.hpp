@@ -46,7 +46,7 @@ class ExpertChoiceRouter {
 
   /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
   explicit ExpertChoiceRouter(const Config& config)
-      : config_((config.expect_valid("ExpertChoiceRouter"), config)),
+      : config_((config.template expect_valid<Scalar>("ExpertChoiceRouter"), config)),
         gate_("ExpertChoiceRouter", config.model_dim, config.experts, config.noise),
         layout_(config.layout()) {}
 

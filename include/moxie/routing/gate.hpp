@@ -39,10 +39,10 @@ class Gate {
     Buffer<Scalar> input_;   // x ⊙ j
   };
 
-  /// Throws ValueError for sizes below 1, and noise that is negative, not finite, or a jitter above 1.
+  /// Throws what `detail::expect_gate` throws.
   Gate(std::string_view where, Index model_dim, Index experts, const GateNoise& noise)
       : model_dim_(model_dim), experts_(experts), noise_(noise) {
-    detail::expect_gate(where, model_dim, experts, noise);
+    detail::expect_gate<Scalar>(where, model_dim, experts, noise);
   }
 
   Index model_dim() const { return model_dim_; }
@@ -56,13 +56,19 @@ class Gate {
     rng.fill_uniform(weight, -bound, bound);
   }
 
-  /// Fills the tape. Throws ValueError that names the first token whose logits are not finite.
+  /// Fills the tape. Throws ValueError that names the first token whose logits are not finite, and where noise or jitter have
+  /// to be drawn without a stream.
   void forward(std::string_view where, RowView<const Scalar> weight, const Tokens<Scalar>& in, Tape& tape,
                const Exec& exec) const {
+    const bool noisy = in.training && noise_.logits > 0;
+    const bool jittered = in.training && noise_.jitter > 0;
+    detail::expect_value(
+        in.rng.has_value() || in.count() == 0 || !(jittered || (noisy && in.noise.rows() == 0)), where,
+        "training draws noise, and there is no stream to draw from; set Tokens::rng, another one for every step");
     tape.tokens_ = in.count();
     tape.experts_ = experts_;
-    tape.noisy_ = in.training && noise_.logits > 0;
-    tape.jittered_ = in.training && noise_.jitter > 0;
+    tape.noisy_ = noisy;
+    tape.jittered_ = jittered;
     if (tape.noisy_ && in.noise.rows() != 0) {
       detail::expect_shape(where, "noise", in.noise, in.count(), experts_);
     }
@@ -73,15 +79,15 @@ class Gate {
     const auto row_of = [&](Index t) { return in.row(t); };
     detail::expect_finite_logits<Scalar>(where, z, row_of, exec);
     if (tape.noisy_) {
-      const RowView<Scalar> noisy = tape.noisy_logits_.matrix(in.count(), experts_);
-      const Rng rng = in.rng.split(1);
+      const RowView<Scalar> z_noisy = tape.noisy_logits_.matrix(in.count(), experts_);
+      const Rng rng = in.rng.value_or(Rng(0)).split(1);  // not read where the noise is given
       detail::for_each_row(in.count(), exec, [&](Index t) {
         for (Index e = 0; e < experts_; ++e) {
           const double n = in.noise.rows() != 0 ? double(in.noise(t, e)) : rng.normal(std::uint64_t(t * experts_ + e));
-          noisy(t, e) = z(t, e) + Scalar(deviation() * n);
+          z_noisy(t, e) = z(t, e) + Scalar(deviation() * n);
         }
       });
-      detail::expect_finite_logits<Scalar>(where, noisy, row_of, exec);
+      detail::expect_finite_logits<Scalar>(where, z_noisy, row_of, exec);
     }
   }
 
@@ -116,7 +122,7 @@ class Gate {
     }
     const RowView<Scalar> factor = tape.factor_.matrix(in.count(), model_dim_);
     const RowView<Scalar> input = tape.input_.matrix(in.count(), model_dim_);
-    const Rng rng = in.rng.split(0);
+    const Rng rng = in.rng->split(0);
     detail::for_each_row(in.count(), exec, [&](Index t) {
       for (Index d = 0; d < model_dim_; ++d) {
         factor(t, d) = Scalar(1 + noise_.jitter * (2 * rng.uniform(std::uint64_t(t * model_dim_ + d)) - 1));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
 
 namespace moxie {
@@ -30,10 +31,8 @@ class HashRouter : public FixedRouter<Scalar_> {
     Buffer<Scalar> weight_;
   };
 
-  /// Throws ValueError for no experts.
-  explicit HashRouter(const Config& config) : config_(config) {
-    detail::expect_at_least("HashRouter", "experts", config.experts, 1);
-  }
+  /// Throws ValueError for no experts, or more than `most_experts`.
+  explicit HashRouter(const Config& config) : config_(config) { detail::expect_experts("HashRouter", config.experts); }
 
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }

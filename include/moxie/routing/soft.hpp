@@ -37,7 +37,8 @@ class SoftRouter {
   };
 
   /// Throws ValueError for sizes below 1.
-  explicit SoftRouter(const Config& config) : config_((config.expect_valid("SoftRouter"), config)), layout_(config.layout()) {}
+  explicit SoftRouter(const Config& config)
+      : config_((config.template expect_valid<Scalar>("SoftRouter"), config)), layout_(config.layout()) {}
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }

@@ -61,7 +61,7 @@ class TimestepRouter {
   explicit TimestepRouter(const Config& config) : config_(config) {
     constexpr std::string_view where = "TimestepRouter";
     detail::expect_at_least(where, "condition_dim", config.condition_dim, 1);
-    detail::expect_at_least(where, "experts", config.experts, 1);
+    detail::expect_experts(where, config.experts);
     detail::expect_at_least(where, "top_k", config.top_k, 1);
     detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
     weight_ = layout_.add("gate.weight", {config.experts, config.condition_dim}, {.role = Role::gate});

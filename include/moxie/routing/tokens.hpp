@@ -5,6 +5,7 @@
 #include <moxie/core/matrix.hpp>
 #include <moxie/core/random.hpp>
 #include <moxie/core/sequences.hpp>
+#include <optional>
 #include <span>
 
 namespace moxie {
@@ -29,11 +30,11 @@ struct Tokens {
   RowView<const Scalar> condition = {};
   /// T token ids: what hash routers look at.
   std::span<const std::int64_t> ids = {};
-  /// Whether noise and jitter are drawn, and the load loss is taken.
+  /// Whether noise and jitter are drawn, and the load loss is taken. Only forward reads it: backward follows the tape.
   bool training = false;
-  /// The stream of this step's noise: another one for every step and layer. The i-th token that is not masked draws the same
-  /// numbers whatever the masked ones are.
-  Rng rng{0};
+  /// The stream of this step's noise: another one for every step and layer. A router that has to draw and finds none throws
+  /// ValueError. The i-th token that is not masked draws the same numbers whatever the masked ones are.
+  std::optional<Rng> rng = {};
   /// (T,E) standard normal numbers to take for the noise on logits instead of drawing them; empty to draw.
   RowView<const Scalar> noise = {};
   /// Set by the layer where it left masked tokens out: the row of each token in the caller's x.

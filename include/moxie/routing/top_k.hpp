@@ -104,11 +104,9 @@ class TopKRouter {
 
   /// Throws what `TopKRouterConfig::expect_valid` throws.
   explicit TopKRouter(const Config& config)
-      : config_((config.expect_valid("TopKRouter"), config)),
+      : config_((config.template expect_valid<Scalar>("TopKRouter"), config)),
         gate_("TopKRouter", config.model_dim, config.experts, config.noise),
-        layout_(config.layout()) {
-    detail::expect_value(std::isfinite(Scalar(config.scale)), "TopKRouter", "scale is not finite");
-  }
+        layout_(config.layout()) {}
 
   const Config& config() const { return config_; }
   const Layout& layout() const { return layout_; }

@@ -59,6 +59,7 @@ class TopPRouter {
     detail::expect_at_least(where, "most", config.most, 0);
     detail::expect_value(config.token_entropy >= 0 && std::isfinite(config.token_entropy), where,
                          "token_entropy must be finite and not negative");
+    detail::expect_in_scalar<Scalar>(where, "token_entropy", config.token_entropy);
     weight_ = layout_.add("gate.weight", {config.experts, config.model_dim}, {.role = Role::gate});
   }
 
