@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <locale>
+#include <moxie/layer/expert_choice_moe.hpp>
 #include <moxie/layer/top_k_moe.hpp>
 #include <moxie/routing/statistics.hpp>
 #include <sstream>
@@ -124,7 +126,91 @@ TEST_CASE("statistics: are a line of CSV") {
   std::ostringstream csv;
   moxie::write_csv_header(csv, moxie::routing_statistics(plan));
   moxie::write_csv(csv, 7, moxie::routing_statistics(plan));
-  CHECK(csv.str() == "step,max_violation,entropy,dropped,dead_experts,load_0,load_1\n7,1,0,0,1,1,0\n");
+  CHECK(csv.str() ==
+        "step,max_violation,entropy,dropped,unserved,dead_experts,tokens,rows,slot_perplexity,token_perplexity,load_0,load_1\n"
+        "7,1,0,0,0,1,2,2,0,0,1,0\n");
+}
+
+// Numbers as in Germany: 1.234,5.
+struct GermanNumbers : std::numpunct<char> {
+  char do_decimal_point() const override { return ','; }
+  char do_thousands_sep() const override { return '.'; }
+  std::string do_grouping() const override { return "\3"; }
+};
+
+TEST_CASE("statistics: CSV does not follow the locale of the program or the stream, and leaves both as they were") {
+  const Index tokens = 3412;
+  moxie::SparsePlan<float> plan;
+  plan.build(tokens, 2, 1, std::vector<Index>(std::size_t(tokens), 1), std::vector<float>(std::size_t(tokens), 1));
+  moxie::RoutingRecorder recorder(1, 2);
+  recorder.add(plan, std::vector<Index>(std::size_t(tokens), 0));
+  RoutingStatistics s = routing_statistics(plan);
+  s.entropy = 0.25;
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new GermanNumbers));
+  std::ostringstream csv;
+  recorder.write_csv(csv);
+  moxie::write_csv(csv, 1234567, s);
+  csv << ' ' << 1234.5;
+  std::locale::global(before);
+  CHECK(csv.str() == "key,expert_0,expert_1\n0,0,3412\n1234567,1,0.25,0,0,1,3412,3412,0,0,0,1\n 1.234,5");
+}
+
+TEST_CASE("statistics: tokens without any expert are unserved, dropped by all or taken by none") {
+  moxie::SparsePlan<double> plan;
+  plan.build(4, 3, 2, std::vector<Index>{0, 1, -1, 2, -1, -1, 1, 1}, std::vector<double>(8, 1.0));
+  const RoutingStatistics s = routing_statistics(plan);
+  CHECK(s.unserved == 0.25);
+  CHECK(s.dropped == doctest::Approx(3.0 / 8));
+  CHECK(s.tokens == 4);
+  CHECK(s.rows == 5);
+  CHECK(s.slot_perplexity == 0);
+  // Ten tokens, five experts that take two each of the two that they like best: nothing is dropped, eight have no expert.
+  moxie::ExpertChoiceMoE<double> layer({.model_dim = 1, .experts = 5, .expert = {2}});
+  layer.initialize(moxie::Rng(2));
+  layer.parameters()["gate.weight"].eigen().setZero();  // all scores are equal: the first tokens are taken
+  const Matrix<double> x = moxie::test::random<double>(10, 1, 652);
+  Matrix<double> y(10, 1);
+  auto tape = layer.make_tape();
+  layer.forward(x, y, tape);
+  CHECK(tape.statistics().dropped == 0);
+  CHECK(tape.statistics().unserved == doctest::Approx(0.8));
+  CHECK(tape.statistics().rows == 10);
+}
+
+TEST_CASE("statistics: expert choice says how many rows it computes where tokens do not divide") {
+  moxie::ExpertChoiceMoE<double> layer({.model_dim = 2, .experts = 8, .expert = {2}});
+  layer.initialize(moxie::Rng(2));
+  const Matrix<double> x = moxie::test::random<double>(98, 2, 653);
+  Matrix<double> y(98, 2);
+  auto tape = layer.make_tape();
+  layer.forward({x, 49}, y, tape);
+  CHECK(tape.statistics().tokens == 98);
+  CHECK(tape.statistics().rows == 112);  // 8 ⌈49/8⌉ = 56 in each sequence
+}
+
+TEST_CASE("statistics: perplexity of a dense plan counts the tokens of a slot and the slots of a token") {
+  moxie::DensePlan<double> plan;
+  plan.resize(moxie::Sequences(4).over(8), 2, 1);
+  plan.dispatch().eigen().setConstant(0.25);
+  plan.combine().eigen().setConstant(0.5);
+  CHECK(routing_statistics(plan).slot_perplexity == doctest::Approx(4));
+  CHECK(routing_statistics(plan).token_perplexity == doctest::Approx(2));
+  CHECK(routing_statistics(plan).unserved == 0);
+  CHECK(routing_statistics(plan).tokens == 8);
+  CHECK(routing_statistics(plan).rows == 4);
+  plan.dispatch().eigen().setZero();
+  plan.dispatch().eigen().row(1).setOnes();
+  plan.dispatch().eigen().row(6).setConstant(0.5);
+  plan.dispatch().eigen().row(7).setConstant(0.5);
+  plan.combine().eigen().setZero();
+  plan.combine().eigen().col(1).setConstant(-2);  // a scale changes nothing
+  CHECK(routing_statistics(plan).slot_perplexity == doctest::Approx(1.5));
+  CHECK(routing_statistics(plan).token_perplexity == doctest::Approx(1));
+  CHECK(routing_statistics(plan).load[1] == doctest::Approx(1));
+  const std::vector<Index> starts{0, 0};
+  plan.resize(moxie::Sequences(starts).over(0), 2, 1);
+  CHECK(routing_statistics(plan).slot_perplexity == 0);
+  CHECK(routing_statistics(plan).token_perplexity == 0);
 }
 
 TEST_CASE("soft similarity: 1 for equal weights, 0 for identity, and within one sequence alone") {
