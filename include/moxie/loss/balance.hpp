@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <moxie/core/sequences.hpp>
 #include <moxie/core/wide_sum.hpp>
@@ -146,7 +147,7 @@ struct FrequencyLoss {
   Index stride;  // choices of a token
 
   void count(Index begin, Index end, RowView<double> counts) const {
-    counts.eigen().setZero();
+    std::fill_n(counts.row(0), counts.cols(), 0.0);
     for (Index t = begin; t < end; ++t) {
       for (Index j = 0; j < k; ++j) {
         if (const Index e = chosen[std::size_t(t * stride + j)]; e >= 0) {
@@ -292,6 +293,27 @@ void add_balance_totals(const Balance& weights, const BalanceInput<Scalar>& in, 
   });
 }
 
+namespace detail {
+
+/// ∂/∂s_ti of the losses of the whole batch, which is the same for every t, of every expert i.
+inline void batch_gradient(const Balance& weights, const BalanceTotals& totals, RowView<double> of_batch) {
+  const double n = double(totals.tokens);
+  for (Index i = 0; i < of_batch.cols(); ++i) {
+    const auto e = std::size_t(i);
+    const double p = totals.probability(e);
+    of_batch(0, i) = weights.expert_level * totals.frequency(e) / n;
+    if (weights.mean_entropy > 0) {
+      of_batch(0, i) += weights.mean_entropy * (std::log(std::max(p, std::numeric_limits<double>::min())) + 1) / n;
+    }
+  }
+  if (weights.device_level > 0) {
+    totals.for_each_device_frequency(weights.devices,
+                                     [&](std::size_t i, double f) { of_batch(0, Index(i)) += weights.device_level * f / n; });
+  }
+}
+
+}  // namespace detail
+
 /// Adds the gradient of `totals.loss(weights)` with respect to what this batch put into the totals; counts are constants. The
 /// totals may be those of several micro-batches: each then gets its part of the gradient of the whole.
 ///
@@ -305,20 +327,8 @@ void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, co
   const double n = double(totals.tokens);
   const double b = double(totals.sequences);
   const RowView<double> scratch = workspace.matrix<double>(1, experts);
-  // ∂/∂s_ti of the losses of the whole batch is the same for every t.
   const RowView<double> of_batch = workspace.matrix<double>(1, experts);
-  for (Index i = 0; i < experts; ++i) {
-    const auto e = std::size_t(i);
-    const double p = totals.probability(e);
-    of_batch(0, i) = weights.expert_level * totals.frequency(e) / n;
-    if (weights.mean_entropy > 0) {
-      of_batch(0, i) += weights.mean_entropy * (std::log((std::max)(p, (std::numeric_limits<double>::min)())) + 1) / n;
-    }
-  }
-  if (weights.device_level > 0) {
-    totals.for_each_device_frequency(weights.devices,
-                                     [&](std::size_t i, double f) { of_batch(0, Index(i)) += weights.device_level * f / n; });
-  }
+  detail::batch_gradient(weights, totals, of_batch);
   const bool sums = weights.expert_level > 0 || weights.device_level > 0 || weights.mean_entropy > 0;
   for (Index t = 0; t < in.sequences.tokens(); ++t) {
     for (Index i = 0; sums && i < experts; ++i) {
@@ -351,7 +361,7 @@ void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, co
     if (weights.load > 0 && in.deviation > 0) {
       const RowView<const Scalar> threshold = detail::thresholds(in, begin, end, workspace);
       const RowView<Scalar> dthreshold = workspace.matrix<Scalar>(1, length);
-      dthreshold.eigen().setZero();
+      std::fill_n(dthreshold.row(0), length, Scalar(0));
       load_loss_backward(in.logits.middle_rows(begin, length), detail::row_span(threshold), in.deviation, weights.load / b,
                          gradient.logits.middle_rows(begin, length), detail::row_span(dthreshold), detail::row_span(scratch));
       for (Index t = begin; t < end; ++t) {

@@ -40,12 +40,13 @@ inline Matrix<std::uint8_t> unit_mapping(Index timesteps, Index units, double sh
   detail::expect_value(exponent > 0 && std::isfinite(exponent), where, "exponent must be positive and finite");
   const auto filled = Index(double(units) * share);
   detail::expect_value(filled >= 1, where, "share times units is below 1: no timestep would use any unit");
-  Matrix<std::uint8_t> mapping = Matrix<std::uint8_t>::Zero(timesteps, units);
+  Matrix<std::uint8_t> mapping(timesteps, units);
+  std::fill_n(mapping.data(), timesteps * units, std::uint8_t{0});
   const double step = timesteps > 1 ? 1 / double(timesteps - 1) : 0;
   for (Index i = 0; i < timesteps; ++i) {
     const double place = i > 0 && i == timesteps - 1 ? 1 : double(i) * step;
     const auto start = Index(std::nearbyint(std::pow(place, exponent) * double(units - filled)));
-    mapping.row(i).segment(start, filled).setOnes();
+    std::fill_n(mapping.data() + i * units + start, filled, std::uint8_t{1});
   }
   return mapping;
 }
@@ -93,10 +94,14 @@ inline Matrix<double> unit_costs(RowView<const std::uint8_t> chosen, RowView<con
   detail::expect_at_least(where, "timesteps", mapping.rows(), 1);
   detail::expect_at_least(where, "units", mapping.cols(), 1);
   detail::expect_shape(where, "chosen", chosen, mapping.rows(), mapping.cols());
-  detail::expect_value(chosen.eigen().maxCoeff() <= 1 && mapping.eigen().maxCoeff() <= 1, where,
-                       "chosen and mapping must be 0 and 1");
   const Index units = mapping.cols();
-  Matrix<double> cost = Matrix<double>::Zero(units, units);
+  for (Index t = 0; t < mapping.rows(); ++t) {
+    const bool marks = *std::max_element(chosen.row(t), chosen.row(t) + units) <= 1 &&
+                       *std::max_element(mapping.row(t), mapping.row(t) + units) <= 1;
+    detail::expect_value(marks, where, "chosen and mapping must be 0 and 1");
+  }
+  Matrix<double> cost(units, units);
+  std::fill_n(cost.data(), units * units, 0.0);
   for (Index t = 0; t < mapping.rows(); ++t) {
     for (Index g = 0; g < units; ++g) {
       for (Index p = 0; p < units; ++p) {

@@ -33,18 +33,8 @@ class SparsePlan {
   template <std::invocable<Index> TokenOf>
   void build(Index tokens, Index experts, TokenOf&& token_of, std::span<const Index> expert, std::span<const Scalar> weight) {
     const Index pairs = Index(expert.size());
-    detail::expect_at_least("SparsePlan::build", "tokens", tokens, 0);
-    detail::expect_at_least("SparsePlan::build", "experts", experts, 0);
     detail::expect_value(weight.size() == expert.size(), "SparsePlan::build", "as many weights as experts expected");
-    for (Index p = 0; p < pairs; ++p) {
-      const Index e = expert[std::size_t(p)];
-      const Index t = token_of(p);
-      if (e < -1 || e >= experts || t < 0 || t >= tokens) {
-        throw ValueError("SparsePlan::build: pair " + std::to_string(p) + " is (token " + std::to_string(t) + ", expert " +
-                         std::to_string(e) + "), expected tokens below " + std::to_string(tokens) + " and experts below " +
-                         std::to_string(experts));
-      }
-    }
+    expect_pairs(tokens, experts, token_of, expert);
     tokens_ = tokens;
     proposed_ = pairs;
     expert_starts_.assign(experts + 1, 0);
@@ -125,6 +115,21 @@ class SparsePlan {
   const std::vector<std::int64_t>& tokens_per_expert() const { return counts_; }
 
  private:
+  template <class TokenOf>
+  static void expect_pairs(Index tokens, Index experts, const TokenOf& token_of, std::span<const Index> expert) {
+    detail::expect_at_least("SparsePlan::build", "tokens", tokens, 0);
+    detail::expect_at_least("SparsePlan::build", "experts", experts, 0);
+    for (Index p = 0; p < Index(expert.size()); ++p) {
+      const Index e = expert[std::size_t(p)];
+      const Index t = token_of(p);
+      if (e < -1 || e >= experts || t < 0 || t >= tokens) {
+        throw ValueError("SparsePlan::build: pair " + std::to_string(p) + " is (token " + std::to_string(t) + ", expert " +
+                         std::to_string(e) + "), expected tokens below " + std::to_string(tokens) + " and experts below " +
+                         std::to_string(experts));
+      }
+    }
+  }
+
   Index tokens_ = 0;
   Index proposed_ = 0;
   Buffer<Index> expert_starts_;
@@ -143,7 +148,7 @@ class SparsePlan {
 /// tokens:
 ///
 ///     dispatch:  X̃_b = D_bᵀ X_b    (N,L_b)(L_b,D) -> (N,D), columns of D_b sum to 1
-///     combine:   Y_b = C_b Ỹ_b     (L_b,N)(N,D) -> (L_b,D), rows of C_b sum to 1
+///     combine:   Y_b = C_b Ỹ_b     (L_b,N)(N,D) -> (L_b,D), rows of C_b sum to the scale of the router
 ///
 /// The B·N slot rows are grouped by expert for the bank: slot s of expert e in sequence b is row (e·B + b)·S + s. A sequence
 /// without tokens has slots of zeros.
