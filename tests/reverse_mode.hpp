@@ -51,6 +51,21 @@ class Var {
     }
     return g;
   }
+  /// The same sums of absolute values: how large the terms are that a gradient is the sum of, so that rounding is a part of it.
+  std::vector<double> magnitudes() const {
+    std::vector<double> g(tape().size(), 0.0);
+    if (node_ >= 0) {
+      g[std::size_t(node_)] = 1;
+    }
+    for (std::size_t i = g.size(); i-- > 0;) {
+      for (const Edge& edge : tape()[i].edges) {
+        if (edge.node >= 0) {
+          g[std::size_t(edge.node)] += g[i] * std::abs(edge.derivative);
+        }
+      }
+    }
+    return g;
+  }
   double of(const std::vector<double>& gradients) const { return node_ < 0 ? 0 : gradients[std::size_t(node_)]; }
 
  private:
