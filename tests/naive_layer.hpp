@@ -8,6 +8,7 @@
 #include <moxie/layer/top_k_moe.hpp>
 #include <moxie/routing/cluster.hpp>
 #include <moxie/routing/expert_choice.hpp>
+#include <moxie/routing/given.hpp>
 #include <moxie/routing/hash.hpp>
 #include <moxie/routing/timestep.hpp>
 #include <numeric>
@@ -37,8 +38,11 @@ struct Batch {
   std::vector<std::vector<Index>> sequences;
   bool training = false;
   Rng rng{0};
-  Rows noise;
+  Rows noise, gate_x, weight;
+  std::vector<std::vector<Index>> chosen;
+  std::int64_t first = 0;
   Index top_k = 0;
+  double capacity_factor = 0;
 
   Index tokens() const { return Index(x.size()); }
 };
@@ -100,9 +104,9 @@ struct Routing {
 inline Rows gate_logits(const Rows& gate, const Batch& in, const GateNoise& noise) {
   Rows z;
   for (std::size_t t = 0; t < in.x.size(); ++t) {
-    Row x = in.x[t];
+    Row x = in.gate_x.empty() ? in.x[t] : in.gate_x[t];
     for (std::size_t d = 0; in.training && noise.jitter > 0 && d < x.size(); ++d) {
-      x[d] = x[d] * (1 + noise.jitter * (2 * in.rng.split(0).uniform(t * x.size() + d) - 1));
+      x[d] = x[d] * (1 + noise.jitter * (2 * in.rng.split(0).uniform((std::size_t(in.first) + t) * x.size() + d) - 1));
     }
     z.emplace_back();
     for (const Row& w : gate) {
@@ -115,7 +119,7 @@ inline Rows with_noise(Rows z, const Batch& in, const GateNoise& noise) {
   for (std::size_t t = 0; in.training && noise.logits > 0 && t < z.size(); ++t) {
     const std::size_t experts = z[t].size();
     for (std::size_t e = 0; e < experts; ++e) {
-      const Var n = in.noise.empty() ? Var(in.rng.split(1).normal(t * experts + e)) : in.noise[t][e];
+      const Var n = in.noise.empty() ? Var(in.rng.split(1).normal((std::size_t(in.first) + t) * experts + e)) : in.noise[t][e];
       z[t][e] = z[t][e] + noise.logits / double(experts) * n;
     }
   }
@@ -242,9 +246,23 @@ inline Index room(Index n, Index experts, const Capacity& c) {
   return whole;
 }
 
+/// The groups of tokens that have a capacity together, and its factor in this call.
+inline std::vector<std::vector<Index>> groups_of(const Batch& in, const Capacity& c) {
+  std::vector<std::vector<Index>> groups = in.sequences;
+  if (c.group == Grouping::call) {
+    groups.assign(1, std::vector<Index>(in.x.size()));
+    std::iota(groups[0].begin(), groups[0].end(), Index{0});
+  }
+  return groups;
+}
+inline Capacity capacity_of(const Batch& in, Capacity c) {
+  c.factor = in.capacity_factor != 0 ? in.capacity_factor : c.factor;
+  return c;
+}
+
 inline Routing route(const TopKRouterConfig& c, const Weights& p, const Batch& in) {
   Routing out;
-  const Index k = in.top_k > 0 ? in.top_k : c.top_k;
+  const Index k = !in.chosen.empty() ? Index(in.chosen[0].size()) : in.top_k > 0 ? in.top_k : c.top_k;
   const Rows z = gate_logits(p["gate.weight"], in, c.noise);
   const Rows noisy = with_noise(z, in, c.noise);
   const auto scores_of = [&](const Row& logits) {
@@ -274,7 +292,9 @@ inline Routing route(const TopKRouterConfig& c, const Weights& p, const Batch& i
     clean.push_back(probabilities_of(scores_of(z[t])));
     best.push_back(largest(noisy[t], k));
     chosen.push_back(best.back());
-    if (c.selection_bias || c.groups.chosen < c.groups.count) {
+    if (!in.chosen.empty()) {
+      chosen.back() = in.chosen[t];
+    } else if (c.selection_bias || c.groups.chosen < c.groups.count) {
       std::vector<double> biased;
       for (std::size_t e = 0; e < s.size(); ++e) {
         biased.push_back(s[e].value() + (c.selection_bias ? p["gate.e_score_correction_bias"][0][e].value() : 0));
@@ -294,15 +314,20 @@ inline Routing route(const TopKRouterConfig& c, const Weights& p, const Batch& i
     }
     Var sum = 0;
     for (const Index e : chosen.back()) {
-      sum += s[std::size_t(e)];
+      sum += e < 0 ? Var(0) : s[std::size_t(e)];
     }
     weight.emplace_back();
     const bool normalize = c.normalize || c.order == TopKOrder::top_k_softmax;
     for (const Index e : chosen.back()) {
+      if (e < 0) {
+        weight.back().emplace_back(0);
+        continue;
+      }
       weight.back().push_back(c.scale * (normalize ? s[std::size_t(e)] / sum : s[std::size_t(e)]));
     }
   }
-  for (const auto& sequence : in.sequences) {
+  const Capacity capacity = capacity_of(in, c.capacity);
+  for (const auto& sequence : groups_of(in, c.capacity)) {
     std::vector<Index> order = sequence;
     if (c.capacity.priority == Priority::weight) {
       std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) {
@@ -320,8 +345,13 @@ inline Routing route(const TopKRouterConfig& c, const Weights& p, const Batch& i
     for (Index j = 0; j < k; ++j) {
       for (const Index t : order) {
         const Index e = chosen[std::size_t(t)][std::size_t(j)];
+        if (e < 0) {
+          ++out.dropped;
+          continue;
+        }
         const Index place = taken[std::size_t(e)]++;
-        if (c.capacity.factor > 0 && place >= room(Index(sequence.size()) * k, c.experts, c.capacity)) {
+        const bool limited = capacity.factor > 0 && !std::isinf(capacity.factor);
+        if (limited && place >= room(Index(sequence.size()) * k, c.experts, capacity)) {
           ++out.dropped;
         } else {
           out.assignments.push_back({t, e, weight[std::size_t(t)][std::size_t(j)]});
@@ -341,14 +371,31 @@ inline Routing route(const ExpertChoiceRouterConfig& c, const Weights& p, const 
   for (Row& row : s) {
     row = softmax(row);
   }
-  for (const auto& sequence : in.sequences) {
+  const Capacity capacity = capacity_of(in, c.capacity);
+  for (const auto& sequence : groups_of(in, c.capacity)) {
     const auto length = Index(sequence.size());
+    const Index taken =
+        std::isinf(capacity.factor) ? length : std::min(length, length == 0 ? 0 : room(length, c.experts, capacity));
     for (Index e = 0; e < c.experts && length > 0; ++e) {
       const auto order =
           by_value(length, [&](Index i) { return s[std::size_t(sequence[std::size_t(i)])][std::size_t(e)].value(); });
-      for (Index i = 0; i < std::min(length, room(length, c.experts, c.capacity)); ++i) {
+      for (Index i = 0; i < taken; ++i) {
         const Index t = sequence[std::size_t(order[std::size_t(i)])];
-        out.assignments.push_back({t, e, s[std::size_t(t)][std::size_t(e)]});
+        out.assignments.push_back({t, e, c.scale * s[std::size_t(t)][std::size_t(e)]});
+      }
+    }
+  }
+  return out;
+}
+
+inline Routing route(const GivenRouterConfig& /*c*/, const Weights& /*p*/, const Batch& in) {
+  Routing out;
+  for (Index t = 0; t < in.tokens(); ++t) {
+    for (std::size_t j = 0; j < in.chosen[std::size_t(t)].size(); ++j) {
+      if (const Index e = in.chosen[std::size_t(t)][j]; e >= 0) {
+        out.assignments.push_back({t, e, in.weight[std::size_t(t)][j]});
+      } else {
+        ++out.dropped;
       }
     }
   }
@@ -359,7 +406,7 @@ inline Routing route(const HashRouterConfig& c, const Weights& /*p*/, const Batc
   Routing out;
   for (Index t = 0; t < in.tokens(); ++t) {
     const auto hash = Rng(c.seed).bits(static_cast<std::uint64_t>(in.ids[std::size_t(t)]));
-    out.assignments.push_back({t, Index(hash % std::uint64_t(c.experts)), 1.0});
+    out.assignments.push_back({t, Index(hash % std::uint64_t(c.experts)), c.scale});
   }
   return out;
 }
@@ -378,7 +425,7 @@ inline Routing route(const TimestepRouterConfig& c, const Weights& p, const Batc
     const Row s = softmax(z);
     for (const Index t : in.sequences[b]) {
       for (const Index e : largest(z, in.top_k > 0 ? in.top_k : c.top_k)) {
-        out.assignments.push_back({t, e, s[std::size_t(e)]});
+        out.assignments.push_back({t, e, c.scale * s[std::size_t(e)]});
       }
     }
   }
@@ -405,7 +452,7 @@ inline Routing route(const ClusterRouterConfig& c, const Weights& p, const Batch
       }
       const Row w = softmax(of_chosen);
       for (std::size_t j = 0; j < chosen.size(); ++j) {
-        out.assignments.push_back({t, chosen[j], w[j]});
+        out.assignments.push_back({t, chosen[j], c.scale * w[j]});
       }
     }
   }
@@ -501,7 +548,7 @@ inline Output layer(const SoftRouterConfig& c, const ExpertFunction& expert, boo
     }
     Rows z(sequence.size(), Row(slots));  // (L,N)
     for (std::size_t i = 0; learned && i < sequence.size(); ++i) {
-      const Row& x = in.x[std::size_t(sequence[i])];
+      const Row& x = (in.gate_x.empty() ? in.x : in.gate_x)[std::size_t(sequence[i])];
       for (std::size_t n = 0; n < slots; ++n) {
         const Row& phi = p["phi.weight"][n];
         z[i][n] = c.normalize ? dot(normalized(x), normalized(phi)) * p["scale"][0][0] : dot(x, phi);
@@ -541,7 +588,7 @@ inline Output layer(const SoftRouterConfig& c, const ExpertFunction& expert, boo
       const Row h = expert(p, "experts." + std::to_string(Index(n) / c.slots_per_expert) + ".", slot);
       for (std::size_t i = 0; i < sequence.size(); ++i) {
         for (std::size_t d = 0; d < h.size(); ++d) {
-          out.y[std::size_t(sequence[i])][d] += combine[i][n] * h[d];
+          out.y[std::size_t(sequence[i])][d] += c.scale * combine[i][n] * h[d];
         }
       }
     }

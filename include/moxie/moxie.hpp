@@ -20,6 +20,7 @@
 #include <moxie/loss/selection_bias.hpp>
 #include <moxie/routing/cluster.hpp>
 #include <moxie/routing/expert_choice.hpp>
+#include <moxie/routing/given.hpp>
 #include <moxie/routing/hash.hpp>
 #include <moxie/routing/soft.hpp>
 #include <moxie/routing/statistics.hpp>

@@ -83,4 +83,24 @@ TEST_CASE("expert choice: bad options and batches are refused") {
   CHECK(moxie::test::contains(moxie::test::message_of<moxie::ValueError>([&] { routed.route({x}); }), "token 2"));
 }
 
+TEST_CASE("expert choice: experts choose from each sequence or from all tokens of a call, as many as the call says") {
+  const Matrix<double> x = Matrix<double>::Ones(6, dim);  // ties: the lower tokens
+  const auto taken = [&](const moxie::Capacity& capacity, double factor_of_call) {
+    Routed<double> routed({.model_dim = dim, .experts = 2, .capacity = capacity, .scale = 3});
+    Tokens<double> in(x, 3);
+    in.capacity_factor = factor_of_call;
+    routed.route(in);
+    CHECK(routed.plan.weight(0) == doctest::Approx(3 * routed.tape.scores()(0, 0)));
+    const auto of_first = routed.plan.token().first(std::size_t(routed.plan.expert_starts()[1]));
+    return std::vector<Index>(of_first.begin(), of_first.end());
+  };
+  using List = std::vector<Index>;
+  const double infinity = std::numeric_limits<double>::infinity();
+  CHECK(taken({.factor = 1}, 0) == List{0, 1, 3, 4});  // ⌈3/2⌉ of each
+  CHECK(taken({.factor = 1, .group = moxie::Grouping::call}, 0) == List{0, 1, 2});
+  CHECK(taken({.factor = 1, .group = moxie::Grouping::call}, 0.3) == List{0});
+  CHECK(taken({.factor = 1}, 0.5) == List{0, 3});
+  CHECK(taken({.factor = 1}, infinity).size() == 6);
+}
+
 }  // namespace

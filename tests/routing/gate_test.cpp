@@ -171,4 +171,39 @@ TEST_CASE("gate: backward follows the forward on the tape, whatever it is told o
   CHECK(moxie::test::same_bits(dweight, dweight_again));
 }
 
+TEST_CASE("gate: noise and jitter of a part of the tokens are those of the whole") {
+  const Matrix<double> x = moxie::test::random<double>(tokens, dim, 677);
+  Gated<double> whole({.logits = 1, .jitter = 0.4}), part({.logits = 1, .jitter = 0.4});
+  part.weight = whole.weight;
+  Tokens<double> in(x);
+  in.training = true;
+  in.rng = moxie::Rng(3);
+  whole.forward(in);
+  Tokens<double> rest(x.bottomRows(tokens - 3));
+  rest.training = true;
+  rest.rng = in.rng;
+  rest.first = 3;
+  part.forward(rest);
+  CHECK(moxie::test::same_bits<double>(part.tape.noisy_logits().eigen(),
+                                       whole.tape.noisy_logits().eigen().bottomRows(tokens - 3)));
+}
+
+TEST_CASE("gate: reads an input of its own, whose gradient may be left out") {
+  const Matrix<double> x = moxie::test::random<double>(tokens, 2, 678), gate_x = moxie::test::random<double>(tokens, dim, 679);
+  const Matrix<double> dz = moxie::test::random<double>(tokens, experts, 680);
+  Gated<double> g(GateNoise{});
+  Tokens<double> in(x);
+  CHECK(moxie::test::contains(moxie::test::message_of<moxie::ShapeError>([&] { g.forward(in); }), "the input of the gate, x,"));
+  in.gate_x = gate_x;
+  g.forward(in);
+  CHECK(moxie::test::relative_error(Matrix<double>(g.tape.logits().eigen()), Matrix<double>(gate_x * g.weight.transpose())) <
+        moxie::test::Tolerance<double>::layer);
+  moxie::Workspace workspace;
+  Matrix<double> dx = Matrix<double>::Zero(tokens, dim), dweight = Matrix<double>::Zero(experts, dim), without = dweight;
+  g.gate.backward(g.weight, in, dz, dx, dweight, g.tape, workspace, {});
+  g.gate.backward(g.weight, in, dz, {}, without, g.tape, workspace, {});
+  CHECK(moxie::test::same_bits(dweight, without));
+  CHECK(moxie::test::relative_error(dx, Matrix<double>(dz * g.weight)) < moxie::test::Tolerance<double>::layer);
+}
+
 }  // namespace

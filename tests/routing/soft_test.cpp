@@ -194,4 +194,38 @@ TEST_CASE("soft router: starts with a normal Φ of deviation 1/√D and the scal
   CHECK(moxie::SoftRouter<double>(modes[3]).layout().find("scale") == -1);
 }
 
+TEST_CASE_TEMPLATE("soft router: the scale multiplies combine weights, and their gradient", S, float, double) {
+  const Matrix<S> x = moxie::test::random<S>(tokens, dim, 721);
+  for (const moxie::Mixing combine : {moxie::Mixing::learned, moxie::Mixing::uniform}) {
+    SoftRouterConfig config{.model_dim = dim, .experts = 2, .slots_per_expert = 3, .combine = combine};
+    Routed<S> plain(config);
+    config.scale = -2;
+    Routed<S> scaled(config);
+    plain.route({x, 4});
+    scaled.route({x, 4});
+    CHECK(moxie::test::same_bits<S>(scaled.plan.combine().eigen(), plain.plan.combine().eigen() * S(-2)));
+    CHECK(moxie::test::same_bits<S>(scaled.plan.dispatch().eigen(), plain.plan.dispatch().eigen()));
+    const Matrix<S> u = moxie::test::random<S>(tokens, 6, 722), v = moxie::test::random<S>(tokens, 6, 723);
+    Matrix<S> dx = Matrix<S>::Zero(tokens, dim), expected = dx;
+    scaled.backward({x, 4}, u, v, dx);
+    plain.backward({x, 4}, u, Matrix<S>(v * S(-2)), expected);
+    CHECK(moxie::test::relative_error(dx, expected) < Tolerance<S>::layer);
+  }
+}
+
+TEST_CASE("soft router: starts at the scale that the options say") {
+  for (const double start : {1.0, 20.0}) {
+    const moxie::SoftRouter<double> router({.model_dim = dim, .experts = 2, .initial_scale = start});
+    moxie::Parameters<double> p{moxie::Layout(router.layout())};
+    router.initialize(p.view(), moxie::Rng(1));
+    CHECK(p["scale"](0, 0) == start);
+  }
+  const auto message = [](const SoftRouterConfig& config) {
+    return moxie::test::message_of<moxie::ValueError>([&] { moxie::SoftRouter<float>{config}; });
+  };
+  CHECK(moxie::test::contains(message({.model_dim = 2, .experts = 2, .scale = 0}), "scale is 0"));
+  CHECK(moxie::test::contains(message({.model_dim = 2, .experts = 2, .scale = 1e300}), "scale is too small, too large"));
+  CHECK(moxie::test::contains(message({.model_dim = 2, .experts = 2, .initial_scale = std::nan("")}), "initial_scale"));
+}
+
 }  // namespace

@@ -338,4 +338,113 @@ TEST_CASE("top-k router: the gate starts uniform on ±1/√D") {
   CHECK(std::abs(gate.mean()) < 5 * 0.125 / std::sqrt(3.0 * 3200));
 }
 
+TEST_CASE_TEMPLATE("top-k router: its own choices, given back, make the same plan and losses", S, float, double) {
+  const Matrix<S> x = moxie::test::random<S>(tokens, dim, 615);
+  for (const TopKRouterConfig& mode : modes) {
+    Routed<S> routed(mode), again(mode);
+    routed.route({x, sequence_length});
+    Tokens<S> in(x, sequence_length);
+    in.chosen = RowView<const Index>(routed.tape.choices().data(), tokens, mode.top_k);
+    again.route(in);
+    CHECK(std::ranges::equal(again.plan.token(), routed.plan.token()));
+    CHECK(std::ranges::equal(again.plan.expert_starts(), routed.plan.expert_starts()));
+    for (Index r = 0; r < routed.plan.rows(); ++r) {
+      CHECK(again.plan.weight(r) == routed.plan.weight(r));
+    }
+    CHECK(again.tape.balance_loss() == routed.tape.balance_loss());
+  }
+}
+
+TEST_CASE("top-k router: experts chosen elsewhere have live weights with a gradient, and no choice has none") {
+  Matrix<Index> chosen(4, 3);
+  chosen << 4, 0, 2, 1, -1, 3, -1, -1, -1, -1, 2, -1;
+  const Matrix<double> c = moxie::test::random<double>(4, 3, 616);
+  for (const moxie::Score score : {moxie::Score::softmax, moxie::Score::sigmoid}) {
+    for (const bool normalize : {false, true}) {
+      Matrix<double> x = moxie::test::random<double>(4, dim, 617);
+      Routed<double> routed({.model_dim = dim,
+                             .experts = 5,
+                             .top_k = 2,
+                             .normalize = normalize,
+                             .scale = 2,
+                             .balance = {.expert_level = 0.5, .importance = 0.2, .count_chosen = true},
+                             .score = score,
+                             .groups = {.count = 5, .chosen = 2}});
+      Tokens<double> in(x);
+      in.chosen = chosen;
+      routed.route(in);
+      CHECK(routed.plan.rows() == 6);
+      CHECK(routed.tape.top_k() == 3);
+      CHECK(routed.tape.times_chosen() == std::vector<std::int64_t>{1, 1, 2, 1, 1});
+      CHECK(routed.plan.rows_of_token(2).empty());
+      for (const Index t : {0, 1, 3}) {
+        double sum = 0;
+        for (const Index r : routed.plan.rows_of_token(t)) {
+          sum += routed.plan.weight(r);
+        }
+        CHECK((std::abs(sum - 2) < 1e-14) == normalize);  // without what was not chosen
+      }
+      Matrix<double> dx = Matrix<double>::Zero(4, dim);
+      const moxie::Parameters<double> dp = routed.backward(in, c, dx);
+      const auto loss = [&] {
+        routed.route(in, Exec{.threads = 1});
+        double sum = routed.tape.balance_loss();
+        for (Index r = 0; r < routed.plan.rows(); ++r) {
+          sum += c.data()[routed.plan.pair(r)] * routed.plan.weight(r);
+        }
+        return sum;
+      };
+      for (const auto& report :
+           {moxie::testing::check_gradient(loss, x, dx, {}, "x"),
+            moxie::testing::check_gradient(loss, routed.p["gate.weight"], dp["gate.weight"], {}, "gate")}) {
+        INFO(report.message());
+        CHECK(report.passes(moxie::test::gradient_tolerance));
+      }
+    }
+  }
+}
+
+TEST_CASE("top-k router: choices that it could not have are refused") {
+  const Matrix<double> x = moxie::test::random<double>(2, dim, 618);
+  const auto message = [&](const Matrix<Index>& chosen, Index top_k, bool normalize) {
+    Routed<double> routed({.model_dim = dim, .experts = 3, .top_k = 2, .normalize = normalize});
+    Tokens<double> in(x);
+    in.chosen = chosen;
+    in.top_k = top_k;
+    return moxie::test::message_of<std::invalid_argument>([&] { routed.route(in); });
+  };
+  const auto of = [](std::initializer_list<Index> list) {
+    Matrix<Index> m(2, Index(list.size()) / 2);
+    std::copy(list.begin(), list.end(), m.data());
+    return m;
+  };
+  CHECK(message(of({0, 1, 2, -1}), 2, true) == "nothing was thrown");
+  CHECK(message(of({0, 1, 2, 3}), 0, true) == "TopKRouter::route: choice 1 of token 1 is expert 3, which is none");
+  CHECK(message(of({0, 0, 1, 2}), 0, true) == "TopKRouter::route: choice 1 of token 0 is expert 0, which it has chosen before");
+  CHECK(message(of({0, 1, 2, 1}), 1, true) == "TopKRouter::route: top_k is not the number of columns of chosen");
+  CHECK(moxie::test::contains(message(of({0, 1}), 0, true), "gets no gradient from the output"));
+  CHECK(message(of({0, 1}), 0, false) == "nothing was thrown");
+  CHECK(moxie::test::contains(message(of({0, 1, 2, -1, 0, 1, 2, -1}), 0, false), "top_k is 4, expected at most the 3 experts"));
+}
+
+TEST_CASE("top-k router: a capacity is of each sequence, or of all tokens of a call, and its factor may be that of a call") {
+  const Matrix<double> x = Matrix<double>::Ones(12, dim);  // all choose the same expert
+  const auto rows = [&](const moxie::Capacity& capacity, double factor_of_call) {
+    Routed<double> routed({.model_dim = dim, .experts = 4, .capacity = capacity});
+    Tokens<double> in(x, 3);
+    in.capacity_factor = factor_of_call;
+    routed.route(in);
+    std::vector<Index> tokens_of_row(routed.plan.token().begin(), routed.plan.token().end());
+    return tokens_of_row;
+  };
+  using Rows = std::vector<Index>;
+  const double infinity = std::numeric_limits<double>::infinity();
+  CHECK(rows({.factor = 1}, 0) == Rows{0, 3, 6, 9});                                       // ⌈3/4⌉ of each
+  CHECK(rows({.factor = 1, .group = moxie::Grouping::call}, 0) == Rows{0, 1, 2});          // ⌈12/4⌉ of all
+  CHECK(rows({.factor = 1, .group = moxie::Grouping::call}, 1.5) == Rows{0, 1, 2, 3, 4});  // ⌈18/4⌉
+  CHECK(rows({.factor = 1}, 2) == Rows{0, 1, 3, 4, 6, 7, 9, 10});
+  CHECK(rows({}, 1) == Rows{0, 3, 6, 9});
+  CHECK(rows({.factor = 1}, infinity).size() == 12);
+}
+
 }  // namespace

@@ -537,7 +537,7 @@ class ExpertChoiceMoE : public Moe<ExpertChoiceRouter<Scalar>, Experts> {
 
   explicit ExpertChoiceMoE(const Config& config)
       : Moe<ExpertChoiceRouter<Scalar>, Experts>(
-            ExpertChoiceRouter<Scalar>({config.model_dim, config.experts, config.capacity, config.noise}),
+            ExpertChoiceRouter<Scalar>(config.router()),
             Experts(config.experts, config.model_dim, config.expert), std::nullopt, "ExpertChoiceMoE") {}
 };
 
@@ -548,8 +548,7 @@ class SoftMoE : public Moe<SoftRouter<Scalar>, Experts> {
   using Config = SoftMoEConfig<typename Experts::Config>;
 
   explicit SoftMoE(const Config& config)
-      : Moe<SoftRouter<Scalar>, Experts>(SoftRouter<Scalar>({config.model_dim, config.experts, config.slots_per_expert,
-                                                             config.normalize, config.dispatch, config.combine}),
+      : Moe<SoftRouter<Scalar>, Experts>(SoftRouter<Scalar>(config.router()),
                                          Experts(config.experts, config.model_dim, config.expert), std::nullopt, "SoftMoE") {}
 };
 

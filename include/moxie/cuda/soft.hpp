@@ -241,7 +241,8 @@ class SoftRouter {
   };
 
   /// Throws what `SoftRouterConfig::expect_valid` throws.
-  explicit SoftRouter(const Config& config) : config_((config.template expect_valid<Scalar>("SoftRouter"), config)), layout_(config.layout()) {
+  explicit SoftRouter(const Config& config)
+      : config_((config.template expect_valid<Scalar>("SoftRouter"), config)), layout_(config.layout()) {
     expect_supported(config);
   }
 

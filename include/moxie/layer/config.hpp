@@ -28,10 +28,11 @@ struct TopKMoEConfig {
   bool selection_bias = false;
   Capacity capacity = {};
   GateNoise noise = {};
+  Index gate_dim = 0;
 
   TopKRouterConfig router() const {
-    return {model_dim, experts, top_k,          order,    normalize, scale, balance, allow_constant_weights,
-            score,     groups,  selection_bias, capacity, noise};
+    return {model_dim, experts, top_k,          order,    normalize, scale,   balance, allow_constant_weights,
+            score,     groups,  selection_bias, capacity, noise,     gate_dim};
   }
 };
 
@@ -49,6 +50,13 @@ struct SoftMoEConfig {
   bool normalize = true;
   Mixing dispatch = Mixing::learned;
   Mixing combine = Mixing::learned;
+  double scale = 1;
+  double initial_scale = 1;
+  Index gate_dim = 0;
+
+  SoftRouterConfig router() const {
+    return {model_dim, experts, slots_per_expert, normalize, dispatch, combine, scale, initial_scale, gate_dim};
+  }
 };
 
 /// Options of `ExpertChoiceMoE`; those of the router mean what `ExpertChoiceRouterConfig` says.
@@ -59,6 +67,10 @@ struct ExpertChoiceMoEConfig {
   ExpertConfig expert = {};
   Capacity capacity = {.factor = 1};
   GateNoise noise = {};
+  double scale = 1;
+  Index gate_dim = 0;
+
+  ExpertChoiceRouterConfig router() const { return {model_dim, experts, capacity, noise, scale, gate_dim}; }
 };
 
 }  // namespace moxie

@@ -21,9 +21,9 @@ class ExpertChoiceMoE : public Moe<ExpertChoiceRouter<Scalar>, Experts, Scalar> 
 
   // Braces: the router is made first, and refuses sizes before the bank names tensors.
   explicit ExpertChoiceMoE(const Config& config)
-      : Moe<ExpertChoiceRouter<Scalar>, Experts, Scalar>{
-            ExpertChoiceRouter<Scalar>({config.model_dim, config.experts, config.capacity, config.noise}),
-            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "ExpertChoiceMoE"} {}
+      : Moe<ExpertChoiceRouter<Scalar>, Experts, Scalar>{ExpertChoiceRouter<Scalar>(config.router()),
+                                                         Experts(config.experts, config.model_dim, config.expert), std::nullopt,
+                                                         "ExpertChoiceMoE"} {}
 };
 
 }  // namespace moxie

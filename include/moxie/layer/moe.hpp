@@ -121,9 +121,7 @@ class Moe {
     bool masked_ = false;
     Buffer<Index> unmasked_;         // their rows in x
     Buffer<Index> unmasked_starts_;  // of their sequences
-    Buffer<Scalar> unmasked_x_;
-    Buffer<Scalar> unmasked_noise_;
-    Buffer<std::int64_t> unmasked_ids_;
+    detail::TokenCopies unmasked_fields_;
     // Scratch: anyone may throw it away.
     mutable typename Plan::Gradient dplan_;
     mutable Workspace workspace_;  // stays empty where the caller has one
@@ -282,16 +280,20 @@ class Moe {
     detail::expect_value(tape.layer_ == layout_, where, "the tape holds no forward of this layer");
     detail::expect_value(tape.keep_ != Keep::nothing, where, "the tape was made to keep nothing for a backward");
     detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
+    detail::expect_tokens_gradient(where, in, din);
     expect_layout(where, p);
     expect_layout(where, grads);
     expect_value(p.complete(), where, "a parameter is absent");
     const auto apart = [](const auto& written, const auto&... read) { return (!overlaps(written, read) && ...); };
-    expect_value(apart(grads, p, in.x, dy, in.condition, din.x, din.condition) && apart(p, din.x, din.condition) &&
-                     apart(din.x, in.condition) && apart(din.condition, in.x, dy),
+    expect_value(apart(grads, p, in.x, dy, in.condition, in.gate_x, in.weight, din.x, din.condition, din.gate_x, din.weight) &&
+                     apart(p, din.x, din.condition, din.gate_x, din.weight) && apart(din.x, in.condition) &&
+                     apart(din.condition, in.x, dy) && apart(din.gate_x, dy) && apart(din.weight, dy),
                  where, "gradients overlap each other, or what they are computed from");
 
-    if (din.condition.rows() != 0) {
-      din.condition.eigen().setZero();
+    for (const RowView<Scalar>& d : {din.condition, din.gate_x, din.weight}) {
+      if (d.size() != 0) {
+        d.eigen().setZero();
+      }
     }
     if (!tape.masked_) {
       run_backward(p, in, dy, din, grads, tape, workspace, exec);
@@ -304,8 +306,15 @@ class Moe {
     for (Index i = 0; i < unmasked.count(); ++i) {
       std::copy_n(dy.row(tape.unmasked_[i]), model_dim(), dy_part.row(i));
     }
-    run_backward(p, unmasked, dy_part, {dx_part, din.condition}, grads, tape, workspace, exec);
+    TokensGradient<Scalar> part(dx_part, din.condition);
+    part.gate_x = workspace.matrix<Scalar>(unmasked.count(), din.gate_x.cols());
+    part.weight = workspace.matrix<Scalar>(unmasked.count(), din.weight.cols());
+    part.gate_x.eigen().setZero();
+    part.weight.eigen().setZero();
+    run_backward(p, unmasked, dy_part, part, grads, tape, workspace, exec);
     scatter(dx_part, din.x, tape);
+    scatter(part.gate_x, din.gate_x, tape);
+    scatter(part.weight, din.weight, tape);
   }
 
  private:
@@ -319,6 +328,8 @@ class Moe {
     detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
     detail::expect_value(!detail::rows_overlap(y), where, "the rows of y overlap");
     detail::expect_value(!detail::overlaps(in.condition, y), where, "y overlaps the condition");
+    detail::expect_value(!detail::overlaps(in.gate_x, y) && !detail::overlaps(in.weight, y), where,
+                         "y overlaps gate_x or the weights");
 
     tape.layer_.reset();
     try {
@@ -452,30 +463,15 @@ class Moe {
       }
       tape.unmasked_starts_[b + 1] = next;
     });
-    const RowView<Scalar> x = tape.unmasked_x_.matrix(kept, model_dim());
-    const RowView<Scalar> noise = tape.unmasked_noise_.matrix(in.noise.rows() != 0 ? kept : 0, in.noise.cols());
-    tape.unmasked_ids_.resize(in.ids.empty() ? 0 : kept);
-    for (Index i = 0; i < kept; ++i) {
-      const Index t = tape.unmasked_[i];
-      std::copy_n(in.x.row(t), model_dim(), x.row(i));
-      if (noise.rows() != 0) {
-        std::copy_n(in.noise.row(t), noise.cols(), noise.row(i));
-      }
-      if (!in.ids.empty()) {
-        tape.unmasked_ids_[i] = in.ids[std::size_t(t)];
-      }
-    }
+    tape.unmasked_fields_.copy(in, tape.unmasked_.span());
   }
   Tokens<Scalar> unmasked_tokens(const Tokens<Scalar>& in, const Tape& tape) const {
     const Index kept = tape.unmasked_.size();
     Tokens<Scalar> out = in;
-    out.x = tape.unmasked_x_.view(kept, model_dim());
+    tape.unmasked_fields_.view(out, kept);
     out.sequences = Sequences(tape.unmasked_starts_.span()).over(kept);
     out.mask = {};
     out.rows = tape.unmasked_.span();
-    out.ids = tape.unmasked_ids_.span();
-    const Index noise_dim = kept == 0 ? 0 : tape.unmasked_noise_.size() / kept;
-    out.noise = tape.unmasked_noise_.view(noise_dim == 0 ? 0 : kept, noise_dim);
     return out;
   }
   /// The rows of `part` to their places in `whole`, zeros elsewhere.

@@ -19,8 +19,7 @@ class SoftMoE : public Moe<SoftRouter<Scalar>, Experts, Scalar> {
 
   // Braces: the router is made first, and refuses sizes before the bank names tensors.
   explicit SoftMoE(const Config& config)
-      : Moe<SoftRouter<Scalar>, Experts, Scalar>{SoftRouter<Scalar>({config.model_dim, config.experts, config.slots_per_expert,
-                                                                     config.normalize, config.dispatch, config.combine}),
+      : Moe<SoftRouter<Scalar>, Experts, Scalar>{SoftRouter<Scalar>(config.router()),
                                                  Experts(config.experts, config.model_dim, config.expert), std::nullopt,
                                                  "SoftMoE"} {}
 };

@@ -16,6 +16,9 @@ struct TimestepMoEConfig {
   Index experts = 0;
   Index top_k = 1;
   ExpertConfig expert = {};
+  double scale = 1;
+
+  TimestepRouterConfig router() const { return {condition_dim, experts, top_k, scale}; }
 };
 
 /// Switch-DiT's layer: the timestep of a sequence chooses the experts, and all tokens of the sequence go to the same ones.
@@ -39,9 +42,9 @@ class TimestepMoE : public Moe<TimestepRouter<Scalar>, Experts, Scalar> {
   /// Throws what `TimestepRouter` and the bank throw.
   // Braces: the router is made first, and refuses sizes before the bank names tensors.
   explicit TimestepMoE(const Config& config)
-      : Moe<TimestepRouter<Scalar>, Experts, Scalar>{
-            TimestepRouter<Scalar>({config.condition_dim, config.experts, config.top_k}),
-            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "TimestepMoE"} {}
+      : Moe<TimestepRouter<Scalar>, Experts, Scalar>{TimestepRouter<Scalar>(config.router()),
+                                                     Experts(config.experts, config.model_dim, config.expert), std::nullopt,
+                                                     "TimestepMoE"} {}
 };
 
 /// Switch-DiT's use of the layer: its output y makes the mask 1 + y of x.

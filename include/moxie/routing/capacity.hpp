@@ -11,12 +11,12 @@ namespace moxie {
 
 /// Gives every pair its place at its expert, and drops what does not fit.
 ///
-/// Pair t·K + k is the k-th choice of token t; `expert` (T·K) its expert, `weight` its weight. In each sequence, all first
-/// choices come before any second one, and so on; within a choice tokens come by `capacity.priority`. Places are counted over
-/// dropped pairs too. Where `place >= C` of the sequence, `assigned` is -1, elsewhere the expert. `place`, `assigned` and
-/// `order` (T) are overwritten; `order` has the tokens of each sequence in the order in which they came.
+/// Pair t·K + k is the k-th choice of token t; `expert` (T·K) its expert or -1 for none, `weight` its weight. In each sequence,
+/// all first choices come before any second one, and so on; within a choice tokens come by `capacity.priority`. Places are
+/// counted over dropped pairs too. Where `place >= C` of the sequence, `assigned` is -1, elsewhere the expert. `place`,
+/// `assigned` and `order` (T) are overwritten; `order` has the tokens of each sequence in the order in which they came.
 ///
-/// Throws ShapeError unless there are T·K experts and weights, ValueError for an expert outside [0, E), a weight that is NaN
+/// Throws ShapeError unless there are T·K experts and weights, ValueError for an expert outside [-1, E), a weight that is NaN
 /// where the weights decide, and a capacity below 1.
 ///
 /// GShard (Lepikhin et al. 2020), Algorithm 1; V-MoE (Riquelme et al. 2021), Algorithms 1 and 2. O(T K + T log T).
@@ -31,7 +31,7 @@ void assign_places(const Sequences& sequences, Index experts, Index top_k, const
                      std::to_string(weight.size()) + " weights, expected " + std::to_string(sequences.tokens() * top_k));
   }
   for (const Index e : expert) {
-    detail::expect_value(e >= 0 && e < experts, where, "an expert is not one of them");
+    detail::expect_value(e >= -1 && e < experts, where, "an expert is not one of them");
   }
   if (capacity.priority == Priority::weight) {
     for (const Scalar w : weight) {
@@ -65,7 +65,7 @@ void assign_places(const Sequences& sequences, Index experts, Index top_k, const
       for (Index i = begin; i < end; ++i) {
         const Index pair = order[i] * top_k + k;
         const Index e = expert[std::size_t(pair)];
-        place[pair] = taken[e]++;
+        place[pair] = e < 0 ? -1 : taken[e]++;
         assigned[pair] = place[pair] < room ? e : -1;
       }
     }

@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/score.hpp>
 #include <moxie/routing/selection.hpp>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 namespace moxie {
@@ -19,12 +21,13 @@ struct ClusterRouterConfig {
   double temperature = 1;  ///< τ
   /// True: the feature of a token is its own row of x. False: a sequence has one, its row of `Tokens::condition`.
   bool of_tokens = false;
+  double scale = 1;  ///< γ, factor of all weights
 };
 
 /// Cluster routing: each expert belongs to a cluster of the data, and near clusters are mixed.
 ///
 ///     p(k | h) ∝ exp(-‖h - μ_k‖² / τ)
-///     chosen = the K largest p, ties to the lower index;   w_k = p_k / Σ_chosen p
+///     chosen = the K largest p, ties to the lower index;   w_k = γ p_k / Σ_chosen p
 ///
 /// c-BTM (Gururangan et al. 2023), equation 2: h is a fixed feature of the sequence (or token), so there is no gradient to it,
 /// and the centroids μ come from `balanced_k_means`, not from training. Parameter: `centroids` (E,F). Cost: 3BEF + O(TK).
@@ -59,6 +62,7 @@ class ClusterRouter {
     detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
     detail::expect_value(config.temperature > 0 && std::isfinite(config.temperature), where, "the temperature must be above 0");
     detail::expect_in_scalar<Scalar>(where, "the temperature", config.temperature);
+    detail::expect_scale<Scalar>(where, config.scale);
     centroids_ =
         layout_.add("centroids", {config.experts, config.feature_dim}, {.role = Role::state, .trained = Trained::elsewhere});
   }
@@ -71,10 +75,11 @@ class ClusterRouter {
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { rng.fill_normal(p[centroids_]); }
 
   /// Throws ShapeError if the condition is not (B,F), ValueError naming the first token or sequence with a distance that is not
-  /// finite.
+  /// finite, and for what only other routers read.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
              const Exec& exec) const {
     constexpr std::string_view where = "ClusterRouter::route";
+    detail::expect_read(where, in, {});
     const Index experts = config_.experts;
     const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
     const RowView<const Scalar> features = config_.of_tokens ? in.x : in.condition;
@@ -112,7 +117,7 @@ class ClusterRouter {
         sum += weight[j];
       }
       for (Index j = 0; j < k; ++j) {
-        weight[j] /= sum;
+        weight[j] = Scalar(config_.scale) * (weight[j] / sum);
       }
       for (Index t = begin + 1; t < end; ++t) {
         std::copy_n(chosen, k, tape.expert_.data() + t * k);
@@ -148,6 +153,107 @@ struct BalancedClusters {
   int iterations = 0;             ///< until nothing moved, or the limit
 };
 
+namespace detail {
+
+/// The steps of `balanced_k_means`.
+template <class Scalar>
+class BalancedKMeans {
+ public:
+  BalancedKMeans(RowView<const Scalar> features, Index clusters)
+      : features_(features),
+        clusters_(clusters),
+        centroids_(std::size_t(clusters * features.cols())),
+        pairs_(std::size_t(features.rows() * clusters)) {}
+
+  const std::vector<double>& centroids() const { return centroids_; }
+
+  /// k-means++: each centroid is a feature, drawn by its squared distance to the nearest one before.
+  void seed(const Rng& rng) {
+    const Index n = features_.rows();
+    std::vector<double> nearest(std::size_t(n), std::numeric_limits<double>::infinity());
+    for (Index c = 0; c < clusters_; ++c) {
+      Index chosen = rng.below(n, 0);
+      if (c > 0) {
+        const double total = std::accumulate(nearest.begin(), nearest.end(), 0.0);
+        double left = rng.uniform(std::uint64_t(c)) * total;
+        chosen = 0;
+        while (chosen < n - 1 && (left -= nearest[std::size_t(chosen)]) >= 0) {
+          ++chosen;
+        }
+      }
+      std::copy_n(features_.row(chosen), features_.cols(), centroid(c));
+      for (Index i = 0; i < n; ++i) {
+        nearest[std::size_t(i)] = std::min(nearest[std::size_t(i)], distance(i, c));
+      }
+    }
+  }
+
+  /// Gives each feature its cluster, from the nearest pair to the farthest while there is room. Returns the mean distance.
+  double assign(std::vector<Index>& assignment, std::vector<Index>& size) {
+    const Index n = features_.rows();
+    const Index room = (n + clusters_ - 1) / clusters_;
+    for (Index i = 0; i < n; ++i) {
+      for (Index c = 0; c < clusters_; ++c) {
+        pairs_[std::size_t(i * clusters_ + c)] = {distance(i, c), i, c};
+      }
+    }
+    std::sort(pairs_.begin(), pairs_.end(), [](const Pair& a, const Pair& b) {
+      return std::tie(a.distance, a.feature, a.cluster) < std::tie(b.distance, b.feature, b.cluster);
+    });
+    assignment.assign(std::size_t(n), -1);
+    size.assign(std::size_t(clusters_), 0);
+    double total = 0;
+    for (const Pair& pair : pairs_) {
+      Index& own = assignment[std::size_t(pair.feature)];
+      if (own < 0 && size[std::size_t(pair.cluster)] < room) {
+        own = pair.cluster;
+        ++size[std::size_t(pair.cluster)];
+        total += pair.distance;
+      }
+    }
+    return total / double(n);
+  }
+
+  /// Moves each centroid to the mean of its features; one without any stays.
+  void move(const std::vector<Index>& assignment, const std::vector<Index>& size) {
+    const Index dim = features_.cols();
+    std::vector<double> sums(centroids_.size(), 0.0);
+    for (Index i = 0; i < features_.rows(); ++i) {
+      for (Index f = 0; f < dim; ++f) {
+        sums[std::size_t(assignment[std::size_t(i)] * dim + f)] += double(features_(i, f));
+      }
+    }
+    for (Index c = 0; c < clusters_; ++c) {
+      for (Index f = 0; f < dim && size[std::size_t(c)] > 0; ++f) {
+        centroid(c)[f] = sums[std::size_t(c * dim + f)] / double(size[std::size_t(c)]);
+      }
+    }
+  }
+
+ private:
+  struct Pair {
+    double distance;
+    Index feature, cluster;
+  };
+
+  double* centroid(Index c) { return centroids_.data() + c * features_.cols(); }
+  double distance(Index i, Index c) {
+    double sum = 0;
+    for (Index f = 0; f < features_.cols(); ++f) {
+      const double d = double(features_(i, f)) - centroid(c)[f];
+      sum += d * d;
+    }
+    return sum;
+  }
+
+  RowView<const Scalar> features_;
+  Index clusters_;
+  std::vector<double> centroids_;
+  std::vector<Pair> pairs_;
+};
+
+}  // namespace detail
+
 /// Clusters of equal size: k-means in which no cluster takes more than ⌈N/E⌉ features (c-BTM, section 2.1).
 ///
 /// Starts from k-means++ (Arthur and Vassilvitskii 2007) drawn with `rng`. Each iteration assigns pairs (feature, cluster) from
@@ -161,77 +267,25 @@ BalancedClusters<Scalar> balanced_k_means(RowView<const Scalar> features, Index 
   const Index dim = features.cols();
   detail::expect_at_least("balanced_k_means", "clusters", clusters, 1);
   detail::expect_value(n >= clusters, "balanced_k_means", "there are fewer features than clusters");
-  detail::expect_value(features.eigen().allFinite(), "balanced_k_means", "a feature is not finite");
-  Matrix<double> centroids(clusters, dim);
-  const auto distance = [&](Index i, Index c) {
-    double sum = 0;
-    for (Index f = 0; f < dim; ++f) {
-      const double d = double(features(i, f)) - centroids(c, f);
-      sum += d * d;
-    }
-    return sum;
-  };
-
-  std::vector<double> nearest(std::size_t(n), std::numeric_limits<double>::infinity());
-  for (Index c = 0; c < clusters; ++c) {
-    Index chosen = rng.below(n, 0);
-    if (c > 0) {
-      const double total = std::accumulate(nearest.begin(), nearest.end(), 0.0);
-      double left = rng.uniform(std::uint64_t(c)) * total;
-      chosen = 0;
-      while (chosen < n - 1 && (left -= nearest[std::size_t(chosen)]) >= 0) {
-        ++chosen;
-      }
-    }
-    centroids.row(c) = features.eigen().row(chosen).template cast<double>();
-    for (Index i = 0; i < n; ++i) {
-      nearest[std::size_t(i)] = (std::min)(nearest[std::size_t(i)], distance(i, c));
-    }
+  for (Index i = 0; i < n; ++i) {
+    detail::expect_value(kernel::all_finite(dim, features.row(i)), "balanced_k_means", "a feature is not finite");
   }
-
-  struct Pair {
-    double distance;
-    Index feature, cluster;
-  };
-  std::vector<Pair> pairs(std::size_t(n * clusters));
+  detail::BalancedKMeans<Scalar> means(features, clusters);
+  means.seed(rng);
   BalancedClusters<Scalar> result;
-  const Index room = (n + clusters - 1) / clusters;
-  for (bool moved = true; moved && result.iterations < (std::max)(iterations, 1); ++result.iterations) {
-    for (Index i = 0; i < n; ++i) {
-      for (Index c = 0; c < clusters; ++c) {
-        pairs[std::size_t(i * clusters + c)] = {distance(i, c), i, c};
-      }
-    }
-    std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
-      return std::tie(a.distance, a.feature, a.cluster) < std::tie(b.distance, b.feature, b.cluster);
-    });
-    std::vector<Index> assignment(std::size_t(n), -1);
-    std::vector<Index> size(std::size_t(clusters), 0);
-    double total = 0;
-    for (const Pair& pair : pairs) {
-      Index& own = assignment[std::size_t(pair.feature)];
-      if (own < 0 && size[std::size_t(pair.cluster)] < room) {
-        own = pair.cluster;
-        ++size[std::size_t(pair.cluster)];
-        total += pair.distance;
-      }
-    }
-    result.distance = total / double(n);
+  std::vector<Index> assignment;
+  std::vector<Index> size;
+  for (bool moved = true; moved && result.iterations < std::max(iterations, 1); ++result.iterations) {
+    result.distance = means.assign(assignment, size);
     moved = assignment != result.assignment;
-    result.assignment = std::move(assignment);
+    result.assignment = assignment;
     if (moved) {
-      Matrix<double> sums = Matrix<double>::Zero(clusters, dim);
-      for (Index i = 0; i < n; ++i) {
-        sums.row(result.assignment[std::size_t(i)]) += features.eigen().row(i).template cast<double>();
-      }
-      for (Index c = 0; c < clusters; ++c) {
-        if (size[std::size_t(c)] > 0) {
-          centroids.row(c) = sums.row(c) / double(size[std::size_t(c)]);
-        }
-      }
+      means.move(assignment, size);
     }
   }
-  result.centroids = centroids.template cast<Scalar>();
+  result.centroids.resize(clusters, dim);
+  std::transform(means.centroids().begin(), means.centroids().end(), result.centroids.data(),
+                 [](double v) { return Scalar(v); });
   return result;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <moxie/core/layout.hpp>
+#include <moxie/core/sequences.hpp>
 #include <moxie/loss/config.hpp>
 
 namespace moxie {
@@ -44,14 +45,32 @@ enum class Priority {
   weight,  ///< tokens of larger weight first, ties as they stand: batch priority (V-MoE, section 3.3)
 };
 
-/// Room of an expert, in each sequence (the *group* of GShard and V-MoE).
+/// Of which tokens an expert has its capacity: the *group* of GShard and V-MoE.
+enum class Grouping {
+  sequence,  ///< of each sequence
+  call,      ///< of all tokens of a call together
+};
+
+/// How many tokens of a group an expert takes.
 struct Capacity {
   double factor = 0;  ///< cf; 0: no limit, nothing is dropped
   Rounding rounding = Rounding::ceil;
   Index multiple_of = 1;  ///< rounded up to a multiple of this (vmoe: 4)
   Priority priority = Priority::order;
+  /// Balance losses of sequences are those of sequences, whatever the groups are.
+  Grouping group = Grouping::sequence;
 
-  bool limited() const { return factor > 0; }
+  bool limited() const { return factor > 0 && !std::isinf(factor); }
+  /// The same with the factor of one call (`Tokens::capacity_factor`), if it has one.
+  Capacity with(double factor_of_call) const {
+    Capacity c = *this;
+    c.factor = factor_of_call != 0 ? factor_of_call : factor;
+    return c;
+  }
+  /// The groups of a batch.
+  Sequences groups(const Sequences& sequences) const {
+    return group == Grouping::call ? Sequences().over(sequences.tokens()) : sequences;
+  }
 };
 
 namespace detail {
@@ -65,9 +84,9 @@ inline void expect_capacity(std::string_view where, const Capacity& capacity) {
 
 }  // namespace detail
 
-/// C = ⌈n · cf / E⌉, or the nearest integer, then up to a multiple. `n` is what all experts together are asked for: L·K for
-/// token choice, L for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1, and one that is no
-/// integer.
+/// C = ⌈n · cf / E⌉, or the nearest integer, then up to a multiple. `n` is what all experts together are asked for by a group
+/// of L tokens: L·K for token choice, L for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1,
+/// and one that is no integer.
 inline Index expert_capacity(Index n, Index experts, const Capacity& capacity) {
   const double exact = double(n) * capacity.factor / double(experts);
   detail::expect_value(exact < double(std::numeric_limits<Index>::max() / 2 - capacity.multiple_of), "expert_capacity",
@@ -142,8 +161,12 @@ struct TopKRouterConfig {
   Score score = Score::softmax;
   ExpertGroups groups = {};     ///< a limit on the groups that a token may choose from (DeepSeek-V2, V3)
   bool selection_bias = false;  ///< s + b selects, s weighs (DeepSeek-V3): `update_selection_bias` moves b
-  Capacity capacity = {};       ///< room of an expert in each sequence (Switch, GShard, V-MoE); none: nothing is dropped
+  Capacity capacity = {};       ///< of an expert in each group of tokens (Switch, GShard, V-MoE); none: nothing is dropped
   GateNoise noise = {};         ///< in training (Switch, V-MoE)
+  Index gate_dim = 0;           ///< G, the width of `Tokens::gate_x`; 0: the gate reads what is D wide
+
+  /// The width of the gate's input.
+  Index gate_input_dim() const { return gate_dim > 0 ? gate_dim : model_dim; }
 
   /// Softmax over the chosen logits is their scores divided by the sum of these: both orders are one computation.
   bool normalized() const { return normalize || order == TopKOrder::top_k_softmax; }
@@ -156,6 +179,7 @@ struct TopKRouterConfig {
   template <class Scalar = double>
   void expect_valid(std::string_view where) const {
     detail::expect_gate<Scalar>(where, model_dim, experts, noise);
+    detail::expect_at_least(where, "gate_dim", gate_dim, 0);
     detail::expect_at_least(where, "top_k", top_k, 1);
     detail::expect_scale<Scalar>(where, scale);
     balance.expect_valid<Scalar>(where, experts);
@@ -173,13 +197,13 @@ struct TopKRouterConfig {
                          "top_k_softmax is an order of softmax scores");
     expect_top_k(where, top_k);
   }
-  /// Throws ValueError for a K that these options do not allow.
-  void expect_top_k(std::string_view where, Index k) const {
+  /// Throws ValueError for a K that these options do not allow, `chosen` by groups or elsewhere.
+  void expect_top_k(std::string_view where, Index k, bool chosen_elsewhere = false) const {
     if (k > experts) {
       throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
                        std::to_string(experts) + " experts");
     }
-    const Index reachable = experts / groups.count * groups.chosen;
+    const Index reachable = chosen_elsewhere ? experts : experts / groups.count * groups.chosen;
     if (k > reachable) {
       throw ValueError(std::string(where) + ": top_k is " + std::to_string(k) + ", expected at most the " +
                        std::to_string(reachable) + " experts of " + std::to_string(groups.chosen) + " groups");
@@ -189,10 +213,10 @@ struct TopKRouterConfig {
         "with top_k = 1, normalized weights are always 1 and the gate gets no gradient from the output; choose "
         "normalize = false with softmax_top_k, or set allow_constant_weights");
   }
-  /// `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E).
+  /// `gate.weight` (E,G); with a selection bias `gate.e_score_correction_bias` (E).
   Layout layout() const {
     Layout layout;
-    layout.add("gate.weight", {experts, model_dim}, {.role = Role::gate});
+    layout.add("gate.weight", {experts, gate_input_dim()}, {.role = Role::gate});
     if (selection_bias) {
       layout.add("gate.e_score_correction_bias", {experts}, {.role = Role::state, .trained = Trained::elsewhere});
     }
@@ -203,25 +227,36 @@ struct TopKRouterConfig {
 struct ExpertChoiceRouterConfig {
   Index model_dim = 0;
   Index experts = 0;
-  /// C of each sequence of L tokens, ⌈L · factor / E⌉, and never more than L: `factor` is the mean number of experts a token.
+  /// C of each group of L tokens, ⌈L · factor / E⌉, and never more than L: `factor` is the mean number of experts a token.
   Capacity capacity = {.factor = 1};
   GateNoise noise = {};  ///< in training
+  double scale = 1;      ///< factor of all weights
+  Index gate_dim = 0;    ///< G, the width of `Tokens::gate_x`; 0: the gate reads what is D wide
+
+  /// The width of the gate's input.
+  Index gate_input_dim() const { return gate_dim > 0 ? gate_dim : model_dim; }
 
   /// Throws ValueError for sizes below 1, more than `most_experts`, a capacity that is not a number, and noise that is no
   /// ordinary number of `Scalar`.
   template <class Scalar = double>
   void expect_valid(std::string_view where) const {
     detail::expect_gate<Scalar>(where, model_dim, experts, noise);
+    detail::expect_at_least(where, "gate_dim", gate_dim, 0);
+    detail::expect_scale<Scalar>(where, scale);
     detail::expect_capacity(where, capacity);
     detail::expect_value(capacity.limited(), where, "the capacity factor must be above 0");
     detail::expect_value(capacity.priority == Priority::order, where, "experts choose by score; there is no priority to set");
   }
-  /// C of a sequence of that many tokens. Throws ValueError for a capacity below 1.
-  Index room(Index tokens) const { return tokens == 0 ? 0 : (std::min)(tokens, expert_capacity(tokens, experts, capacity)); }
-  /// `gate.weight` (E,D).
+  /// C of a group of that many tokens, with the factor of a call if it has one: never more than the tokens. Throws ValueError
+  /// for a capacity below 1.
+  Index room(Index tokens, double factor_of_call = 0) const {
+    const Capacity of_call = capacity.with(factor_of_call);
+    return tokens == 0 || !of_call.limited() ? tokens : std::min(tokens, expert_capacity(tokens, experts, of_call));
+  }
+  /// `gate.weight` (E,G).
   Layout layout() const {
     Layout layout;
-    layout.add("gate.weight", {experts, model_dim}, {.role = Role::gate});
+    layout.add("gate.weight", {experts, gate_input_dim()}, {.role = Role::gate});
     return layout;
   }
 };
@@ -241,7 +276,13 @@ struct SoftRouterConfig {
   bool normalize = true;
   Mixing dispatch = Mixing::learned;
   Mixing combine = Mixing::learned;
+  double scale = 1;  ///< factor of all combine weights. The tensor `scale` is another: it multiplies the logits
+  /// Where the tensor `scale` starts. At 1 the logits are cosines, and a slot mixes nearly all tokens alike.
+  double initial_scale = 1;
+  Index gate_dim = 0;  ///< G, the width of `Tokens::gate_x`, of which logits are made; 0: of what is D wide
 
+  /// The width of what logits are made of.
+  Index gate_input_dim() const { return gate_dim > 0 ? gate_dim : model_dim; }
   /// N = E·S.
   Index slot_count() const { return experts * slots_per_expert; }
   bool learned() const { return dispatch == Mixing::learned || combine == Mixing::learned; }
@@ -253,15 +294,18 @@ struct SoftRouterConfig {
     detail::expect_at_least(where, "model_dim", model_dim, 1);
     detail::expect_experts(where, experts);
     detail::expect_at_least(where, "slots_per_expert", slots_per_expert, 1);
+    detail::expect_at_least(where, "gate_dim", gate_dim, 0);
+    detail::expect_scale<Scalar>(where, scale);
+    detail::expect_in_scalar<Scalar>(where, "initial_scale", initial_scale);
     detail::expect_value(
         double(slots_per_expert) * double(experts) <= std::min(0x1p40, double(std::numeric_limits<Index>::max())), where,
         "there are too many slots");
   }
-  /// `phi.weight` (E·S,D), a row a slot, and `scale` () where the logits are normalized; nothing if nothing is learned.
+  /// `phi.weight` (E·S,G), a row a slot, and `scale` () where the logits are normalized; nothing if nothing is learned.
   Layout layout() const {
     Layout layout;
     if (learned()) {
-      layout.add("phi.weight", {slot_count(), model_dim}, {.role = Role::gate});
+      layout.add("phi.weight", {slot_count(), gate_input_dim()}, {.role = Role::gate});
     }
     if (normalized()) {
       layout.add("scale", {}, {.role = Role::scale});

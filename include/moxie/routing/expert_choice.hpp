@@ -4,6 +4,7 @@
 #include <moxie/routing/capacity.hpp>
 #include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
+#include <moxie/routing/rows.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie {
@@ -12,10 +13,12 @@ namespace moxie {
 /// no expert, or all.
 ///
 ///     s = softmax(x Wgᵀ (+ noise)) over the experts        (T,E)
-///     of sequence b, expert i takes the C_b tokens with the largest s_ti, ties to the lower token;   w_ti = s_ti
+///     of group b, expert i takes the C_b tokens with the largest s_ti, ties to the lower token;   w_ti = γ s_ti
 ///
-/// Zhou et al. 2022, section 3.2. It looks at all tokens of a sequence, so it is not causal. Pair numbers count sequences, then
-/// experts, then choices. Parameter: `gate.weight` (E,D). Cost: 2TDE + O(T E log C).
+/// Zhou et al. 2022, section 3.2. Groups are sequences, or with `Grouping::call` one of all tokens. It looks at all tokens of a
+/// group, so it is not causal. Pair numbers count groups, then experts, then choices. It computes R = Σ_b E C_b rows: C_b is
+/// whole, so these are up to E - 1 more a group than the factor says. Parameter: `gate.weight` (E,D), or (E,G) with `gate_dim`.
+/// Cost: 2TDE + O(T E log C).
 template <class Scalar_>
 class ExpertChoiceRouter {
  public:
@@ -27,7 +30,7 @@ class ExpertChoiceRouter {
    public:
     /// s (T,E).
     RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
-    /// The tokens that were taken: of each sequence, of each expert, the best first.
+    /// The tokens that were taken: of each group, of each expert, the best first.
     std::span<const Index> choices() const { return token_.span(); }
     /// Balanced by construction.
     double balance_loss() const { return 0; }
@@ -41,13 +44,13 @@ class ExpertChoiceRouter {
     Buffer<Index> token_;
     Buffer<Index> expert_;
     Buffer<Scalar> weight_;
-    Buffer<Index> first_;  // the first pair of each sequence
+    Buffer<Index> first_;  // the first pair of each group
   };
 
   /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
   explicit ExpertChoiceRouter(const Config& config)
       : config_((config.template expect_valid<Scalar>("ExpertChoiceRouter"), config)),
-        gate_("ExpertChoiceRouter", config.model_dim, config.experts, config.noise),
+        gate_("ExpertChoiceRouter", config.gate_input_dim(), config.experts, config.noise),
         layout_(config.layout()) {}
 
   const Config& config() const { return config_; }
@@ -56,26 +59,55 @@ class ExpertChoiceRouter {
   Index model_dim() const { return config_.model_dim; }
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
 
-  /// C of a sequence of that many tokens. Throws ValueError for a capacity below 1.
+  /// C of a group of that many tokens. Throws ValueError for a capacity below 1.
   Index capacity(Index tokens) const { return config_.room(tokens); }
 
-  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k`, which experts do not have.
+  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` and choices or weights from
+  /// elsewhere, which experts do not have.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
              const Exec& exec) const {
     constexpr std::string_view where = "ExpertChoiceRouter::route";
     const Index experts = config_.experts;
     detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
-    tape.first_.resize(in.sequences.count() + 1);
+    detail::expect_read(where, in, {.gate_x = true, .capacity_factor = true});
+    const Sequences groups = config_.capacity.groups(in.sequences);
+    tape.first_.resize(groups.count() + 1);
     tape.first_[0] = 0;
-    in.sequences.for_each(
-        [&](Index b, Index begin, Index end) { tape.first_[b + 1] = tape.first_[b] + experts * capacity(end - begin); });
+    groups.for_each([&](Index b, Index begin, Index end) {
+      tape.first_[b + 1] = tape.first_[b] + experts * config_.room(end - begin, in.capacity_factor);
+    });
     tape.tokens_ = in.count();
     tape.experts_ = experts;
     gate_.forward(where, p[weight_], in, tape.gate_, exec);
     const RowView<Scalar> s = tape.scores_.matrix(in.count(), experts);
     softmax_rows(tape.gate_.noisy_logits(), s, exec);
 
-    const Index pairs = tape.first_[in.sequences.count()];
+    take_tokens(in, groups, s, tape, exec);
+    plan.build(
+        in.count(), experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
+  }
+
+  /// ds_ti = γ dw_ti where expert i took token t, through the softmax; then `Gate::backward`. What was taken is constant.
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
+                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
+                const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
+    detail::fill_rows(dz, Scalar(0));
+    for (Index r = 0; r < plan.rows(); ++r) {
+      const Index pair = plan.pair(r);
+      dz(tape.token_[pair], tape.expert_[pair]) = Scalar(config_.scale) * dplan.weight[r];
+    }
+    softmax_rows_backward(tape.scores(), dz, exec);
+    gate_.backward(p[weight_], in, dz, din.of_gate_input(in), dp[weight_], tape.gate_, workspace, exec);
+  }
+
+ private:
+  /// The best tokens of every expert in every group, and their weights.
+  void take_tokens(const Tokens<Scalar>& in, const Sequences& groups, RowView<const Scalar> s, Tape& tape,
+                   const Exec& exec) const {
+    const Index experts = config_.experts;
+    const Index pairs = tape.first_[groups.count()];
     tape.token_.resize(pairs);
     tape.expert_.resize(pairs);
     tape.weight_.resize(pairs);
@@ -96,8 +128,8 @@ class ExpertChoiceRouter {
         }
       }
       for (Index e = first; e < last; ++e) {
-        in.sequences.for_each([&](Index b, Index begin, Index end) {
-          const Index room = capacity(end - begin);
+        groups.for_each([&](Index b, Index begin, Index end) {
+          const Index room = config_.room(end - begin, in.capacity_factor);
           const Scalar* of_token = score.row(e - first) + begin;
           Index* const best = order.data();
           select_largest(of_token, end - begin, room, best);
@@ -105,31 +137,13 @@ class ExpertChoiceRouter {
             const Index pair = tape.first_[b] + e * room + c;
             tape.token_[pair] = begin + best[c];
             tape.expert_[pair] = e;
-            tape.weight_[pair] = of_token[best[c]];
+            tape.weight_[pair] = Scalar(config_.scale) * of_token[best[c]];
           }
         });
       }
     });
-    plan.build(
-        in.count(), experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
   }
 
-  /// ds_ti = dw_ti where expert i took token t, through the softmax; then `Gate::backward`. What was taken is constant.
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
-    dz.eigen().setZero();
-    for (Index r = 0; r < plan.rows(); ++r) {
-      const Index pair = plan.pair(r);
-      dz(tape.token_[pair], tape.expert_[pair]) = dplan.weight[r];
-    }
-    softmax_rows_backward(tape.scores(), dz, exec);
-    gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
-  }
-
- private:
   Config config_;
   Gate<Scalar> gate_;
   Layout layout_;

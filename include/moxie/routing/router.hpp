@@ -18,7 +18,8 @@ namespace moxie {
 /// * `experts()`, `model_dim()` (-1 takes any width);
 /// * `route(p, in, plan, tape, workspace, exec)`: fills the plan, or throws before anything else is written;
 /// * `backward(p, in, plan, dplan, din, dp, tape, workspace, exec)`: from the plan's gradient (and the balance losses) adds to
-///   din.x (T,D), to din.condition (B,C) if it has rows, and to the parameters' gradients dp. What was selected is constant.
+///   din.x (T,D), or to din.gate_x if the gate has an input of its own, to din.condition (B,C) and din.weight (T,K) if they are
+///   there, and to the parameters' gradients dp. What was selected is constant.
 ///
 /// A router never sees masked tokens: the layer leaves them out, so that `in.mask` is empty and the sequences are shorter.
 ///

@@ -31,17 +31,18 @@ void softmax(Index n, const Scalar* z, Scalar* s) {
       n, s, [&](auto v) { return v * decltype(v)(share); }, s);
 }
 
-/// The adjoint of the softmax of n numbers. dz may be ds. NaN where s has one.
+/// The adjoint of the softmax of n numbers, or of one times `scale`, whose values s then are. dz may be ds. NaN where s has
+/// one.
 ///
-/// Because Σ s = 1, a constant may be taken from all ds_i first: the one of the largest score, so that a score near 1 does not
-/// leave the difference of two nearly equal numbers.
+/// Because Σ s is the scale, a constant may be taken from all ds_i first: the one of the largest score, so that a score near 1
+/// does not leave the difference of two nearly equal numbers.
 template <class Scalar>
-void softmax_backward(Index n, const Scalar* s, const Scalar* ds, Scalar* dz) {
+void softmax_backward(Index n, const Scalar* s, const Scalar* ds, Scalar* dz, std::type_identity_t<Scalar> scale = 1) {
   const Index best = std::find(s, s + n, kernel::largest(n, s)) - s;
   const Scalar shift = ds[best < n ? best : 0];  // nothing is equal to NaN
   kernel::map(
       n, dz, [&](auto v) { return v - decltype(v)(shift); }, ds);
-  const Scalar dot = kernel::dot(n, dz, s);
+  const Scalar dot = kernel::dot(n, dz, s) / scale;
   kernel::map(
       n, dz, [&](auto v, auto p) { return p * (v - decltype(v)(dot)); }, dz, s);
 }

@@ -4,18 +4,19 @@
 #include <moxie/kernel/gemm.hpp>
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
+#include <moxie/routing/rows.hpp>
 #include <moxie/routing/score.hpp>
 
 namespace moxie {
 
 /// Soft MoE: every slot is a convex combination of all tokens of its sequence, every token one of all slots.
 ///
-///     Z = l2norm(X) (g · l2norm(Φ))ᵀ,   D = softmax over tokens (columns of Z),   C = softmax over slots (rows of Z)
+///     Z = l2norm(X) (g · l2norm(Φ))ᵀ,   D = softmax over tokens (columns of Z),   C = γ softmax over slots (rows of Z)
 ///
 /// Puigcerver et al. 2023, section 2.1, Algorithms 1 and 2; l2norm(v) = v / √(Σ v² + 1e-6), ε inside the root. Slots mix the
 /// tokens as they are, not normalized. Not causal: each output depends on all tokens of its sequence. Sequences may differ in
-/// length, and have no tokens. Parameters: `phi.weight` (E·S,D), a row a slot, and `scale` (); none if nothing is learned.
-/// Cost: 2TDN for the logits, N = E·S.
+/// length, and have no tokens. Logits are made of `Tokens::gate_x` (T,G) where there is one. Parameters: `phi.weight` (E·S,D),
+/// or (E·S,G) with `gate_dim`, a row a slot, and `scale` (), g; none if nothing is learned. Cost: 2TDN for the logits, N = E·S.
 template <class Scalar_>
 class SoftRouter {
  public:
@@ -30,8 +31,8 @@ class SoftRouter {
 
    private:
     friend class SoftRouter;
-    Buffer<Scalar> x_;           // l2norm(X), (T,D)
-    Buffer<Scalar> phi_;         // l2norm(Φ), (N,D)
+    Buffer<Scalar> x_;           // l2norm(X), (T,G)
+    Buffer<Scalar> phi_;         // l2norm(Φ), (N,G)
     Buffer<Scalar> x_factor_;    // 1 / √(Σ x² + ε), T
     Buffer<Scalar> phi_factor_;  // N
   };
@@ -47,22 +48,27 @@ class SoftRouter {
   /// N = E·S.
   Index slot_count() const { return config_.slot_count(); }
 
-  /// Φ normal with deviation 1/√D, scale 1.
+  /// Φ normal with deviation 1/√G, scale `initial_scale`.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
     if (config_.learned()) {
-      rng.fill_normal(p[phi_], 1 / std::sqrt(double(config_.model_dim)));
+      rng.fill_normal(p[phi_], 1 / std::sqrt(double(config_.gate_input_dim())));
     }
     if (config_.normalized()) {
-      p[scale_](0, 0) = Scalar(1);
+      p[scale_](0, 0) = Scalar(config_.initial_scale);
     }
   }
 
-  /// Throws ValueError naming the first token whose norm or logits are not finite, and for `in.top_k`, which slots do not have;
-  /// ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it. What the
-  /// plan then holds is no plan.
+  /// Throws ValueError naming the first token whose norm or logits are not finite, for `in.top_k` and choices or weights from
+  /// elsewhere, which slots do not have, and a `gate_x` where nothing is learned; ShapeError for a sequence that has not as
+  /// many tokens as there are slots, where identity mixing needs it. What the plan then holds is no plan.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
              const Exec& exec) const {
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
+    detail::expect_read("SoftRouter::route", in, {.gate_x = config_.learned()});
+    if (config_.learned()) {
+      detail::expect_shape("SoftRouter::route", in.has_gate_x() ? "gate_x" : "what logits are made of, x,", in.gate_input(),
+                           in.count(), config_.gate_input_dim());
+    }
     if (config_.dispatch == Mixing::identity || config_.combine == Mixing::identity) {
       in.sequences.for_each([&](Index b, Index begin, Index end) {
         if (end - begin != slot_count()) {
@@ -80,6 +86,7 @@ class SoftRouter {
         detail::expect_finite_logits("SoftRouter::route", slot_count(), z.row(t), in.row(t));
         if (config_.combine == Mixing::learned) {
           detail::softmax(slot_count(), z.row(t), plan.combine().row(t));
+          multiply(config_.scale, slot_count(), plan.combine().row(t));
         }
       });
     }
@@ -95,10 +102,10 @@ class SoftRouter {
         return;
       }
       if (config_.combine != Mixing::learned) {
-        set_constant(config_.combine, Scalar(1) / Scalar(slot_count()), plan.combine().middle_rows(begin, length));
+        set_constant(config_.combine, Scalar(config_.scale), slot_count(), plan.combine().middle_rows(begin, length));
       }
       if (config_.dispatch != Mixing::learned) {
-        set_constant(config_.dispatch, Scalar(1) / Scalar(length), plan.dispatch().middle_rows(begin, length));
+        set_constant(config_.dispatch, Scalar(1), length, plan.dispatch().middle_rows(begin, length));
       }
     });
   }
@@ -111,58 +118,71 @@ class SoftRouter {
       return;
     }
     const Index tokens = in.count();
-    const Index dim = config_.model_dim;
+    const Index dim = config_.gate_input_dim();
     const Index n = slot_count();
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> dz = workspace.spread<Scalar>(tokens, n);
-    if (config_.combine == Mixing::learned) {
-      const RowView<const Scalar> dc = dplan.combine.spread_view(tokens, n);
-      detail::for_each_row(tokens, exec,
-                           [&](Index t) { detail::softmax_backward(n, plan.combine().row(t), dc.row(t), dz.row(t)); });
-    } else {
-      dz.eigen().setZero();
-    }
-    if (config_.dispatch == Mixing::learned) {
-      const RowView<const Scalar> dd = dplan.dispatch.spread_view(tokens, n);
-      for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
-        const auto part = [&](auto m) { return m.middle_rows(in.sequences.begin(b), in.sequences.length(b)); };
-        add_softmax_columns_backward(part(plan.dispatch()), part(dd), first, count, part(dz));
-      });
-    }
+    logits_gradient(in, plan, dplan, dz, exec);
+    const RowView<Scalar>& dx = din.of_gate_input(in);
     if (!config_.normalize) {
-      kernel::gemm<Scalar>({dp[phi_].rows(), dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.x),
+      kernel::gemm<Scalar>({dp[phi_].rows(), dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.gate_input()),
                             kernel::add_to<Scalar>(dp[phi_])},
-                           exec);  // (N,T)(T,D) -> (N,D)
-      kernel::gemm<Scalar>(
-          {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[phi_]), kernel::add_to<Scalar>(din.x)},
-          exec);  // (T,N)(N,D) -> (T,D)
+                           exec);  // (N,T)(T,G) -> (N,G)
+      if (dx.cols() > 0) {
+        kernel::gemm<Scalar>(
+            {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[phi_]), kernel::add_to<Scalar>(dx)},
+            exec);  // (T,N)(N,G) -> (T,G)
+      }
       return;
     }
     const Scalar scale = p[scale_](0, 0);
     const RowView<const Scalar> x_hat = tape.x_.view(tokens, dim);
     const RowView<const Scalar> phi_hat = tape.phi_.view(n, dim);
-    const RowView<Scalar> dx_hat = workspace.matrix<Scalar>(tokens, dim);
     const RowView<Scalar> dphi_hat = workspace.matrix<Scalar>(n, dim);
     kernel::gemm<Scalar>(
         {n, dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x_hat), kernel::replace<Scalar>(dphi_hat)},
-        exec);  // (N,T)(T,D) -> (N,D)
-    kernel::gemm<Scalar>(
-        {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(phi_hat), kernel::replace<Scalar>(dx_hat)},
-        exec);  // (T,N)(N,D) -> (T,D)
+        exec);  // (N,T)(T,G) -> (N,G)
     if (dp.has(scale_)) {
       dp[scale_](0, 0) += kernel::dot(n * dim, dphi_hat.data(), phi_hat.data());
     }
     if (dp.has(phi_)) {
       add_normalized_backward(phi_hat, tape.phi_factor_, dphi_hat, scale, dp[phi_], exec);
     }
-    add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, din.x, exec);
+    if (dx.cols() > 0) {
+      const RowView<Scalar> dx_hat = workspace.matrix<Scalar>(tokens, dim);
+      kernel::gemm<Scalar>(
+          {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(phi_hat), kernel::replace<Scalar>(dx_hat)},
+          exec);  // (T,N)(N,G) -> (T,G)
+      add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, dx, exec);
+    }
   }
 
  private:
+  /// dZ (T,N) from the gradients of both softmaxes.
+  void logits_gradient(const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan, RowView<Scalar> dz,
+                       const Exec& exec) const {
+    const Index n = slot_count();
+    if (config_.combine == Mixing::learned) {
+      const RowView<const Scalar> dc = dplan.combine.spread_view(in.count(), n);
+      detail::for_each_row(in.count(), exec, [&](Index t) {
+        detail::softmax_backward(n, plan.combine().row(t), dc.row(t), dz.row(t), Scalar(config_.scale));
+      });
+    } else {
+      detail::fill_rows(dz, Scalar(0));
+    }
+    if (config_.dispatch == Mixing::learned) {
+      const RowView<const Scalar> dd = dplan.dispatch.spread_view(in.count(), n);
+      for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
+        const auto part = [&](auto m) { return m.middle_rows(in.sequences.begin(b), in.sequences.length(b)); };
+        add_softmax_columns_backward(part(plan.dispatch()), part(dd), first, count, part(dz));
+      });
+    }
+  }
+
   void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape, Workspace& workspace,
               const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    RowView<const Scalar> x = in.x;
+    RowView<const Scalar> x = in.gate_input();
     RowView<const Scalar> phi = p[phi_];
     if (config_.normalize) {
       x = normalized(x, tape.x_, tape.x_factor_, exec);
@@ -171,21 +191,32 @@ class SoftRouter {
           throw ValueError("SoftRouter::route: token " + std::to_string(in.row(t)) + " is not finite, or its norm is not");
         }
       }
-      const RowView<Scalar> scaled = workspace.matrix<Scalar>(slot_count(), config_.model_dim);
-      scaled.eigen() = p[scale_](0, 0) * normalized(phi, tape.phi_, tape.phi_factor_, exec).eigen();
+      const RowView<Scalar> scaled = workspace.matrix<Scalar>(slot_count(), config_.gate_input_dim());
+      detail::copy_rows(normalized(phi, tape.phi_, tape.phi_factor_, exec), scaled);
+      for (Index n = 0; n < slot_count(); ++n) {
+        multiply(p[scale_](0, 0), scaled.cols(), scaled.row(n));
+      }
       phi = scaled;
     }
-    kernel::gemm<Scalar>({in.count(), slot_count(), config_.model_dim, kernel::plain<Scalar>(x),
+    kernel::gemm<Scalar>({in.count(), slot_count(), config_.gate_input_dim(), kernel::plain<Scalar>(x),
                           kernel::transposed<Scalar>(phi), kernel::stream_to<Scalar>(z)},
-                         exec);  // (T,D)(D,N) -> (T,N)
+                         exec);  // (T,G)(G,N) -> (T,N)
   }
 
-  /// The weights of one sequence that are not learned.
-  static void set_constant(Mixing mixing, Scalar uniform, RowView<Scalar> weights) {
-    if (mixing == Mixing::identity) {
-      weights.eigen().setIdentity();
-    } else {
-      weights.eigen().setConstant(uniform);
+  /// n numbers times a factor.
+  static void multiply(std::type_identity_t<double> factor, Index n, Scalar* v) {
+    if (factor != 1) {
+      kernel::map(
+          n, v, [&](auto a) { return decltype(a)(Scalar(factor)) * a; }, static_cast<const Scalar*>(v));
+    }
+  }
+
+  /// The weights of one sequence that are not learned: `scale` times the identity, or 1 / n.
+  static void set_constant(Mixing mixing, Scalar scale, Index n, RowView<Scalar> weights) {
+    const bool identity = mixing == Mixing::identity;
+    detail::fill_rows(weights, identity ? Scalar(0) : scale / Scalar(n));
+    for (Index i = 0; identity && i < weights.rows(); ++i) {
+      weights(i, i) = scale;
     }
   }
 
@@ -197,7 +228,8 @@ class SoftRouter {
     exec.parallel_ranges(v.rows(), 64, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         factor[i] = Scalar(1) / std::sqrt(kernel::dot(v.cols(), v.row(i), v.row(i)) + Scalar(1e-6));
-        hat.middle_rows(i, 1).eigen() = v.middle_rows(i, 1).eigen() * factor[i];
+        kernel::map(
+            v.cols(), hat.row(i), [&](auto a) { return a * decltype(a)(factor[i]); }, v.row(i));
       }
     });
     return hat;
@@ -208,10 +240,11 @@ class SoftRouter {
                                       Scalar scale, RowView<Scalar> dv, const Exec& exec) {
     exec.parallel_ranges(hat.rows(), 64, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
-        const auto h = hat.middle_rows(i, 1).eigen();
-        const auto d = dhat.middle_rows(i, 1).eigen();
         const Scalar dot = kernel::dot(hat.cols(), hat.row(i), dhat.row(i));
-        dv.middle_rows(i, 1).eigen() += (scale * factor[i]) * (d - dot * h);
+        const Scalar part = scale * factor[i];
+        for (Index j = 0; j < hat.cols(); ++j) {
+          dv(i, j) += part * (dhat(i, j) - dot * hat(i, j));
+        }
       }
     });
   }

@@ -3,7 +3,9 @@
 
 #include <moxie/kernel/activation.hpp>
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
+#include <moxie/routing/rows.hpp>
 #include <moxie/routing/score.hpp>
 #include <moxie/routing/selection.hpp>
 
@@ -13,12 +15,13 @@ struct TimestepRouterConfig {
   Index condition_dim = 0;  ///< C, the width of `Tokens::condition`
   Index experts = 0;
   Index top_k = 1;
+  double scale = 1;  ///< factor of all weights
 };
 
 /// Timestep (or task) routing: the condition of a sequence chooses, and all of its tokens go to the same K experts.
 ///
 ///     s = softmax(silu(c) Wᵀ + b)       (B,C)(C,E) -> (B,E)
-///     chosen_b = the K largest, ties to the lower index;   w_t = s_b of the sequence b of token t
+///     chosen_b = the K largest, ties to the lower index;   w_t = γ s_b of the sequence b of token t
 ///
 /// Switch-DiT (Park et al. 2024), section 3.2: c is the embedding of the timestep. Weights are the scores as they are, not
 /// normalized. The gradient of c goes to `TokensGradient::condition`. Parameters: `gate.weight` (E,C), `gate.bias` (E).
@@ -40,7 +43,7 @@ class TimestepRouter {
     /// Adds the gradient (B,E) of a loss on `scores()`, for the next backward; the next forward forgets it. Throws ShapeError.
     void add_score_gradient(RowView<const Scalar> dscores) {
       detail::expect_shape("TimestepRouter::Tape::add_score_gradient", "dscores", dscores, sequences_, experts_);
-      RowView<Scalar>(dscores_.data(), sequences_, experts_).eigen() += dscores.eigen();
+      detail::add_rows(dscores, RowView<Scalar>(dscores_.data(), sequences_, experts_));
     }
 
    private:
@@ -64,6 +67,7 @@ class TimestepRouter {
     detail::expect_experts(where, config.experts);
     detail::expect_at_least(where, "top_k", config.top_k, 1);
     detail::expect_value(config.top_k <= config.experts, where, "top_k is more than there are experts");
+    detail::expect_scale<Scalar>(where, config.scale);
     weight_ = layout_.add("gate.weight", {config.experts, config.condition_dim}, {.role = Role::gate});
     bias_ = layout_.add("gate.bias", {config.experts}, {.role = Role::bias});
   }
@@ -77,13 +81,15 @@ class TimestepRouter {
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
     const double bound = std::sqrt(6.0 / double(config_.condition_dim + config_.experts));
     rng.fill_uniform(p[weight_], -bound, bound);
-    p[bias_].eigen().setZero();
+    detail::fill_rows(p[bias_], Scalar(0));
   }
 
-  /// Throws ShapeError if the condition is not (B,C), ValueError naming the first sequence whose logits are not finite.
+  /// Throws ShapeError if the condition is not (B,C), ValueError naming the first sequence whose logits are not finite, and for
+  /// what only other routers read.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
              const Exec& exec) const {
     constexpr std::string_view where = "TimestepRouter::route";
+    detail::expect_read(where, in, {});
     const Index sequences = in.sequences.count();
     const Index experts = config_.experts;
     const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
@@ -98,7 +104,7 @@ class TimestepRouter {
     detail::for_each_row(sequences, exec, [&](Index b) {
       kernel::map(
           activated.cols(), activated.row(b), [](auto v) { return Silu::value(v); }, in.condition.row(b));
-      s.middle_rows(b, 1).eigen() = p[bias_].eigen();
+      std::copy_n(p[bias_].data(), experts, s.row(b));
     });
     kernel::gemm<Scalar>({sequences, experts, config_.condition_dim, kernel::plain<Scalar>(activated),
                           kernel::transposed<Scalar>(p[weight_]), kernel::add_to<Scalar>(s)},
@@ -118,14 +124,14 @@ class TimestepRouter {
         tape.sequence_[t] = b;
         for (Index j = 0; j < k; ++j) {
           tape.expert_[t * k + j] = tape.chosen_[b * k + j];
-          tape.weight_[t * k + j] = s(b, tape.chosen_[b * k + j]);
+          tape.weight_[t * k + j] = Scalar(config_.scale) * s(b, tape.chosen_[b * k + j]);
         }
       }
     });
     plan.build(in.count(), experts, k, tape.expert_.span(), tape.weight_.span());
   }
 
-  /// ds_b = Σ_{t in b} dw_t (tokens in order, and what `add_score_gradient` added) -> dz; dW += dzᵀ silu(c), db += Σ_b dz,
+  /// ds_b = γ Σ_{t in b} dw_t (tokens in order, and what `add_score_gradient` added) -> dz; dW += dzᵀ silu(c), db += Σ_b dz,
   /// dc += (dz W) ⊙ silu'(c).
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
                 const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
@@ -134,10 +140,10 @@ class TimestepRouter {
     const Index experts = config_.experts;
     const Workspace::Frame frame(workspace);
     const RowView<Scalar> dz = workspace.matrix<Scalar>(sequences, experts);
-    dz.eigen() = tape.dscores_.view(sequences, experts).eigen();
+    detail::copy_rows(tape.dscores_.view(sequences, experts), dz);
     for (Index r = 0; r < plan.rows(); ++r) {
       const Index pair = plan.pair(r);
-      dz(tape.sequence_[pair / tape.top_k_], tape.expert_[pair]) += dplan.weight[r];
+      dz(tape.sequence_[pair / tape.top_k_], tape.expert_[pair]) += Scalar(config_.scale) * dplan.weight[r];
     }
     softmax_rows_backward(tape.scores(), dz, exec);
     const RowView<const Scalar> activated = tape.activated_.view(sequences, config_.condition_dim);
@@ -145,7 +151,7 @@ class TimestepRouter {
                           kernel::plain<Scalar>(activated), kernel::add_to<Scalar>(dp[weight_])},
                          exec);  // (E,B)(B,C) -> (E,C)
     for (Index b = 0; b < sequences && dp.has(bias_); ++b) {
-      dp[bias_].eigen() += dz.middle_rows(b, 1).eigen();
+      detail::add_rows(dz.middle_rows(b, 1), dp[bias_]);
     }
     if (din.condition.rows() == 0) {
       return;

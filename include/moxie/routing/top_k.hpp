@@ -5,6 +5,7 @@
 #include <moxie/routing/capacity.hpp>
 #include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
+#include <moxie/routing/rows.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie {
@@ -15,8 +16,8 @@ namespace moxie {
 ///     chosen = the K largest z; or s + b, from the best groups of experts        ties: the lower index
 ///     w = γ s;  normalized: w = γ s / Σ_chosen s
 ///
-/// then, with a capacity, every expert keeps the first C of those that chose it, and the others are dropped: their weight is
-/// not given to other choices.
+/// then, with a capacity, every expert keeps the first C of those in a group that chose it, and the others are dropped: their
+/// weight is not given to other choices.
 ///
 ///     V-MoE        .capacity = {.factor = 1.05, .priority = Priority::weight}, .noise = {.logits = 1}
 ///     GShard       .top_k = 2, .normalize = true, .balance = {.gshard = 0.01}, .capacity = {.factor = 2}
@@ -28,8 +29,9 @@ namespace moxie {
 ///
 /// Riquelme et al. 2021; Lepikhin et al. 2020; Fedus et al. 2021; Jiang et al. 2024; Dai et al. 2024; DeepSeek-AI 2024.
 ///
-/// Parameters: `gate.weight` (E,D); with a selection bias `gate.e_score_correction_bias` (E), which no gradient trains. Gate,
-/// scores and weights in `Scalar`. Cost: 2TDE + O(TEK).
+/// The experts may also be given: `Tokens::chosen`. Parameters: `gate.weight` (E,D), or (E,G) with `gate_dim`; with a selection
+/// bias `gate.e_score_correction_bias` (E), which no gradient trains. Gate, scores and weights in `Scalar`. Cost: 2TDE +
+/// O(TEK).
 template <class Scalar_>
 class TopKRouter {
  public:
@@ -43,9 +45,11 @@ class TopKRouter {
     RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
     /// z, (T,E), without noise.
     RowView<const Scalar> logits() const { return gate_.logits(); }
-    /// The K experts of every token in decreasing order of what selects, T·K indices; dropped ones too.
+    /// The K experts of every token in decreasing order of what selects, T·K indices; dropped ones too. What `Tokens::chosen`
+    /// takes to route as this forward did.
     std::span<const Index> choices() const { return chosen_.span(); }
-    /// The place of every choice at its expert, T·K; empty without a capacity. Choices with place >= C are dropped.
+    /// The place of every choice at its expert, T·K, -1 of no choice; empty without a capacity. Choices with place >= C are
+    /// dropped.
     std::span<const Index> places() const { return place_.span(); }
     /// K of this forward.
     Index top_k() const { return top_k_; }
@@ -66,7 +70,9 @@ class TopKRouter {
     std::vector<std::int64_t> times_chosen() const {
       std::vector<std::int64_t> counts(std::size_t(experts_), 0);
       for (const Index e : chosen_) {
-        ++counts[std::size_t(e)];
+        if (e >= 0) {
+          ++counts[std::size_t(e)];
+        }
       }
       return counts;
     }
@@ -77,7 +83,7 @@ class TopKRouter {
       if (dscores_.size() == 0) {
         dscores_.assign(tokens_ * experts_, Scalar(0));
       }
-      RowView<Scalar>(dscores_.data(), tokens_, experts_).eigen() += dscores.eigen();
+      detail::add_rows(dscores, RowView<Scalar>(dscores_.data(), tokens_, experts_));
     }
 
    private:
@@ -90,7 +96,7 @@ class TopKRouter {
     Buffer<Scalar> probabilities_;        // sigmoid scores over their sum, for the losses
     Buffer<Scalar> clean_probabilities_;  // of the logits without noise
     Buffer<Index> chosen_;
-    Buffer<Index> best_;  // the K largest logits, where a bias or groups choose others
+    Buffer<Index> best_;  // the K largest logits, where others may have been chosen and losses look at them
     Buffer<Index> place_;
     Buffer<Index> assigned_;
     Buffer<Index> order_;
@@ -105,7 +111,7 @@ class TopKRouter {
   /// Throws what `TopKRouterConfig::expect_valid` throws.
   explicit TopKRouter(const Config& config)
       : config_((config.template expect_valid<Scalar>("TopKRouter"), config)),
-        gate_("TopKRouter", config.model_dim, config.experts, config.noise),
+        gate_("TopKRouter", config.gate_input_dim(), config.experts, config.noise),
         layout_(config.layout()) {}
 
   const Config& config() const { return config_; }
@@ -117,30 +123,23 @@ class TopKRouter {
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
     gate_.initialize(p[weight_], rng);
     if (config_.selection_bias) {
-      p[bias_].eigen().setZero();
+      detail::fill_rows(p[bias_], Scalar(0));
     }
   }
 
-  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
+  /// Experts from `in.chosen`, where there are any, get the weights that they would have got if the router had chosen them;
+  /// groups and the selection bias then select nothing.
+  ///
+  /// Throws ValueError naming the first token whose logits are not finite, and for an `in.top_k` or `in.chosen` that the router
+  /// could not have, and weights from elsewhere.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
              const Exec& exec) const {
     constexpr std::string_view where = "TopKRouter::route";
     const Index tokens = in.count();
     const Index experts = config_.experts;
-    const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
-    if (in.top_k > 0) {
-      config_.expect_top_k(where, k);
-    }
-    if (config_.capacity.limited()) {
-      in.sequences.for_each([&](Index, Index begin, Index end) {  // throws before anything is written
-        if (begin < end) {
-          expert_capacity((end - begin) * k, experts, config_.capacity);
-        }
-      });
-    }
-    if (config_.selection_bias) {
-      detail::expect_value(p[bias_].eigen().allFinite(), where, "the selection bias is not finite");
-    }
+    const Index k = choices_of(in);
+    const Capacity capacity = config_.capacity.with(in.capacity_factor);
+    expect_routable(where, p, in, k, capacity);
     tape.tokens_ = tokens;
     tape.experts_ = experts;
     tape.top_k_ = k;
@@ -149,40 +148,15 @@ class TopKRouter {
     gate_.forward(where, p[weight_], in, tape.gate_, exec);
     const RowView<const Scalar> z = tape.gate_.noisy_logits();
     const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
-    if (config_.score == Score::softmax) {
-      softmax_rows(z, s, exec);
-    } else {
-      s.eigen() = z.eigen();
-      sigmoid_rows(s, exec);
-    }
-
+    scores(z, s, exec);
     tape.chosen_.resize(tokens * k);
-    select(p, z, s, k, tape, workspace, exec);
-    tape.weights_.resize(tokens * k);
-    if (config_.normalized()) {
-      tape.shares_.resize(tokens * k);
-    }
-    detail::for_each_row(tokens, exec, [&](Index t) {
-      const Index* chosen = tape.chosen_.data() + t * k;
-      Scalar* weight = tape.weights_.data() + t * k;
-      if (config_.normalized()) {
-        Scalar* share = tape.shares_.data() + t * k;
-        shares(z.row(t), s.row(t), chosen, k, share);
-        std::copy_n(share, k, weight);
-      } else {
-        for (Index j = 0; j < k; ++j) {
-          weight[j] = s(t, chosen[j]);
-        }
-      }
-      for (Index j = 0; j < k; ++j) {
-        weight[j] *= Scalar(config_.scale);
-      }
-    });
+    select(p, in, z, s, k, tape, workspace, exec);
+    take_weights(z, s, k, tape, exec);
     std::span<const Index> assigned = tape.chosen_.span();
     tape.place_.resize(0);
-    if (config_.capacity.limited()) {
-      assign_places<Scalar>(in.sequences, experts, k, config_.capacity, tape.chosen_.span(), tape.weights_.span(), tape.place_,
-                            tape.assigned_, tape.order_, tape.taken_);
+    if (capacity.limited()) {
+      assign_places<Scalar>(capacity.groups(in.sequences), experts, k, capacity, tape.chosen_.span(), tape.weights_.span(),
+                            tape.place_, tape.assigned_, tape.order_, tape.taken_);
       assigned = tape.assigned_.span();
     }
     plan.build(tokens, experts, k, assigned, tape.weights_.span());
@@ -196,27 +170,21 @@ class TopKRouter {
                 const Exec& exec) const {
     const Index tokens = in.count();
     const Index experts = config_.experts;
-    const Index k = tape.top_k_;
     const Workspace::Frame frame(workspace);
     const RowView<const Scalar> s = tape.scores();
-    const auto zeros = [&](Index cols) {
-      const RowView<Scalar> m = workspace.matrix<Scalar>(tokens, cols);
-      m.eigen().setZero();
-      return m;
-    };
-    const RowView<Scalar> dz = zeros(experts);  // first ∂/∂probabilities, then ∂/∂scores, then ∂/∂logits
-    const RowView<Scalar> dw = zeros(k);
+    const RowView<Scalar> dz = zeros(tokens, experts, workspace);  // first ∂/∂scores, then ∂/∂logits
+    const RowView<Scalar> dw = zeros(tokens, tape.top_k_, workspace);
     for (Index r = 0; r < plan.rows(); ++r) {
       dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
     }
     const bool losses = config_.balance.any();
     // What does not pass through the scores on its way to the logits.
-    const RowView<Scalar> dlogits = losses ? zeros(experts) : RowView<Scalar>();
+    const RowView<Scalar> dlogits = losses ? zeros(tokens, experts, workspace) : RowView<Scalar>();
     if (losses) {
       add_loss_gradients(in, tape, dz, dlogits, workspace, exec);
     }
     if (tape.dscores_.size() > 0) {
-      dz.eigen() += tape.dscores_.view(tokens, experts).eigen();
+      detail::add_rows(tape.dscores_.view(tokens, experts), dz);
     }
     if (!config_.normalized()) {
       detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
@@ -226,56 +194,142 @@ class TopKRouter {
       detail::for_each_row(tokens, exec, [&](Index t) { add_share_gradient(s.row(t), tape, t, dw.row(t), dz.row(t)); });
     }
     if (losses) {
-      dz.eigen() += dlogits.eigen();
+      detail::add_rows(dlogits, dz);
     }
-    gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
+    gate_.backward(p[weight_], in, dz, din.of_gate_input(in), dp[weight_], tape.gate_, workspace, exec);
   }
 
  private:
-  void select(ParameterView<const Scalar> p, RowView<const Scalar> z, RowView<const Scalar> s, Index k, Tape& tape,
-              Workspace& workspace, const Exec& exec) const {
-    const Index experts = config_.experts;
+  /// K of a call.
+  Index choices_of(const Tokens<Scalar>& in) const {
+    return in.has_chosen() ? in.chosen.cols() : in.top_k > 0 ? in.top_k : config_.top_k;
+  }
+
+  /// Throws for a call that cannot be routed, before anything is written.
+  void expect_routable(std::string_view where, ParameterView<const Scalar> p, const Tokens<Scalar>& in, Index k,
+                       const Capacity& capacity) const {
+    detail::expect_read(where, in, {.gate_x = true, .chosen = true, .capacity_factor = true});
+    if (in.has_chosen()) {
+      detail::expect_value(in.top_k == 0 || in.top_k == k, where, "top_k is not the number of columns of chosen");
+      detail::expect_shape(where, "chosen", in.chosen, in.count(), k);
+      detail::expect_chosen(where, in, config_.experts);
+    }
+    if (in.has_chosen() || in.top_k > 0) {
+      config_.expect_top_k(where, k, in.has_chosen());
+    }
+    if (capacity.limited()) {
+      capacity.groups(in.sequences).for_each([&](Index, Index begin, Index end) {
+        if (begin < end) {
+          expert_capacity((end - begin) * k, config_.experts, capacity);
+        }
+      });
+    }
+    if (config_.selection_bias) {
+      detail::expect_value(kernel::all_finite(config_.experts, p[bias_].data()), where, "the selection bias is not finite");
+    }
+  }
+
+  static RowView<Scalar> zeros(Index rows, Index cols, Workspace& workspace) {
+    const RowView<Scalar> m = workspace.matrix<Scalar>(rows, cols);
+    detail::fill_rows(m, Scalar(0));
+    return m;
+  }
+
+  /// s of logits z; s may be z.
+  void scores(RowView<const Scalar> z, RowView<Scalar> s, const Exec& exec) const {
+    if (config_.score == Score::softmax) {
+      softmax_rows(z, s, exec);
+      return;
+    }
+    if (s.data() != z.data()) {
+      detail::copy_rows(z, s);
+    }
+    sigmoid_rows(s, exec);
+  }
+
+  void select(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> z, RowView<const Scalar> s,
+              Index k, Tape& tape, Workspace& workspace, const Exec& exec) const {
     // Of the logits, not of the scores: rounding the softmax makes ties that the logits do not have.
     const auto best_of = [&](Buffer<Index>& chosen) {
-      detail::for_each_row(z.rows(), exec, [&](Index t) { select_top_k(z.row(t), experts, k, chosen.data() + t * k); });
+      detail::for_each_row(z.rows(), exec, [&](Index t) { select_top_k(z.row(t), config_.experts, k, chosen.data() + t * k); });
     };
-    if (!config_.biased()) {
+    tape.best_.resize(0);
+    if (!in.has_chosen() && !config_.biased()) {
       best_of(tape.chosen_);
       return;
     }
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> score = workspace.matrix<Scalar>(z.rows(), experts);
-    const RowView<Scalar> group_score = workspace.matrix<Scalar>(z.rows(), config_.groups.count);
-    const RowView<Index> group = workspace.matrix<Index>(z.rows(), config_.groups.count);
-    detail::for_each_row(z.rows(), exec, [&](Index t) {
-      for (Index e = 0; e < experts; ++e) {
-        score(t, e) = s(t, e) + (config_.selection_bias ? p[bias_](0, e) : Scalar(0));
-      }
-      select_top_k_in_groups(score.row(t), experts, k, config_.groups, group_score.row(t), group.row(t),
-                             tape.chosen_.data() + t * k);
-    });
+    if (in.has_chosen()) {
+      detail::copy_rows(in.chosen, RowView<Index>(tape.chosen_.data(), in.count(), k));
+    } else {
+      select_biased(p, s, k, tape, workspace, exec);
+    }
     if (config_.balance.any()) {
       tape.best_.resize(z.rows() * k);
       best_of(tape.best_);
     }
   }
 
+  /// By s + b, from the best groups.
+  void select_biased(ParameterView<const Scalar> p, RowView<const Scalar> s, Index k, Tape& tape, Workspace& workspace,
+                     const Exec& exec) const {
+    const Index experts = config_.experts;
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> score = workspace.matrix<Scalar>(s.rows(), experts);
+    const RowView<Scalar> group_score = workspace.matrix<Scalar>(s.rows(), config_.groups.count);
+    const RowView<Index> group = workspace.matrix<Index>(s.rows(), config_.groups.count);
+    detail::for_each_row(s.rows(), exec, [&](Index t) {
+      for (Index e = 0; e < experts; ++e) {
+        score(t, e) = s(t, e) + (config_.selection_bias ? p[bias_](0, e) : Scalar(0));
+      }
+      select_top_k_in_groups(score.row(t), experts, k, config_.groups, group_score.row(t), group.row(t),
+                             tape.chosen_.data() + t * k);
+    });
+  }
+
+  /// The weights of all choices; 0 of none.
+  void take_weights(RowView<const Scalar> z, RowView<const Scalar> s, Index k, Tape& tape, const Exec& exec) const {
+    tape.weights_.resize(s.rows() * k);
+    if (config_.normalized()) {
+      tape.shares_.resize(s.rows() * k);
+    }
+    detail::for_each_row(s.rows(), exec, [&](Index t) {
+      const Index* chosen = tape.chosen_.data() + t * k;
+      Scalar* weight = tape.weights_.data() + t * k;
+      if (config_.normalized()) {
+        Scalar* share = tape.shares_.data() + t * k;
+        shares(z.row(t), s.row(t), chosen, k, share);
+        std::copy_n(share, k, weight);
+      } else {
+        for (Index j = 0; j < k; ++j) {
+          weight[j] = chosen[j] < 0 ? Scalar(0) : s(t, chosen[j]);
+        }
+      }
+      for (Index j = 0; j < k; ++j) {
+        weight[j] *= Scalar(config_.scale);
+      }
+    });
+  }
+
   /// The normalized weights of one token, without the scale: their scores over the sum of these, from the logits, so that the
   /// weights sum to 1 where all of these scores are 0. For softmax scores this is a softmax of the chosen logits. Exactly 1 for
-  /// K = 1.
+  /// one choice, 0 of none.
   void shares(const Scalar* z, const Scalar* s, const Index* chosen, Index k, Scalar* share) const {
     Scalar sum = 0;
-    Scalar largest = z[chosen[0]];
-    for (Index j = 1; j < k; ++j) {
-      largest = (std::max)(largest, z[chosen[j]]);
+    Scalar largest = -std::numeric_limits<Scalar>::infinity();
+    for (Index j = 0; j < k; ++j) {
+      largest = chosen[j] < 0 ? largest : std::max(largest, z[chosen[j]]);
     }
     for (Index j = 0; j < k; ++j) {
       const Index e = chosen[j];
+      if (e < 0) {
+        share[j] = 0;
+        continue;
+      }
       share[j] = config_.score == Score::softmax ? std::exp(z[e] - largest) : detail::scaled_sigmoid(z[e], s[e], largest);
       sum += share[j];
     }
     for (Index j = 0; j < k; ++j) {
-      share[j] /= sum;
+      share[j] /= chosen[j] < 0 ? Scalar(1) : sum;
     }
   }
 
@@ -283,7 +337,9 @@ class TopKRouter {
   static void add_weight_gradient(const Tape& tape, Index t, const Scalar* dw, Scalar* ds) {
     const Index* chosen = tape.chosen_.data() + t * tape.top_k_;
     for (Index j = 0; j < tape.top_k_; ++j) {
-      ds[chosen[j]] += dw[j];
+      if (chosen[j] >= 0) {
+        ds[chosen[j]] += dw[j];
+      }
     }
   }
 
@@ -301,6 +357,9 @@ class TopKRouter {
       dot += dw[j] * w[j];
     }
     for (Index j = 0; j < k; ++j) {
+      if (chosen[j] < 0) {
+        continue;
+      }
       const Scalar through = config_.score == Score::softmax ? Scalar(1) : 1 - s[chosen[j]];
       dz[chosen[j]] += w[j] * (dw[j] - dot) * through;
     }
@@ -311,21 +370,16 @@ class TopKRouter {
                           Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const bool softmax = config_.score == Score::softmax;
-    const auto zeros = [&] {
-      const RowView<Scalar> m = workspace.matrix<Scalar>(dlogits.rows(), dlogits.cols());
-      m.eigen().setZero();
-      return m;
-    };
     const bool normalizes = !softmax && config_.balance.of_probabilities();
     const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
-    const RowView<Scalar> dprobabilities = normalizes ? zeros() : dscores;
-    const RowView<Scalar> dclean = clean ? zeros() : dprobabilities;
+    const RowView<Scalar> dprobabilities = normalizes ? zeros(tape.tokens_, tape.experts_, workspace) : dscores;
+    const RowView<Scalar> dclean = clean ? zeros(tape.tokens_, tape.experts_, workspace) : dprobabilities;
     balance_backward<Scalar>(config_.balance, losses_of(in, tape), tape.totals_, {dprobabilities, dclean, dlogits, dlogits},
                              workspace);
     if (normalizes) {
       sigmoid_probabilities_backward<Scalar>(tape.probabilities_.view(tape.tokens_, tape.experts_), tape.scores(),
                                              dprobabilities, exec);
-      dlogits.eigen() += dprobabilities.eigen();
+      detail::add_rows(dprobabilities, dlogits);
     }
     if (clean) {
       const RowView<const Scalar> p_clean = tape.clean_probabilities_.view(tape.tokens_, tape.experts_);
@@ -333,11 +387,10 @@ class TopKRouter {
         softmax_rows_backward(p_clean, dclean, exec);
       } else {
         const RowView<Scalar> s_clean = workspace.matrix<Scalar>(tape.tokens_, tape.experts_);
-        s_clean.eigen() = tape.gate_.logits().eigen();
-        sigmoid_rows(s_clean, exec);
+        scores(tape.gate_.logits(), s_clean, exec);
         sigmoid_probabilities_backward<Scalar>(p_clean, s_clean, dclean, exec);
       }
-      dlogits.eigen() += dclean.eigen();
+      detail::add_rows(dclean, dlogits);
     }
   }
 
@@ -356,7 +409,7 @@ class TopKRouter {
     }
     out.logits = tape.gate_.logits();
     out.noisy_logits = tape.gate_.noisy_logits();
-    out.best = config_.biased() ? tape.best_.span() : tape.chosen_.span();
+    out.best = tape.best_.size() > 0 ? tape.best_.span() : tape.chosen_.span();
     out.counted = balance.count_chosen ? tape.chosen_.span() : out.best;
     out.deviation = tape.gate_.noisy() ? gate_.deviation() : 0;
     return out;
@@ -374,11 +427,8 @@ class TopKRouter {
     }
     if (tape.gate_.noisy() && balance.importance > 0) {
       const RowView<Scalar> clean = tape.clean_probabilities_.matrix(tape.tokens_, tape.experts_);
-      clean.eigen() = tape.gate_.logits().eigen();
-      if (config_.score == Score::softmax) {
-        softmax_rows(clean, exec);
-      } else {
-        sigmoid_rows(clean, exec);
+      scores(tape.gate_.logits(), clean, exec);
+      if (config_.score == Score::sigmoid) {
         sigmoid_probabilities<Scalar>(tape.gate_.logits(), clean, clean, exec);
       }
     }

@@ -4,6 +4,7 @@
 #include <moxie/loss/entropy.hpp>
 #include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
+#include <moxie/routing/rows.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie {
@@ -15,15 +16,17 @@ struct TopPRouterConfig {
   Index most = 0;      ///< never more experts a token than this; 0: all
   /// Weight of the mean entropy of the scores: a token that is certain needs few experts (the paper's dynamic loss).
   double token_entropy = 0;
+  double scale = 1;    ///< factor of all weights
+  Index gate_dim = 0;  ///< G, the width of `Tokens::gate_x`; 0: the gate reads what is D wide
 };
 
 /// Top-p: every token takes as many experts as it needs to be sure enough, easy ones few and hard ones many.
 ///
 ///     s = softmax(x Wgᵀ)                                                        (T,D)(D,E) -> (T,E)
-///     chosen = the fewest of the largest s, ties to the lower index, with Σ_chosen s >= p;   w = s
+///     chosen = the fewest of the largest s, ties to the lower index, with Σ_chosen s >= p;   w = γ s
 ///
 /// Huang et al. 2024, "Harder tasks need more experts", equations 3 to 5. A token has at least one expert. Pair numbers count
-/// tokens, then choices. Parameter: `gate.weight` (E,D). Cost: 2TDE + O(T E log E).
+/// tokens, then choices. Parameter: `gate.weight` (E,D), or (E,G) with `gate_dim`. Cost: 2TDE + O(T E log E).
 template <class Scalar_>
 class TopPRouter {
  public:
@@ -53,14 +56,18 @@ class TopPRouter {
 
   /// Throws ValueError for sizes below 1, p outside (0, 1], and a weight of the entropy that is negative or not finite.
   explicit TopPRouter(const Config& config)
-      : config_(config), gate_("TopPRouter", config.model_dim, config.experts, GateNoise{}) {
+      : config_(config),
+        gate_("TopPRouter", config.gate_dim > 0 ? config.gate_dim : config.model_dim, config.experts, GateNoise{}) {
     constexpr std::string_view where = "TopPRouter";
     detail::expect_value(config.top_p > 0 && config.top_p <= 1, where, "top_p must be above 0 and at most 1");
+    detail::expect_at_least(where, "model_dim", config.model_dim, 1);
+    detail::expect_at_least(where, "gate_dim", config.gate_dim, 0);
     detail::expect_at_least(where, "most", config.most, 0);
+    detail::expect_scale<Scalar>(where, config.scale);
     detail::expect_value(config.token_entropy >= 0 && std::isfinite(config.token_entropy), where,
                          "token_entropy must be finite and not negative");
     detail::expect_in_scalar<Scalar>(where, "token_entropy", config.token_entropy);
-    weight_ = layout_.add("gate.weight", {config.experts, config.model_dim}, {.role = Role::gate});
+    weight_ = layout_.add("gate.weight", {config.experts, gate_.dim()}, {.role = Role::gate});
   }
 
   const Config& config() const { return config_; }
@@ -69,9 +76,11 @@ class TopPRouter {
   Index model_dim() const { return config_.model_dim; }
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
 
-  /// `in.top_k` is another `most` for this call. Throws ValueError naming the first token whose logits are not finite.
+  /// `in.top_k` is another `most` for this call. Throws ValueError naming the first token whose logits are not finite, and for
+  /// choices, weights or a capacity from elsewhere.
   void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
              const Exec& exec) const {
+    detail::expect_read("TopPRouter::route", in, {.gate_x = true});
     const Index tokens = in.count();
     const Index experts = config_.experts;
     const Index limit = in.top_k > 0 ? in.top_k : config_.most > 0 ? config_.most : experts;
@@ -96,7 +105,7 @@ class TopPRouter {
         const Index e = order(t, j);
         tape.token_[pairs] = t;
         tape.expert_[pairs] = e;
-        tape.weight_[pairs] = s(t, e);
+        tape.weight_[pairs] = Scalar(config_.scale) * s(t, e);
         sum += double(s(t, e));
       }
       if (config_.token_entropy > 0) {
@@ -110,7 +119,7 @@ class TopPRouter {
         tokens, experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
   }
 
-  /// ds = dw for the chosen, and the entropy's gradient, through the softmax; then `Gate::backward`. How many were chosen is
+  /// ds = γ dw for the chosen, and the entropy's gradient, through the softmax; then `Gate::backward`. How many were chosen is
   /// constant.
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
                 const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
@@ -118,16 +127,16 @@ class TopPRouter {
     const Workspace::Frame frame(workspace);
     const RowView<const Scalar> s = tape.scores();
     const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
-    dz.eigen().setZero();
+    detail::fill_rows(dz, Scalar(0));
     for (Index r = 0; r < plan.rows(); ++r) {
-      dz(tape.token_[plan.pair(r)], tape.expert_[plan.pair(r)]) = dplan.weight[r];
+      dz(tape.token_[plan.pair(r)], tape.expert_[plan.pair(r)]) = Scalar(config_.scale) * dplan.weight[r];
     }
     for (Index t = 0; t < in.count() && config_.token_entropy > 0; ++t) {
       entropy_backward(std::span<const Scalar>(s.row(t), std::size_t(s.cols())), config_.token_entropy / double(in.count()),
                        std::span<Scalar>(dz.row(t), std::size_t(s.cols())));
     }
     softmax_rows_backward(s, dz, exec);
-    gate_.backward(p[weight_], in, dz, din.x, dp[weight_], tape.gate_, workspace, exec);
+    gate_.backward(p[weight_], in, dz, din.of_gate_input(in), dp[weight_], tape.gate_, workspace, exec);
   }
 
  private:

@@ -128,8 +128,8 @@ bool same_selection(const DensePlan<Scalar>& /*a*/, const DensePlan<Scalar>& /*b
 
 }  // namespace detail
 
-/// The gradients of a whole layer against differences of loss = ⟨y, dy⟩ + balance_loss: of x, of the condition if there is one,
-/// then of every parameter tensor that a gradient trains, one report each.
+/// The gradients of a whole layer against differences of loss = ⟨y, dy⟩ + balance_loss: of x, of the condition, the gate's own
+/// input and given weights if there are any, then of every parameter tensor that a gradient trains, one report each.
 ///
 /// The layer's own parameters are used and stay as they are. Backward takes what was selected as constant, so a layer with
 /// top-k is compared only where moving an element by 2h leaves the plan as it is; other elements are counted as skipped (choose
@@ -140,16 +140,25 @@ std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Toke
   Matrix<double> x = in.x.eigen();
   Matrix<double> condition = in.condition.eigen();
   Matrix<double> dcondition(condition.rows(), condition.cols());
+  Matrix<double> gate_x = in.gate_x.eigen();
+  Matrix<double> dgate_x(gate_x.rows(), gate_x.cols());
+  Matrix<double> weight = in.weight.eigen();
+  Matrix<double> dweight(weight.rows(), weight.cols());
   Tokens<double> moved = in;
   moved.x = x;
   moved.condition = condition;
+  moved.gate_x = gate_x;
+  moved.weight = weight;
   Parameters<double> parameters = layer.parameters();
   Parameters<double> grads = parameters.zeros_like();
   Matrix<double> y(x.rows(), x.cols());
   Matrix<double> dx(x.rows(), x.cols());
   auto tape = layer.make_tape(x.rows());
   layer.forward(parameters, moved, y, tape, exec);
-  layer.backward(parameters, moved, dy, {dx, dcondition}, grads, tape, exec);
+  TokensGradient<double> din(dx, dcondition);
+  din.gate_x = dgate_x;
+  din.weight = dweight;
+  layer.backward(parameters, moved, dy, din, grads, tape, exec);
 
   const auto plan = tape.plan();
   const auto loss = [&] {
@@ -160,6 +169,12 @@ std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Toke
   std::vector<GradientReport> reports{check_gradient(loss, x, dx, options, "x")};
   if (condition.rows() != 0) {
     reports.push_back(check_gradient(loss, condition, dcondition, options, "condition"));
+  }
+  if (gate_x.cols() != 0) {
+    reports.push_back(check_gradient(loss, gate_x, dgate_x, options, "gate_x"));
+  }
+  if (weight.cols() != 0) {
+    reports.push_back(check_gradient(loss, weight, dweight, options, "weight"));
   }
   zip(
       [&](const TensorInfo& info, RowView<double> value, RowView<double> gradient) {

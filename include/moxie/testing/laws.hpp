@@ -200,30 +200,23 @@ inline std::vector<Index> permutation(const Sequences& sequences, const Rng& rng
 /// The rows of `in` in that order, which may leave some out; the sequences are the caller's to set. Holds what `tokens` views.
 template <class Scalar>
 struct Reordered {
-  Matrix<Scalar> x, noise;
+  moxie::detail::TokenCopies fields;
   std::vector<std::uint8_t> mask;
-  std::vector<std::int64_t> ids;
   Tokens<Scalar> tokens;
 
-  Reordered(const Tokens<Scalar>& in, const std::vector<Index>& order, const Sequences& sequences)
-      : x(rows_at<Scalar>(order, in.x)), tokens(in) {
+  Reordered(const Tokens<Scalar>& in, const std::vector<Index>& order, const Sequences& sequences) : tokens(in) {
     for (const Index t : order) {
       if (!in.mask.empty()) {
         mask.push_back(in.mask[std::size_t(t)]);
       }
-      if (!in.ids.empty()) {
-        ids.push_back(in.ids[std::size_t(t)]);
-      }
     }
-    if (in.noise.rows() != 0) {
-      noise = rows_at<Scalar>(order, in.noise);
-    }
-    tokens.x = x;
-    tokens.noise = noise;
+    fields.copy(in, order);
+    fields.view(tokens, Index(order.size()));
     tokens.mask = mask;
-    tokens.ids = ids;
-    tokens.sequences = sequences.over(x.rows());
+    tokens.sequences = sequences.over(Index(order.size()));
   }
+  Reordered(const Reordered&) = delete;
+  Reordered& operator=(const Reordered&) = delete;
 };
 
 }  // namespace detail
