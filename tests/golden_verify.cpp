@@ -76,7 +76,7 @@ const Family& family_of(std::string_view name) {
     }
   }
   if (best == nullptr) {
-    throw GoldenError("the family of case '" + moxie::detail::printable(name) + "' is unknown");
+    throw GoldenError("the family of case '" + moxie::printable(name) + "' is unknown");
   }
   return *best;
 }

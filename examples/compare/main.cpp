@@ -111,7 +111,7 @@ int time(Experiment experiment, const fs::path& folder, Index rounds, const Exec
     progress.update(++done);
   });
   progress.finish();
-  moxie::detail::ReplacementFile file(files("times.jsonl"));
+  moxie::ReplacementFile file(files("times.jsonl"));
   for (std::size_t i = 0; i < times.size(); ++i) {
     const double median = compare::detail::median(times[i]);
     std::cout << experiment.runs[i].name << ": " << median << " ms, " << memory[i] / 1048576 << " MiB\n";

@@ -52,7 +52,7 @@ class Results {
   /// Adds a line. The file is replaced when the new one is complete. Throws SafetensorsError if it cannot be.
   void add(const nlohmann::json& entry) {
     entries_.push_back(entry);
-    moxie::detail::ReplacementFile file(path_);
+    moxie::ReplacementFile file(path_);
     for (const nlohmann::json& line : entries_) {
       const std::string text = line.dump() + "\n";
       file.write(text.data(), text.size());

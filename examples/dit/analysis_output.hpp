@@ -57,7 +57,7 @@ inline void write_counts_csv(const std::filesystem::path& path, const RoutingCou
     }
   }
   const std::string text = out.str();
-  moxie::detail::ReplacementFile file(path);
+  moxie::ReplacementFile file(path);
   file.write(text.data(), text.size());
   file.commit();
 }

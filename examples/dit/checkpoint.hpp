@@ -129,7 +129,7 @@ inline void check_checksums(const SafetensorsFile& file) {
   compare("__metadata__", "the metadata", detail::checksum(file.metadata()));
   for (const std::string& name : file.names()) {
     const std::vector<float> values = file.read<float>(name);
-    compare(name, moxie::detail::tensor_named(name), detail::checksum(values.data(), values.size() * sizeof(float)));
+    compare(name, moxie::tensor_named(name), detail::checksum(values.data(), values.size() * sizeof(float)));
   }
 }
 
@@ -140,7 +140,7 @@ inline void check_weights(const SafetensorsFile& file, const moxie::Layout& layo
     file.expect<float>(name, tensor.shape);
     for (const float value : file.read<float>(name)) {
       if (!std::isfinite(value)) {
-        detail::fail(file, moxie::detail::tensor_named(name) + " has a number that is not finite");
+        detail::fail(file, moxie::tensor_named(name) + " has a number that is not finite");
       }
     }
   }
@@ -176,7 +176,7 @@ inline void check_foreign(const SafetensorsFile& file, const ModelConfig& shape,
   }
   for (const std::string& name : file.names()) {
     if (known.count(name) == 0) {
-      detail::fail(file, moxie::detail::tensor_named(name) + " is not one of this model's");
+      detail::fail(file, moxie::tensor_named(name) + " is not one of this model's");
     }
   }
   if (file.contains("pos_embed")) {
@@ -246,7 +246,7 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
   const auto shape = [&](const std::string& name, std::size_t rank) {
     const std::vector<Index>& s = file.info(name).shape;
     if (s.size() != rank || *std::min_element(s.begin(), s.end()) < 1) {
-      detail::fail(file, moxie::detail::tensor_named(name) + " has the shape " + moxie::detail::shape_text(s) + ", expected " +
+      detail::fail(file, moxie::tensor_named(name) + " has the shape " + moxie::shape_text(s) + ", expected " +
                              std::to_string(rank) + " sizes");
     }
     return s;
@@ -320,8 +320,8 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
     auto config = stored.get<TrainingConfig>();
     for (const nlohmann::json& change : nlohmann::json::diff(stored, config)) {
       if (change["op"] != "add") {  // what an older file does not say has its default
-        detail::fail(file, "its configuration has a " + moxie::detail::printable(change["path"].get<std::string>()) +
-                               " that is not understood");
+        detail::fail(
+            file, "its configuration has a " + moxie::printable(change["path"].get<std::string>()) + " that is not understood");
       }
     }
     if (older && (config.feed_forward == "soft" || config.feed_forward == "dense")) {

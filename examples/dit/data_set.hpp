@@ -251,12 +251,12 @@ inline DataSet read_idx(const std::filesystem::path& path) {
 inline DataSet read_safetensors(const std::filesystem::path& path) {
   const moxie::SafetensorsFile file(path);
   const auto fail = [&](const char* tensor, const std::string& what) -> void {
-    throw std::runtime_error(path.string() + ": " + moxie::detail::tensor_named(tensor) + " " + what);
+    throw std::runtime_error(path.string() + ": " + moxie::tensor_named(tensor) + " " + what);
   };
 
   const moxie::StoredTensor& stored = file.info("images");
   if (stored.shape.size() != 4 || stored.count == 0) {
-    fail("images", "has the shape " + moxie::detail::shape_text(stored.shape) + ", expected (N,C,H,W), each at least 1");
+    fail("images", "has the shape " + moxie::shape_text(stored.shape) + ", expected (N,C,H,W), each at least 1");
   }
   DataSet set;
   set.channels = stored.shape[1];

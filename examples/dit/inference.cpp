@@ -138,7 +138,7 @@ int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bflo
         const Index batch = images.empty() ? 0 : images.front();
         in.expect<float>("x", std::array<Index, 4>{batch, shape.channels, shape.image_size, shape.image_size});
         std::vector<float> t;
-        if (moxie::detail::reads_as<float>(in.info("t").dtype)) {
+        if (moxie::reads_as<float>(in.info("t").dtype)) {
           t = in.read<float>("t");
         } else {
           for (const std::int64_t step : in.read<std::int64_t>("t")) {

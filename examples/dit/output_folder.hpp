@@ -61,7 +61,7 @@ class OutputFolder {
 
   /// Throws std::runtime_error unless a file of this size could be written now.
   void expect_room_for(const std::string& name, std::uintmax_t bytes) const {
-    const moxie::detail::ReplacementFile writable((*this)(name));
+    const moxie::ReplacementFile writable((*this)(name));
     if (std::error_code error; std::filesystem::space(folder_, error).available < bytes && !error) {
       throw std::runtime_error((*this)(name).string() + ": there is no room for its " + std::to_string(bytes) + " bytes");
     }

@@ -463,7 +463,7 @@ inline void write_report(const std::filesystem::path& path, const Report& report
                "<script type=\"application/json\" id=\"specs\">" + script_text(page.specs) + "</script>\n<script>\n" +
                vega_text(vega) + draw_charts + "</script>\n</body>\n</html>\n";
 
-  moxie::detail::ReplacementFile file(path);
+  moxie::ReplacementFile file(path);
   file.write(page.html.data(), page.html.size());
   file.commit();
 }

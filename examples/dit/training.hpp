@@ -165,8 +165,8 @@ class Training {
       const auto entry = file.metadata().find(key);
       const std::string found = entry == file.metadata().end() ? "" : entry->second;
       if (found != expected) {
-        detail::fail(file, "was trained on another data set: its " + moxie::detail::printable(key) + " is '" +
-                               moxie::detail::printable(found) + "', here it is '" + moxie::detail::printable(expected) + "'");
+        detail::fail(file, "was trained on another data set: its " + moxie::printable(key) + " is '" + moxie::printable(found) +
+                               "', here it is '" + moxie::printable(expected) + "'");
       }
     }
     const auto blocks = std::array{std::pair{"", &weights_}, std::pair{"ema.", &optimizer_.ema()},

@@ -27,7 +27,7 @@ class TrainingLog {
         last = step.get<std::int64_t>();
       }
     }
-    moxie::detail::ReplacementFile file(path);
+    moxie::ReplacementFile file(path);
     file.write(kept.data(), kept.size());
     file.commit();
     out_.open(path, std::ios::binary | std::ios::app);

@@ -12,7 +12,7 @@ namespace golden {
 inline dit::DiffusionSchedule diffusion_schedule(const GoldenCase& golden) {
   const std::string& noise = golden.text("noise_schedule");
   if (noise != "linear" && noise != "cosine" && noise != "squaredcos_cap_v2") {
-    throw GoldenError("metadata 'noise_schedule' is '" + moxie::detail::printable(noise) + "', expected linear or cosine");
+    throw GoldenError("metadata 'noise_schedule' is '" + moxie::printable(noise) + "', expected linear or cosine");
   }
   std::string respacing = golden.text("respacing");
   std::erase_if(respacing, [](char c) { return std::string_view("'\"[] ").find(c) != std::string_view::npos; });

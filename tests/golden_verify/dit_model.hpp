@@ -93,7 +93,7 @@ struct DitRun {
 
   Matrix<Scalar> forward(GoldenCase& golden, const std::string& prefix, const Matrix<Scalar>& images) {
     std::vector<Scalar> t;
-    if (!moxie::detail::reads_as<Scalar>(golden.file().info(prefix + "t").dtype)) {
+    if (!moxie::reads_as<Scalar>(golden.file().info(prefix + "t").dtype)) {
       for (const std::int64_t step : golden.read<std::int64_t>(prefix + "t")) {
         t.push_back(Scalar(step));
       }

@@ -82,7 +82,7 @@ class GoldenCase {
   /// Throws GoldenError if a number of the file is not finite.
   GoldenCase(const moxie::SafetensorsFile& file, double tolerance) : file_(file), tolerance_(tolerance) {
     for (const std::string& name : file.names()) {
-      if (moxie::detail::reads_as<double>(file.info(name).dtype)) {
+      if (moxie::reads_as<double>(file.info(name).dtype)) {
         expect_finite(name, file.read<double>(name));
       }
     }
@@ -93,7 +93,7 @@ class GoldenCase {
   /// A file in the same folder.
   std::filesystem::path beside(const std::string& name) const {
     if (name.empty() || std::filesystem::path(name).filename() != name) {
-      throw GoldenError("'" + moxie::detail::printable(name) + "' is not the name of a file beside this one");
+      throw GoldenError("'" + moxie::printable(name) + "' is not the name of a file beside this one");
     }
     return file_.path().parent_path() / name;
   }
@@ -125,7 +125,7 @@ class GoldenCase {
   bool boolean(const std::string& key) const {
     const std::string& value = text(key);
     if (value != "True" && value != "False") {
-      throw GoldenError("metadata '" + key + "' is '" + moxie::detail::printable(value) + "', expected True or False");
+      throw GoldenError("metadata '" + key + "' is '" + moxie::printable(value) + "', expected True or False");
     }
     return value == "True";
   }
@@ -138,7 +138,7 @@ class GoldenCase {
   /// The first size of a tensor. Throws GoldenError if it is a single number.
   Index first_size(std::string_view name) const {
     if (shape(name).empty()) {
-      throw GoldenError(moxie::detail::tensor_named(name) + " is a single number");
+      throw GoldenError(moxie::tensor_named(name) + " is a single number");
     }
     return shape(name).front();
   }
@@ -147,8 +147,8 @@ class GoldenCase {
   /// before it computes anything: what fits the file then fits the memory.
   void require(std::string_view name, const std::vector<Index>& expected) const {
     if (shape(name) != expected) {
-      throw GoldenError(moxie::detail::tensor_named(name) + " is " + moxie::detail::shape_text(shape(name)) + ", expected " +
-                        moxie::detail::shape_text(expected));
+      throw GoldenError(moxie::tensor_named(name) + " is " + moxie::shape_text(shape(name)) + ", expected " +
+                        moxie::shape_text(expected));
     }
   }
   /// The same if the file has it at all.
@@ -183,7 +183,7 @@ class GoldenCase {
   Matrix<Scalar> matrix(const std::string& name, Index rows, Index cols) {
     const std::vector<Scalar> elements = read<Scalar>(name);
     if (Index(elements.size()) != rows * cols) {
-      throw GoldenError(moxie::detail::tensor_named(name) + " has " + std::to_string(elements.size()) + " elements, expected " +
+      throw GoldenError(moxie::tensor_named(name) + " has " + std::to_string(elements.size()) + " elements, expected " +
                         std::to_string(rows * cols));
     }
     return Eigen::Map<const Matrix<Scalar>>(elements.data(), rows, cols);
@@ -283,7 +283,7 @@ class GoldenCase {
     std::vector<std::string> all = failures_;
     for (const std::string& name : file_.names()) {
       if (used_.count(name) == 0) {
-        all.push_back(moxie::detail::tensor_named(name) + " was not compared with anything");
+        all.push_back(moxie::tensor_named(name) + " was not compared with anything");
       }
     }
     if (groups_.empty()) {
@@ -301,7 +301,7 @@ class GoldenCase {
     T result{};
     const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
     if (error != std::errc{} || end != value.data() + value.size()) {
-      throw GoldenError("metadata '" + key + "' is '" + moxie::detail::printable(value) + "', expected a number");
+      throw GoldenError("metadata '" + key + "' is '" + moxie::printable(value) + "', expected a number");
     }
     return result;
   }
@@ -310,7 +310,7 @@ class GoldenCase {
   static void expect_finite(const std::string& name, const std::vector<T>& elements) {
     for (std::size_t i = 0; i < elements.size(); ++i) {
       if (!std::isfinite(elements[i])) {
-        throw GoldenError(moxie::detail::tensor_named(name) + " is not finite at element " + std::to_string(i));
+        throw GoldenError(moxie::tensor_named(name) + " is not finite at element " + std::to_string(i));
       }
     }
   }
@@ -338,7 +338,7 @@ class GoldenCase {
   void compare(const std::string& name, const std::vector<double>& actual, const Scale& scale) {
     const std::vector<double> expected = read<double>(name);
     if (actual.size() != expected.size()) {
-      throw GoldenError(moxie::detail::tensor_named(name) + ": " + std::to_string(actual.size()) + " elements, expected " +
+      throw GoldenError(moxie::tensor_named(name) + ": " + std::to_string(actual.size()) + " elements, expected " +
                         std::to_string(expected.size()));
     }
     double largest = scale.terms;

@@ -13,7 +13,7 @@ inline std::vector<Index> read_indices(GoldenCase& golden, const std::string& na
   const std::vector<std::int64_t> elements = golden.read<std::int64_t>(name);
   for (const std::int64_t i : elements) {
     if (i < 0 || i >= count) {
-      throw GoldenError(moxie::detail::tensor_named(name) + " has the index " + std::to_string(i) + ", expected less than " +
+      throw GoldenError(moxie::tensor_named(name) + " has the index " + std::to_string(i) + ", expected less than " +
                         std::to_string(count));
     }
   }

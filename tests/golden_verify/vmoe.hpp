@@ -12,8 +12,7 @@ namespace golden {
 inline moxie::Capacity capacity_of(const GoldenCase& golden) {
   const std::string& rounding = golden.text("capacity_ceil_or_round");
   if (rounding != "ceil" && rounding != "round") {
-    throw GoldenError("metadata 'capacity_ceil_or_round' is '" + moxie::detail::printable(rounding) +
-                      "', expected ceil or round");
+    throw GoldenError("metadata 'capacity_ceil_or_round' is '" + moxie::printable(rounding) + "', expected ceil or round");
   }
   const std::string& multiple = golden.text("capacity_multiple_of");
   return {.factor = golden.number("capacity_factor"),

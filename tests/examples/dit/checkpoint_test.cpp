@@ -316,7 +316,7 @@ TEST_CASE("checkpoint: a flipped bit anywhere is found, and one in the data by t
   for (const std::string& name : good.names()) {
     const auto& info = good.info(name);
     const auto at = std::size_t(8 + Index(header) + info.offset) + std::size_t(info.count / 2) * 4;
-    CHECK(contains(refusal(at + 1, 3), moxie::detail::tensor_named(name)));
+    CHECK(contains(refusal(at + 1, 3), moxie::tensor_named(name)));
   }
   // Of the header every 7th byte: names, shapes, configuration, checksums.
   for (std::size_t at = 0; at < header + 8; at += 7) {

@@ -29,7 +29,7 @@ TEST_CASE("OutputFolder: is made, and goes again with nothing in it; another one
 TEST_CASE("OutputFolder: one run at a time; what a killed one has left is removed") {
   const moxie::test::TemporaryFolder parent;
   std::ofstream(parent / ".moxie-0123.tmp") << "half a checkpoint";
-  moxie::detail::ReplacementFile being_written(parent / "file");  // by a command that does not take the folder
+  moxie::ReplacementFile being_written(parent / "file");  // by a command that does not take the folder
   std::optional<OutputFolder> first(parent.path);
   CHECK_FALSE(fs::exists(parent / ".moxie-0123.tmp"));
   CHECK_THROWS_WITH_AS(OutputFolder second(parent.path), doctest::Contains("another run"), std::runtime_error);
