@@ -76,7 +76,7 @@ int wrong_reads(const SafetensorsFile& file, std::uint64_t seed, int reads) {
   return wrong;
 }
 
-#if defined(__linux__)
+#if defined(__linux__) && !defined(MOXIE_TEST_SANITIZED)
 // The most memory that the process has held, in KiB.
 long peak_kib() {
   std::ofstream("/proc/self/clear_refs") << "5";  // begins anew from what it holds now
