@@ -3,9 +3,9 @@
 
 #include <benchmarks.hpp>
 #include <dit/model.hpp>
-#include <dit/optimizer.hpp>
 #include <dit/zoo.hpp>
 #include <moxie/layer/shared_expert_moe.hpp>
+#include <nn/adamw.hpp>
 #include <string>
 #include <vector>
 
@@ -56,9 +56,9 @@ void add(Index batch, bool train, const Exec& exec) {
       return;
     }
     auto grads = p.zeros_like();
-    dit::AdamW<float> optimizer({}, p);
+    nn::AdamW<float> optimizer({}, p);
     moxie::bench::measure<float>(state, exec, {{3 * work, 0}}, [&] {
-      dit::set_zero(grads, exec);
+      nn::set_zero(grads, exec);
       model.forward(p.view(), x, times, labels, v, tape, exec);
       model.backward(p.view(), dv, grads.view(), tape, exec);
       optimizer.step(p, grads, exec);

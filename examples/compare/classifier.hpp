@@ -3,9 +3,10 @@
 
 #include <compare/convolution.hpp>
 #include <dit/data_set.hpp>
-#include <dit/optimizer.hpp>
 #include <filesystem>
 #include <moxie/io/safetensors.hpp>
+#include <nn/activation.hpp>
+#include <nn/adamw.hpp>
 #include <optional>
 
 /// The judge of drawn images: a small network that tells the classes of real ones apart.
@@ -69,11 +70,11 @@ class Classifier {
     const RowView<S> a3 = tape.a3.matrix(batch, config_.features);
     const RowView<S> logits = tape.logits.matrix(batch, config_.classes);
     conv1_.forward(p, x, h1, tape.windows1, exec);
-    dit::activate<moxie::Relu, S>(h1, a1);
+    nn::activate<moxie::Relu, S>(h1, a1);
     conv2_.forward(p, a1, h2, tape.windows2, exec);
-    dit::activate<moxie::Relu, S>(h2, a2);
+    nn::activate<moxie::Relu, S>(h2, a2);
     features_.forward(p, flat(RowView<const S>(a2), batch), h3, exec);
-    dit::activate<moxie::Relu, S>(h3, a3);
+    nn::activate<moxie::Relu, S>(h3, a3);
     classes_.forward(p, a3, logits, exec);
     return logits;
   }
@@ -102,11 +103,11 @@ class Classifier {
     const RowView<S> d2 = tape.d2.matrix(batch * area2, 64);
     const RowView<S> d1 = tape.d1.matrix(batch * area1, 32);
     classes_.backward(p, tape.a3.view(batch, config_.features), dlogits, d3, grads, exec);
-    dit::activate_backward<moxie::Relu, S>(tape.h3.view(batch, config_.features), d3);
+    nn::activate_backward<moxie::Relu, S>(tape.h3.view(batch, config_.features), d3);
     features_.backward(p, flat(tape.a2.view(batch * area2, 64), batch), d3, flat(d2, batch), grads, exec);
-    dit::activate_backward<moxie::Relu, S>(tape.h2.view(batch * area2, 64), d2);
+    nn::activate_backward<moxie::Relu, S>(tape.h2.view(batch * area2, 64), d2);
     conv2_.backward(p, tape.windows2, d2, d1, tape.scratch, grads, exec);
-    dit::activate_backward<moxie::Relu, S>(tape.h1.view(batch * area1, 32), d1);
+    nn::activate_backward<moxie::Relu, S>(tape.h1.view(batch * area1, 32), d1);
     conv1_.backward(p, tape.windows1, d1, {}, tape.scratch, grads, exec);
     return loss;
   }
@@ -122,8 +123,8 @@ class Classifier {
   Layout layout_;
   Convolution<S> conv1_;
   Convolution<S> conv2_;
-  dit::Linear<S> features_;
-  dit::Linear<S> classes_;
+  nn::Linear<S> features_;
+  nn::Linear<S> classes_;
 };
 
 struct ClassifierTraining {
@@ -144,7 +145,7 @@ moxie::Parameters<float> train_classifier(const Classifier<float>& classifier, c
   moxie::Parameters<float> weights(classifier.layout());
   classifier.initialize(weights, Rng(config.seed).split(0));
   moxie::Parameters<float> grads = weights.zeros_like();
-  dit::AdamW<float> optimizer({.rate = config.rate, .clip = 0, .warm_up = 100, .ema_decay = 0.999}, weights);
+  nn::AdamW<float> optimizer({.rate = config.rate, .clip = 0, .warm_up = 100, .ema_decay = 0.999}, weights);
   Classifier<float>::Tape tape;
   Matrix<float> images(config.batch, data.images.cols());
   std::vector<Index> labels(std::size_t(config.batch));
@@ -163,7 +164,7 @@ moxie::Parameters<float> train_classifier(const Classifier<float>& classifier, c
         images(b, j) = data.images(chosen, j / area * area + y * shape.side + x);
       }
     });
-    dit::set_zero(grads, exec);
+    nn::set_zero(grads, exec);
     classifier.forward(weights, images, tape, exec);
     const double loss = classifier.backward(weights, labels, grads, tape, exec);
     optimizer.step(weights, grads, exec);

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <dit/modules.hpp>
+#include <nn/linear.hpp>
 
 namespace compare {
 
-using dit::Buffer;
-using dit::Exec;
-using dit::Index;
-using dit::Layout;
-using dit::Matrix;
-using dit::ParameterView;
-using dit::Rng;
-using dit::RowView;
+using moxie::Buffer;
+using moxie::Exec;
+using moxie::Index;
+using moxie::Layout;
+using moxie::Matrix;
+using moxie::ParameterView;
+using moxie::Rng;
+using moxie::RowView;
 
 /// A convolution of square images with zero padding, as a product of their windows: rows are pixels, columns channels.
 ///
@@ -81,7 +81,7 @@ class Convolution {
   Index in_;
   Index kernel_;
   Index stride_;
-  dit::Linear<S> linear_;
+  nn::Linear<S> linear_;
 };
 
 }  // namespace compare

@@ -46,7 +46,7 @@ dit::DataSet test_set(const dit::DataSet& data) {
   if (data.origin.find("generated shapes") != std::string::npos) {
     return dit::generated_shapes(10000, moxie::Rng{2});
   }
-  dit::DataSet test = dit::read_idx(dit::detail::idx_file(dit::fashion_mnist_directory, {"t10k-images-idx3-ubyte"}));
+  dit::DataSet test = dit::read_idx(nn::idx_file(dit::fashion_mnist_directory, {"t10k-images-idx3-ubyte"}));
   if (test.images.cols() != data.images.cols() || test.class_names != data.class_names) {
     throw std::runtime_error(test.origin + ": is not the test set of " + data.origin);
   }

@@ -2,19 +2,23 @@
 #pragma once
 
 #include <dit/model.hpp>
-#include <dit/optimizer.hpp>
 #include <dit/process.hpp>
 #include <moxie/moxie.hpp>
 #include <nlohmann/json.hpp>
+#include <nn/adamw.hpp>
 #include <string>
+
+namespace nn {
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(AdamWConfig, rate, beta1, beta2, epsilon, weight_decay, clip, warm_up,
+                                                ema_decay)
+
+}  // namespace nn
 
 namespace dit {
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(ModelConfig, image_size, channels, patch, dim, depth, heads, classes,
                                                 learn_sigma, qk_norm, switch_experts, switch_top_k)
-
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(AdamWConfig, rate, beta1, beta2, epsilon, weight_decay, clip, warm_up,
-                                                ema_decay)
 
 /// How a model is trained, whatever it is.
 struct Recipe {
@@ -26,7 +30,7 @@ struct Recipe {
   Index batch = 48;
   Index micro_batch = 0;  ///< images of a batch that are computed at once; 0: all
   double label_dropout = 0.1;
-  AdamWConfig optimizer = {};
+  nn::AdamWConfig optimizer = {};
   std::uint64_t seed = 1;
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(Recipe, balance, bias_rate, prior, times, stratified, batch, micro_batch,

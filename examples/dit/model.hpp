@@ -1,13 +1,33 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <dit/attention.hpp>
-#include <dit/modules.hpp>
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <moxie/moxie.hpp>
+#include <nn/activation.hpp>
+#include <nn/adaln.hpp>
+#include <nn/attention.hpp>
+#include <nn/embedding.hpp>
+#include <nn/linear.hpp>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace dit {
+
+using moxie::Buffer;
+using moxie::Exec;
+using moxie::Index;
+using moxie::Layout;
+using moxie::Matrix;
+using moxie::ParameterView;
+using moxie::Rng;
+using moxie::RowView;
+using moxie::Workspace;
+using nn::Attention;
+using nn::position_embedding;
 
 /// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one expert, the reference's a GELU MLP,
 /// that every token passes.
@@ -60,6 +80,15 @@ class DenseFeedForward {
  private:
   Experts bank_;
 };
+
+/// out -= a ⊙ b.
+template <class S>
+void subtract_product(RowView<const S> a, RowView<const S> b, RowView<S> out, const Exec& exec) {
+  exec.parallel_ranges(out.rows(), 16, [&](Index begin, Index end) {
+    const auto part = [&](auto m) { return m.middle_rows(begin, end - begin).eigen().array(); };
+    part(out) -= part(a) * part(b);
+  });
+}
 
 /// The shape of a diffusion transformer.
 struct ModelConfig {
@@ -126,19 +155,19 @@ class Model {
   struct BlockTape {
     Buffer<S> modulation;  // (B,6D)
     Buffer<S> h1, projected, middle, h2, mixed, out;
-    typename ModulatedNorm<S>::Tape norm1, norm2;
-    typename SelfAttention<S>::Tape attention;
+    typename nn::ModulatedNorm<S>::Tape norm1, norm2;
+    typename nn::SelfAttention<S>::Tape attention;
     typename FeedForward::Tape feed_forward;
     typename moxie::TimestepMoE<S>::Tape gated;  // Switch-DiT's layer, its output and what it lets through
     Buffer<S> gated_y, masked;
   };
   struct Tape {
     Index batch = 0;
-    Buffer<S> patches, frequencies, time_hidden, time_active, condition, active_condition, first, final_modulation, final_h,
-        tokens;
+    Buffer<S> patches, condition, active_condition, first, final_modulation, final_h, tokens;
+    typename nn::TimestepEmbedding<S>::Tape time;
     std::vector<Index> labels;
     std::vector<BlockTape> blocks;
-    typename ModulatedNorm<S>::Tape final_norm;
+    typename nn::ModulatedNorm<S>::Tape final_norm;
     mutable Workspace workspace;
     // Of Switch-DiT: the embedding of t, and for the prior the unit of it that each expert plays (none: no prior loss).
     Buffer<S> time_embedding;
@@ -163,9 +192,8 @@ class Model {
       : config_((config.validate(), config)),
         feed_forwards_(feed_forwards),
         patch_embedding_(layout_, "x_embedder.proj", {config.dim, config.channels, config.patch, config.patch}, config.dim),
-        time1_(layout_, "t_embedder.mlp.0", 256, config.dim),
-        time2_(layout_, "t_embedder.mlp.2", config.dim, config.dim),
-        labels_(layout_.add("y_embedder.embedding_table.weight", {config.classes + 1, config.dim})),
+        time_(layout_, "t_embedder.mlp", config.dim),
+        labels_(layout_, "y_embedder.embedding_table", config.classes + 1, config.dim),
         blocks_(declare_blocks(name)),
         final_linear_(layout_, "final_layer.linear", config.dim, config.patch_output_dim()),
         final_modulation_(layout_, "final_layer.adaLN_modulation.1", config.dim, 2 * config.dim),
@@ -196,9 +224,8 @@ class Model {
   void initialize(ParameterView<S> p, const Rng& rng) const {
     moxie::set_zero(p);
     patch_embedding_.initialize(p, rng);
-    time1_.initialize_normal(p, rng, 0.02);
-    time2_.initialize_normal(p, rng, 0.02);
-    rng.split(std::uint64_t(labels_)).fill_normal(p[labels_], 0.02);
+    time_.initialize(p, rng);
+    labels_.initialize(p, rng);
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       blocks_[i].attention.initialize(p, rng);
       feed_forwards_[i].initialize(feed_forward_part(p, Index(i)), rng.split(1000 + i));
@@ -227,10 +254,9 @@ class Model {
       times.push_back(S(double(i) * config_.timestep_unit));
     }
     const Workspace::Frame frame(tape.workspace);
-    const RowView<S> frequencies = tape.workspace.template matrix<S>(steps, 256);
-    const RowView<S> hidden = tape.workspace.template matrix<S>(steps, config_.dim);
     const RowView<S> embedding = tape.workspace.template matrix<S>(steps, config_.dim);
-    embed_times(p, times, frequencies, hidden, hidden, embedding, exec);
+    typename nn::TimestepEmbedding<S>::Tape time;
+    time_.forward(p, times, embedding, time, exec);
     // As many sequences without tokens.
     const std::vector<Index> starts(std::size_t(steps + 1), 0);
     const Matrix<S> none(0, config_.dim);
@@ -276,15 +302,12 @@ class Model {
 
     const RowView<S> condition = tape.condition.matrix(batch, dim);
     const RowView<S> active = tape.active_condition.matrix(batch, dim);
-    embed_times(p, t, tape.frequencies.matrix(batch, 256), tape.time_hidden.matrix(batch, dim),
-                tape.time_active.matrix(batch, dim), condition, exec);
+    time_.forward(p, t, condition, tape.time, exec);
     if (switch_) {
       tape.time_embedding.matrix(batch, dim).eigen() = condition.eigen();
     }
-    for (Index b = 0; b < batch; ++b) {
-      condition.middle_rows(b, 1).eigen() += p[labels_].middle_rows(labels[std::size_t(b)], 1).eigen();
-    }
-    activate<moxie::Silu, S>(condition, active);
+    labels_.add(p, labels, condition);
+    nn::activate<moxie::Silu, S>(condition, active);
 
     const RowView<S> patches = tape.patches.matrix(rows, config_.patch_dim());
     for_each_input([&](Index row, Index feature, Index b, Index pixel) { patches(row, feature) = x(b, pixel); }, batch);
@@ -357,25 +380,19 @@ class Model {
       patch_embedding_.backward(p, tape.patches.view(rows, config_.patch_dim()), d, dpatches, grads, exec);
       for_each_input([&](Index row, Index feature, Index b, Index pixel) { dx(b, pixel) = dpatches(row, feature); }, batch);
     }
-    activate_backward<moxie::Silu, S>(tape.condition.view(batch, dim), dactive);  // now the gradient of the condition
-    const RowView<S> dlabels = grads[labels_];
-    for (Index b = 0; b < batch; ++b) {
-      dlabels.middle_rows(tape.labels[std::size_t(b)], 1).eigen() += dactive.middle_rows(b, 1).eigen();
-    }
+    nn::activate_backward<moxie::Silu, S>(tape.condition.view(batch, dim), dactive);  // now the gradient of the condition
+    labels_.backward(tape.labels, dactive, grads);
     if (switch_) {
       dactive.eigen() += dembedding.eigen();
     }
-    const RowView<S> dtime = tape.workspace.template matrix<S>(batch, dim);
-    time2_.backward(p, tape.time_active.view(batch, dim), dactive, dtime, grads, exec);
-    activate_backward<moxie::Silu, S>(tape.time_hidden.view(batch, dim), dtime);
-    time1_.backward(tape.frequencies.view(batch, 256), dtime, grads, exec);
+    time_.backward(p, dactive, grads, tape.time, tape.workspace, exec);
   }
 
  private:
   struct Block {
-    SelfAttention<S> attention;
+    nn::SelfAttention<S> attention;
     Index feed_forward;  // offset of its part of the block of parameters
-    Linear<S> modulation;
+    nn::Linear<S> modulation;
     Index number;     // of the block
     Index gated = 0;  // offset of Switch-DiT's part
   };
@@ -385,23 +402,14 @@ class Model {
     for (Index i = 0; i < config_.depth; ++i) {
       const std::string name = "blocks." + std::to_string(i) + ".";
       blocks.push_back(
-          {SelfAttention<S>(layout_, name + "attn.", config_.dim, config_.heads, config_.tokens(), config_.qk_norm),
+          {nn::SelfAttention<S>(layout_, name + "attn.", config_.dim, config_.heads, config_.tokens(), config_.qk_norm),
            layout_.add_part(name + feed_forward_name, feed_forward(i).layout()),
-           Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim), i});
+           nn::Linear<S>(layout_, name + "adaLN_modulation.1", config_.dim, 6 * config_.dim), i});
     }
     return blocks;
   }
 
-  /// embedding = W2 silu(W1 frequencies(t) + b1) + b2.
-  void embed_times(ParameterView<const S> p, const std::vector<S>& t, RowView<S> frequencies, RowView<S> hidden,
-                   RowView<S> active, RowView<S> embedding, const Exec& exec) const {
-    timestep_frequencies(t, frequencies);
-    time1_.forward(p, frequencies, hidden, exec);
-    activate<moxie::Silu, S>(hidden, active);
-    time2_.forward(p, active, embedding, exec);
-  }
-
-  ModulatedNorm<S> norm() const { return {config_.tokens()}; }
+  nn::ModulatedNorm<S> norm() const { return {config_.tokens()}; }
   /// Modulation i, D columns: 0..5 are shift, scale, gate of attention, then of the feed-forward.
   template <class T>
   RowView<T> columns(RowView<T> m, Index i) const {
@@ -424,11 +432,11 @@ class Model {
     block.modulation.forward(p, condition, modulation, exec);
     norm().forward(x, columns(m, 0), columns(m, 1), h1, tape.norm1, exec);
     block.attention.forward(p, h1, projected, tape.attention, workspace, exec);
-    add_gated<S>(x, columns(m, 2), projected, middle, exec);
+    nn::add_gated<S>(x, columns(m, 2), projected, middle, exec);
     norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, exec);
     feed_forward(block.number)
         .forward(feed_forward_part(p, block.number), sequences(h2), mixed, tape.feed_forward, workspace, exec);
-    add_gated<S>(middle, columns(m, 5), mixed, out, exec);
+    nn::add_gated<S>(middle, columns(m, 5), mixed, out, exec);
     return out;
   }
 
@@ -506,13 +514,13 @@ class Model {
     const RowView<S> df = workspace.matrix<S>(rows, dim);
     const RowView<S> dh = workspace.matrix<S>(rows, dim);
 
-    add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
+    nn::add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
     feed_forward(block.number)
         .backward(feed_forward_part(p, block.number), sequences(tape.h2.view(rows, dim)), df, dh,
                   feed_forward_part(grads, block.number), tape.feed_forward, workspace, exec);
     norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, exec);
 
-    add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);
+    nn::add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);
     block.attention.backward(p, tape.h1.view(rows, dim), df, dh, grads, tape.attention, workspace, exec);
     norm().backward(columns(m, 1), dh, columns(dm, 0), columns(dm, 1), d, tape.norm1, exec);
     block.modulation.backward(p, condition, dm, dcondition, grads, exec, true);
@@ -551,15 +559,14 @@ class Model {
   ModelConfig config_;
   std::vector<FeedForward> feed_forwards_;
   Layout layout_;
-  Linear<S> patch_embedding_;
-  Linear<S> time1_;
-  Linear<S> time2_;
-  Index labels_;
+  nn::Linear<S> patch_embedding_;
+  nn::TimestepEmbedding<S> time_;
+  nn::LabelEmbedding<S> labels_;
   std::vector<Block> blocks_;
   std::optional<moxie::TimestepMoE<S>> switch_;
   Matrix<std::uint8_t> prior_;
-  Linear<S> final_linear_;
-  Linear<S> final_modulation_;
+  nn::Linear<S> final_linear_;
+  nn::Linear<S> final_modulation_;
   Matrix<S> position_;
 };
 

@@ -4,8 +4,8 @@
 #include <deque>
 #include <dit/checkpoint.hpp>
 #include <dit/data_set.hpp>
-#include <dit/optimizer.hpp>
 #include <dit/process.hpp>
+#include <nn/adamw.hpp>
 
 namespace dit {
 
@@ -106,7 +106,7 @@ class Training {
     const auto parts = float(count);
     v_.resize(part, model_.config().output_dim());
     dv_.resize(part, model_.config().output_dim());
-    set_zero(grads_, exec);
+    nn::set_zero(grads_, exec);
     model_.match_prior(weights_, tape_, exec);
     chosen_.assign(tape_.blocks.size(), {});
     StepReport report{};
@@ -123,7 +123,7 @@ class Training {
       count_choices();
     }
     if (parts > 1) {
-      scale(grads_, 1 / parts, exec);
+      nn::scale(grads_, 1 / parts, exec);
     }
     return report;
   }
@@ -246,7 +246,7 @@ class Training {
   const AnyModel& model_;
   moxie::Parameters<float> weights_;
   moxie::Parameters<float> grads_;
-  AdamW<float> optimizer_;
+  nn::AdamW<float> optimizer_;
   std::vector<StepReport> history_;
   typename AnyModel::Tape tape_;
   Batch<float> batch_;

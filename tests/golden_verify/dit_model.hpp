@@ -121,7 +121,7 @@ struct DitRun {
       }
     };
     const Index rows = batch * config.tokens();
-    compare("intermediate/t_freq", tape.frequencies.view(batch, 256));
+    compare("intermediate/t_freq", tape.time.frequencies.view(batch, 256));
     golden.leave_out("intermediate/t_freq_reference_float32", "in float; the reference's rounding, not the formula's");
     compare("intermediate/c", tape.condition.view(batch, dim));
     compare("intermediate/x_embed", tape.first.view(rows, dim));
@@ -135,7 +135,7 @@ struct DitRun {
     golden.leave_out("intermediate/t_emb", "a summand of intermediate/c");
     golden.leave_out("intermediate/y_emb", "a summand of intermediate/c");
     golden.require("param/pos_embed", {1, config.tokens(), dim});
-    golden.compare("param/pos_embed", values(dit::position_embedding<Scalar>(config.grid(), dim)));
+    golden.compare("param/pos_embed", values(nn::position_embedding<Scalar>(config.grid(), dim)));
     golden.compare_total("loss/total", y, dy, tape.balance_loss());
   }
 
@@ -303,14 +303,14 @@ void verify_flash_attention(GoldenCase& golden) {
   GoldenCase::limit({batch, heads, length, length});
   GoldenCase::limit({batch, length, dim, 3});
   moxie::Layout layout;
-  const dit::SelfAttention<Scalar> attention(layout, "", dim, heads, length, golden.boolean("qk_norm"));
+  const nn::SelfAttention<Scalar> attention(layout, "", dim, heads, length, golden.boolean("qk_norm"));
   moxie::Parameters<Scalar> p(layout);
   read_parameters(golden, layout, p);
   const Matrix<Scalar> x = golden.matrix<Scalar>("input/x", batch * length, dim);
   const Matrix<Scalar> dy = golden.matrix<Scalar>("input/dy", batch * length, dim);
   Matrix<Scalar> y = unwritten<Scalar>(batch * length, dim);
   Matrix<Scalar> dx = unwritten<Scalar>(batch * length, dim);
-  typename dit::SelfAttention<Scalar>::Tape tape;
+  typename nn::SelfAttention<Scalar>::Tape tape;
   moxie::Workspace workspace;
   auto grads = p.zeros_like();
   attention.forward(p, x, y, tape, workspace, moxie::Exec{2});

@@ -289,21 +289,3 @@ TEST_CASE("Model: refuses other shapes, labels that are no class, and configurat
     CHECK_THROWS_AS(bad.validate(), moxie::ValueError);
   }
 }
-
-TEST_CASE("position_embedding: sines and cosines of the column, then of the row") {
-  const Matrix<double> table = dit::position_embedding<double>(3, 8);
-  const Index token = 2 * 3 + 1;  // row 2, column 1
-  CHECK(table(token, 0) == doctest::Approx(std::sin(1.0)));
-  CHECK(table(token, 1) == doctest::Approx(std::sin(0.01)));
-  CHECK(table(token, 2) == doctest::Approx(std::cos(1.0)));
-  CHECK(table(token, 4) == doctest::Approx(std::sin(2.0)));
-  CHECK(table(token, 7) == doctest::Approx(std::cos(0.02)));
-}
-
-TEST_CASE("timestep_frequencies: cosines first, then sines") {
-  Matrix<double> out(1, 256);
-  dit::timestep_frequencies<double>({0.7}, out);
-  CHECK(out(0, 0) == doctest::Approx(std::cos(0.7)));
-  CHECK(out(0, 128) == doctest::Approx(std::sin(0.7)));
-  CHECK(out(0, 128 + 64) == doctest::Approx(std::sin(0.7 / 100)));
-}

@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <dit/modules.hpp>
+#include <algorithm>
+#include <cmath>
+#include <nn/layer_norm.hpp>
+#include <nn/linear.hpp>
 #include <optional>
+#include <string>
 
-namespace dit {
+namespace nn {
+
+using moxie::Workspace;
 
 /// Multi-head attention inside each sequence, from projected q, k, v to the heads' outputs:
 ///
 ///     P = softmax(q kᵀ / √d),   out = P v        for every sequence and head, d = D / heads
 ///
-/// `qkv` is (T,3D): q, k and v side by side, each D = heads · d. No P is kept: backward computes it again, for as many
-/// sequences at a time as take `scratch` numbers.
+/// `qkv` is (T,3D): q, k and v side by side, each D = heads · d. P is not kept: backward computes it again. Sequences are
+/// computed in parts, so that the P of a part, (sequences · heads, L, L), has at most `scratch` numbers.
 template <class S>
 struct Attention {
   Index heads;
@@ -79,7 +85,7 @@ struct Attention {
   }
 
  private:
-  /// f(first pair, pairs, their P) for parts of the pairs (sequence, head).
+  /// Calls f(first pair, number of pairs, scratch for their P) for each part. A pair is a sequence and a head.
   template <class F>
   void for_each_part(Index sequences, Workspace& workspace, F&& f) const {
     const Index most = std::max(Index{1}, scratch / (heads * length * length));
@@ -123,88 +129,19 @@ struct Attention {
   }
 };
 
-/// Layer norm over the d numbers of each head, with a weight and a bias (d) that all heads share:
-///
-///     n = (x - mean) / √(var + 1e-6),   y = n w + b
-template <class S>
-class HeadNorm {
- public:
-  struct Tape {
-    Buffer<S> n;        // (T,D)
-    Buffer<S> inverse;  // 1 / √(var + ε), (T, heads)
-  };
-
-  HeadNorm(Layout& layout, const std::string& name, Index d)
-      : weight_(layout.add(name + ".weight", {d})), bias_(layout.add(name + ".bias", {d})) {}
-
-  void initialize(ParameterView<S> p) const { p[weight_].eigen().setOnes(); }
-
-  /// In place, x (T, heads · d).
-  void forward(ParameterView<const S> p, RowView<S> x, Tape& tape, const Exec& exec) const {
-    const auto w = p[weight_].eigen().row(0).array();
-    const auto b = p[bias_].eigen().row(0).array();
-    const Index d = w.size();
-    const Index heads = x.cols() / d;
-    const RowView<S> n = tape.n.matrix(x.rows(), x.cols());
-    const RowView<S> inverse = tape.inverse.matrix(x.rows(), heads);
-    exec.parallel_for(x.rows(), [&](Index t) {
-      for (Index h = 0; h < heads; ++h) {
-        auto in = x.eigen().row(t).segment(h * d, d).array();
-        auto out = n.eigen().row(t).segment(h * d, d).array();
-        out = in - in.mean();
-        inverse(t, h) = S(1) / std::sqrt(out.square().mean() + S(1e-6));
-        out *= inverse(t, h);
-        in = out * w + b;
-      }
-    });
-  }
-
-  /// In place, from the gradient of the output to that of the input: with dn = dy w, dx = inverse · (dn - mean(dn) - n mean(dn
-  /// n)). dw += Σ dy n, db += Σ dy over tokens and heads, in order.
-  void backward(ParameterView<const S> p, RowView<S> d_x, ParameterView<S> dp, const Tape& tape, const Exec& exec) const {
-    const auto w = p[weight_].eigen().row(0).array();
-    const Index d = w.size();
-    const Index heads = d_x.cols() / d;
-    const RowView<const S> n = tape.n.view(d_x.rows(), d_x.cols());
-    const RowView<const S> inverse = tape.inverse.view(d_x.rows(), heads);
-    auto dw = dp[weight_].eigen().row(0).array();
-    auto db = dp[bias_].eigen().row(0).array();
-    for (Index t = 0; t < d_x.rows(); ++t) {
-      for (Index h = 0; h < heads; ++h) {
-        const auto dy = d_x.eigen().row(t).segment(h * d, d).array();
-        dw += dy * n.eigen().row(t).segment(h * d, d).array();
-        db += dy;
-      }
-    }
-    exec.parallel_for(d_x.rows(), [&](Index t) {
-      for (Index h = 0; h < heads; ++h) {
-        auto dx = d_x.eigen().row(t).segment(h * d, d).array();
-        const auto row = n.eigen().row(t).segment(h * d, d).array();
-        dx *= w;
-        const S mean = dx.mean();
-        const S along = (dx * row).mean();
-        dx = inverse(t, h) * (dx - mean - row * along);
-      }
-    });
-  }
-
- private:
-  Index weight_;
-  Index bias_;
-};
-
 /// Self-attention with its projections, x (T,D) -> (T,D):
 ///
 ///     q, k, v = x Wᵀ + b,   out = attention(q, k, v) Woᵀ + bo
 ///
-/// With `qk_norm` each head's q and k pass a `HeadNorm`, as in the large models of DiT-MoE, where the tensors have other names.
+/// With `qk_norm` a `LayerNorm` normalizes each head's q and k, as in the large models of DiT-MoE, where the tensors have other
+/// names.
 template <class S>
 class SelfAttention {
  public:
   struct Tape {
     Buffer<S> qkv;       // (T,3D), normalized
     Buffer<S> attended;  // (T,D)
-    typename HeadNorm<S>::Tape q, k;
+    typename LayerNorm<S>::Tape q, k;
   };
 
   SelfAttention(Layout& layout, const std::string& name, Index dim, Index heads, Index length, bool qk_norm)
@@ -233,8 +170,8 @@ class SelfAttention {
     const RowView<S> attended = tape.attended.matrix(x.rows(), dim);
     qkv_.forward(p, x, qkv, exec);
     if (q_norm_) {
-      q_norm_->forward(p, part(qkv, 0, dim), tape.q, exec);
-      k_norm_->forward(p, part(qkv, 1, dim), tape.k, exec);
+      q_norm_->forward(p, part(qkv, 0, dim), part(qkv, 0, dim), tape.q, exec);
+      k_norm_->forward(p, part(qkv, 1, dim), part(qkv, 1, dim), tape.k, exec);
     }
     attention_.forward(qkv, attended, workspace, exec);
     projection_.forward(p, attended, out, exec);
@@ -249,8 +186,8 @@ class SelfAttention {
     projection_.backward(p, tape.attended.view(x.rows(), dim), dout, dx, dp, exec);
     attention_.backward(tape.qkv.view(x.rows(), 3 * dim), dx, dqkv, workspace, exec);
     if (q_norm_) {
-      q_norm_->backward(p, part(dqkv, 0, dim), dp, tape.q, exec);
-      k_norm_->backward(p, part(dqkv, 1, dim), dp, tape.k, exec);
+      q_norm_->backward(p, part(dqkv, 0, dim), part(dqkv, 0, dim), dp, tape.q, exec);
+      k_norm_->backward(p, part(dqkv, 1, dim), part(dqkv, 1, dim), dp, tape.k, exec);
     }
     qkv_.backward(p, x, dqkv, dx, dp, exec);
   }
@@ -261,8 +198,8 @@ class SelfAttention {
   Attention<S> attention_;
   Linear<S> qkv_;
   Linear<S> projection_;
-  std::optional<HeadNorm<S>> q_norm_;
-  std::optional<HeadNorm<S>> k_norm_;
+  std::optional<LayerNorm<S>> q_norm_;
+  std::optional<LayerNorm<S>> k_norm_;
 };
 
-}  // namespace dit
+}  // namespace nn

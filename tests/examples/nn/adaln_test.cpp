@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <dit/modules.hpp>
 #include <moxie/testing/gradient_check.hpp>
+#include <nn/adaln.hpp>
 
-using dit::Exec;
-using dit::Index;
-using dit::Matrix;
-using dit::Rng;
-using moxie::Parameters;
+using moxie::Exec;
+using moxie::Index;
+using moxie::Matrix;
 using moxie::random_normal;
+using moxie::Rng;
 using moxie::testing::check_gradient;
 
 namespace {
@@ -20,43 +19,15 @@ double inner(const Matrix<double>& a, const Matrix<double>& b) { return (a.array
 
 }  // namespace
 
-TEST_CASE("Linear: is x W' + b, and its gradients agree with finite differences") {
-  moxie::Layout layout;
-  const dit::Linear<double> linear(layout, "l", 5, 3);
-  Parameters<double> p(layout);
-  p["l.weight"].eigen() = random_normal<double>(3, 5, Rng(1));
-  p["l.bias"].eigen() = random_normal<double>(1, 3, Rng(2));
-  Matrix<double> x = random_normal<double>(7, 5, Rng(3));
-  const Matrix<double> dy = random_normal<double>(7, 3, Rng(4));
-  Matrix<double> y(7, 3);
-  const auto loss = [&] {
-    linear.forward(p, x, y, Exec{1});
-    return inner(y, dy);
-  };
-  loss();
-  const Matrix<double> expected =
-      (x * p["l.weight"].eigen().transpose()).rowwise() + Eigen::RowVectorXd(p["l.bias"].eigen().row(0));
-  CHECK((y - expected).cwiseAbs().maxCoeff() < 1e-13);
-  Parameters<double> dp = p.zeros_like();
-  Matrix<double> dx(7, 5);
-  linear.backward(p, x, dy, dx, dp, Exec{1});
-  CHECK(check_gradient(loss, x, dx).passes(tolerance));
-  CHECK(check_gradient(loss, p["l.weight"], dp["l.weight"]).passes(tolerance));
-  CHECK(check_gradient(loss, p["l.bias"], dp["l.bias"]).passes(tolerance));
-  const Matrix<double> once = dx;
-  linear.backward(p, x, dy, dx, dp, Exec{1}, true);
-  CHECK((dx - 2 * once).cwiseAbs().maxCoeff() < 1e-12);
-}
-
 TEST_CASE("ModulatedNorm: has mean 0 and variance 1 before modulation, and its gradients agree with finite differences") {
   constexpr Index B = 2, L = 3, D = 8;
-  const dit::ModulatedNorm<double> norm{L};
+  const nn::ModulatedNorm<double> norm{L};
   Matrix<double> x = random_normal<double>(B * L, D, Rng(1), 3.0);
   Matrix<double> shift = random_normal<double>(B, D, Rng(2));
   Matrix<double> scale = random_normal<double>(B, D, Rng(3));
   const Matrix<double> dh = random_normal<double>(B * L, D, Rng(4));
   Matrix<double> h(B * L, D);
-  dit::ModulatedNorm<double>::Tape tape;
+  nn::ModulatedNorm<double>::Tape tape;
   const auto loss = [&] {
     norm.forward(x, shift, scale, h, tape, Exec{1});
     return inner(h, dh);
@@ -82,24 +53,11 @@ TEST_CASE("add_gated: its gradients agree with finite differences") {
   const Matrix<double> dout = random_normal<double>(6, 4, Rng(4));
   Matrix<double> out(6, 4), df(6, 4), dgate(2, 4);
   const auto loss = [&] {
-    dit::add_gated<double>(x, gate, f, out, Exec{1});
+    nn::add_gated<double>(x, gate, f, out, Exec{1});
     return inner(out, dout);
   };
-  dit::add_gated_backward<double>(gate, f, dout, df, dgate, Exec{1});
+  nn::add_gated_backward<double>(gate, f, dout, df, dgate, Exec{1});
   CHECK(check_gradient(loss, x, dout).passes(tolerance));
   CHECK(check_gradient(loss, f, df).passes(tolerance));
   CHECK(check_gradient(loss, gate, dgate).passes(tolerance));
-}
-
-TEST_CASE("activate: its gradient agrees with finite differences") {
-  Matrix<double> in = random_normal<double>(3, 7, Rng(1), 2.0);
-  const Matrix<double> dout = random_normal<double>(3, 7, Rng(2));
-  Matrix<double> out(3, 7);
-  Matrix<double> d = dout;
-  dit::activate_backward<moxie::Silu, double>(in, d);
-  const auto loss = [&] {
-    dit::activate<moxie::Silu, double>(in, out);
-    return inner(out, dout);
-  };
-  CHECK(check_gradient(loss, in, d).passes(tolerance));
 }

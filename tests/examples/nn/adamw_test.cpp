@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <dit/optimizer.hpp>
+#include <nn/adamw.hpp>
 #include <limits>
 
-using dit::Exec;
+using moxie::Exec;
 using moxie::Parameters;
 using moxie::Rng;
 
@@ -24,7 +24,7 @@ TEST_CASE("AdamW: two steps by hand, with warm-up, decay, clipping and averages"
   Parameters<double> g = w.zeros_like();
   w["b"].eigen() << 1, -2, 0.5;
   g["b"].eigen() << 3, 0, -4;  // norm 5, clipped to 1
-  dit::AdamW<double> adam({.rate = 0.1, .weight_decay = 0.01, .clip = 1, .warm_up = 2, .ema_decay = 0.9}, w);
+  nn::AdamW<double> adam({.rate = 0.1, .weight_decay = 0.01, .clip = 1, .warm_up = 2, .ema_decay = 0.9}, w);
   CHECK(adam.step(w, g, Exec{1}) == doctest::Approx(5));
   // Step 1: rate 0.05; m̂ / √v̂ is the sign of the gradient.
   CHECK(w["b"](0, 0) == doctest::Approx(1 - 0.05 * 1 - 0.05 * 0.01 * 1));
@@ -47,11 +47,11 @@ TEST_CASE("AdamW: the same bits for any number of threads") {
   Rng(1).fill_normal(start["w"]);
   Rng(2).fill_normal(g["w"]);
   Parameters<float> expected = start;
-  dit::AdamW<float> one({}, expected);
+  nn::AdamW<float> one({}, expected);
   const double norm = one.step(expected, g, Exec{1});
   for (const int threads : {2, 7}) {
     Parameters<float> w = start;
-    dit::AdamW<float> adam({}, w);
+    nn::AdamW<float> adam({}, w);
     CHECK(adam.step(w, g, Exec{threads}) == norm);
     CHECK((w.flat() == expected.flat()).all());
   }
@@ -60,7 +60,7 @@ TEST_CASE("AdamW: the same bits for any number of threads") {
 TEST_CASE("AdamW: a gradient that is not finite is refused and changes nothing") {
   Parameters<float> w(layout());
   Parameters<float> g = w.zeros_like();
-  dit::AdamW<float> adam({}, w);
+  nn::AdamW<float> adam({}, w);
   g["b"](0, 1) = std::numeric_limits<float>::infinity();
   CHECK_THROWS_AS(adam.step(w, g, Exec{1}), moxie::ValueError);
   CHECK(adam.steps() == 0);

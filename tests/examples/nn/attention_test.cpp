@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <dit/attention.hpp>
 #include <moxie/testing/gradient_check.hpp>
+#include <nn/attention.hpp>
 
-using dit::Exec;
-using dit::Index;
-using dit::Matrix;
-using dit::Rng;
+using moxie::Exec;
+using moxie::Index;
+using moxie::Matrix;
 using moxie::Parameters;
 using moxie::random_normal;
+using moxie::Rng;
 using moxie::testing::check_gradient;
 
 namespace {
@@ -20,11 +20,11 @@ constexpr double tolerance = 1e-6;
 
 TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees with finite differences") {
   constexpr Index B = 2, L = 5, D = 6, heads = 2, d = D / heads;
-  const dit::Attention<double> attention{heads, L};
+  const nn::Attention<double> attention{heads, L};
   Matrix<double> qkv = random_normal<double>(B * L, 3 * D, Rng(1));
   const Matrix<double> dout = random_normal<double>(B * L, D, Rng(2));
   Matrix<double> out(B * L, D), dqkv(B * L, 3 * D);
-  dit::Workspace workspace;
+  moxie::Workspace workspace;
   const auto loss = [&] {
     attention.forward(qkv, out, workspace, Exec{1});
     return out.cwiseProduct(dout).sum();
@@ -45,15 +45,15 @@ TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees w
   CHECK_MESSAGE(report.passes(tolerance), report.message());
 }
 
-// Sequences do not see each other, so parts of the batch give the batch's bits.
+// Sequences do not see each other, so a part of the batch is bit-identical to itself computed without the others.
 TEST_CASE("Attention: long sequences are computed in parts") {
   constexpr Index L = 600, heads = 3, D = 6, B = 5;  // four sequences exceed the scratch
-  static_assert(4 * heads * L * L > dit::Attention<float>::scratch);
-  const dit::Attention<float> attention{heads, L};
+  static_assert(4 * heads * L * L > nn::Attention<float>::scratch);
+  const nn::Attention<float> attention{heads, L};
   const Matrix<float> qkv = random_normal<float>(B * L, 3 * D, Rng(1));
   const Matrix<float> dout = random_normal<float>(B * L, D, Rng(2));
   Matrix<float> out(B * L, D), dqkv(B * L, 3 * D);
-  dit::Workspace workspace;
+  moxie::Workspace workspace;
   attention.forward(qkv, out, workspace, Exec{2});
   attention.backward(qkv, dout, dqkv, workspace, Exec{2});
   for (Index b = 0; b < B; ++b) {
@@ -71,7 +71,7 @@ TEST_CASE("SelfAttention: its gradients agree with finite differences, with norm
   constexpr Index B = 2, L = 3, D = 8, heads = 2;
   for (const bool qk_norm : {false, true}) {
     moxie::Layout layout;
-    const dit::SelfAttention<double> attention(layout, "a.", D, heads, L, qk_norm);
+    const nn::SelfAttention<double> attention(layout, "a.", D, heads, L, qk_norm);
     CHECK(layout.tensors().size() == (qk_norm ? 8 : 4));
     Parameters<double> p(layout);
     attention.initialize(p, Rng(4));
@@ -85,8 +85,8 @@ TEST_CASE("SelfAttention: its gradients agree with finite differences, with norm
     Matrix<double> x = random_normal<double>(B * L, D, Rng(6));
     const Matrix<double> dy = random_normal<double>(B * L, D, Rng(7));
     Matrix<double> y(B * L, D), dx(B * L, D);
-    dit::SelfAttention<double>::Tape tape;
-    dit::Workspace workspace;
+    nn::SelfAttention<double>::Tape tape;
+    moxie::Workspace workspace;
     const auto loss = [&] {
       attention.forward(p, x, y, tape, workspace, Exec{1});
       return y.cwiseProduct(dy).sum();

@@ -8,7 +8,7 @@
 #include <numeric>
 #include <vector>
 
-namespace dit {
+namespace nn {
 
 using moxie::Exec;
 using moxie::Index;
@@ -115,4 +115,4 @@ class AdamW {
   Parameters<S> ema_;
 };
 
-}  // namespace dit
+}  // namespace nn
