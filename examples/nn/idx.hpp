@@ -20,17 +20,27 @@ namespace nn {
 /// Reads an IDX file of bytes, plain or compressed with gzip: the format of MNIST (LeCun). The file holds the numbers 0, 0, 8
 /// (type: byte) and its rank as one byte each, the dimensions as big-endian 32-bit integers, then the elements.
 ///
-/// Memory is that of the elements that the file really holds. Every error is a std::runtime_error whose
+/// Limits, which are checked with the header, before any element is read:
+///
+/// * a dimension is at least 1; all but the first are at most `largest_side`;
+/// * a file holds at most `most_elements` elements (1 GiB);
+/// * beyond `free_elements` (16 MiB), at most `largest_ratio` elements for each byte on the disk. Images of clothes compress to
+///   a half, drawn shapes to a tenth; zeros would to a thousandth, so that 1 MB could demand 1 GB.
+///
+/// Memory is that of the elements that the file really holds, within these limits. Every error is a std::runtime_error whose
 /// text begins with the path.
 class IdxReader {
  public:
   static constexpr std::size_t largest_side = 1024;
+  static constexpr std::size_t most_elements = std::size_t{1} << 30U;
+  static constexpr std::size_t free_elements = std::size_t{1} << 24U;
+  static constexpr std::size_t largest_ratio = 100;
 
-  /// Opens the file and reads its header. Throws if it cannot, if the rank is none of `ranks`.
+  /// Opens the file and reads its header. Throws if it cannot, if the rank is none of `ranks`, and beyond a limit.
   IdxReader(std::filesystem::path path, std::initializer_list<std::size_t> ranks) : path_(std::move(path)) {
     open();
     read_dimensions(read_rank(ranks));
-    multiply_dimensions();
+    check_limits();
   }
 
   const std::filesystem::path& path() const { return path_; }
@@ -102,10 +112,19 @@ class IdxReader {
     }
   }
 
-  void multiply_dimensions() {
+  void check_limits() {
     size_ = 1;
     for (const std::size_t n : dimensions_) {
+      if (n > most_elements / size_) {
+        fail("announces more than " + std::to_string(most_elements) + " elements");
+      }
       size_ *= n;
+    }
+    std::error_code unknown;
+    const std::uintmax_t bytes = std::filesystem::file_size(path_, unknown);
+    if (size_ > free_elements && (unknown || size_ / largest_ratio > bytes)) {
+      fail("announces " + std::to_string(size_) + " elements in " + std::to_string(bytes) + " bytes, expected at most " +
+           std::to_string(largest_ratio) + " for each byte");
     }
   }
 
