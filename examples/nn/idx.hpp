@@ -25,7 +25,7 @@ namespace nn {
 /// * a dimension is at least 1; all but the first are at most `largest_side`;
 /// * a file holds at most `most_elements` elements (1 GiB);
 /// * beyond `free_elements` (16 MiB), at most `largest_ratio` elements for each byte on the disk. Images of clothes compress to
-///   a half, drawn shapes to a tenth; zeros would to a thousandth, so that 1 MB could demand 1 GB.
+///   a half, drawn shapes to a sixth; zeros would to a thousandth, so that 1 MB could demand 1 GB.
 ///
 /// Memory is that of the elements that the file really holds, within these limits. Every error is a std::runtime_error whose
 /// text begins with the path.
