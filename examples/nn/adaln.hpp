@@ -27,7 +27,7 @@ struct ModulatedNorm {
   };
 
   void forward(RowView<const S> x, RowView<const S> shift, RowView<const S> scale, RowView<S> h, Tape& tape,
-               const Exec& exec) const {
+               const Exec& exec = {}) const {
     const Index dim = x.cols();
     const RowView<S> n = tape.n.matrix(x.rows(), dim);
     tape.inverse.resize(x.rows());
@@ -47,7 +47,7 @@ struct ModulatedNorm {
 
   /// dshift_b = Σ dh, dscale_b = Σ dh n; with dn = dh (1 + scale): dx += inverse · (dn - mean(dn) - n mean(dn n)).
   void backward(RowView<const S> scale, RowView<const S> dh, RowView<S> dshift, RowView<S> dscale, RowView<S> dx,
-                const Tape& tape, const Exec& exec) const {
+                const Tape& tape, const Exec& exec = {}) const {
     const Index dim = dh.cols();
     const RowView<const S> n = tape.n.view(dh.rows(), dim);
     const Matrix<S> gains = scale.eigen().array() + S(1);
@@ -75,7 +75,7 @@ struct ModulatedNorm {
 
 /// out = x + gate_b · f, the gated residual of adaLN-Zero.
 template <class S>
-void add_gated(RowView<const S> x, RowView<const S> gate, RowView<const S> f, RowView<S> out, const Exec& exec) {
+void add_gated(RowView<const S> x, RowView<const S> gate, RowView<const S> f, RowView<S> out, const Exec& exec = {}) {
   const Index length = x.rows() / gate.rows();
   exec.parallel_for(gate.rows(), [&](Index b) {
     const auto g = gate.middle_rows(b, 1).eigen().array();
@@ -87,7 +87,7 @@ void add_gated(RowView<const S> x, RowView<const S> gate, RowView<const S> f, Ro
 /// df = gate_b · dout, dgate_b = Σ dout f; dx is dout.
 template <class S>
 void add_gated_backward(RowView<const S> gate, RowView<const S> f, RowView<const S> dout, RowView<S> df, RowView<S> dgate,
-                        const Exec& exec) {
+                        const Exec& exec = {}) {
   const Index length = f.rows() / gate.rows();
   exec.parallel_for(gate.rows(), [&](Index b) {
     const auto g = gate.middle_rows(b, 1).eigen().array();

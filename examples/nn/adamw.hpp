@@ -141,7 +141,7 @@ class AdamW {
   }
 
   /// One step. Returns the norm of the gradient before clipping. Throws ValueError, and changes nothing, if it is not finite.
-  double step(Parameters<S>& weights, const Parameters<S>& grads, const Exec& exec) {
+  double step(Parameters<S>& weights, const Parameters<S>& grads, const Exec& exec = {}) {
     const double length = norm(grads, exec);
     moxie::detail::expect_value(std::isfinite(length), "AdamW::step", "the gradient is not finite");
     const double n = double(++steps_);

@@ -25,7 +25,7 @@ struct Attention {
 
   static constexpr Index scratch = Index{1} << 22;
 
-  void forward(RowView<const S> qkv, RowView<S> out, Workspace& workspace, const Exec& exec) const {
+  void forward(RowView<const S> qkv, RowView<S> out, Workspace& workspace, const Exec& exec = {}) const {
     const Index d = out.cols() / heads;
     for_each_part(qkv.rows() / length, workspace, [&](Index first, Index pairs, RowView<S> prob) {
       probabilities(qkv, first, pairs, d, prob, exec);
@@ -44,7 +44,8 @@ struct Attention {
   }
 
   /// dv = Pᵀ dout, dP = dout vᵀ, dZ = softmax'(dP), dq = dZ k / √d, dk = dZᵀ q / √d; dqkv (T,3D) overwritten.
-  void backward(RowView<const S> qkv, RowView<const S> dout, RowView<S> dqkv, Workspace& workspace, const Exec& exec) const {
+  void backward(RowView<const S> qkv, RowView<const S> dout, RowView<S> dqkv, Workspace& workspace,
+                const Exec& exec = {}) const {
     using moxie::kernel::Operand;
     using moxie::kernel::Product;
     const Index d = dout.cols() / heads;
@@ -164,7 +165,7 @@ class SelfAttention {
   }
 
   void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> out, Tape& tape, Workspace& workspace,
-               const Exec& exec) const {
+               const Exec& exec = {}) const {
     const Index dim = x.cols();
     const RowView<S> qkv = tape.qkv.matrix(x.rows(), 3 * dim);
     const RowView<S> attended = tape.attended.matrix(x.rows(), dim);
@@ -179,7 +180,7 @@ class SelfAttention {
 
   /// dx overwritten, parameter gradients added to.
   void backward(ParameterView<const S> p, RowView<const S> x, RowView<const S> dout, RowView<S> dx, ParameterView<S> dp,
-                const Tape& tape, Workspace& workspace, const Exec& exec) const {
+                const Tape& tape, Workspace& workspace, const Exec& exec = {}) const {
     const Index dim = x.cols();
     const Workspace::Frame frame(workspace);
     const RowView<S> dqkv = workspace.matrix<S>(x.rows(), 3 * dim);

@@ -74,7 +74,7 @@ class TimestepEmbedding {
   }
 
   /// It overwrites out (B,D).
-  void forward(ParameterView<const S> p, const std::vector<S>& t, RowView<S> out, Tape& tape, const Exec& exec) const {
+  void forward(ParameterView<const S> p, const std::vector<S>& t, RowView<S> out, Tape& tape, const Exec& exec = {}) const {
     const auto batch = Index(t.size());
     const RowView<S> frequency = tape.frequencies.matrix(batch, frequencies);
     const RowView<S> hidden = tape.hidden.matrix(batch, out.cols());
@@ -87,7 +87,7 @@ class TimestepEmbedding {
 
   /// Times get no gradient.
   void backward(ParameterView<const S> p, RowView<const S> dout, ParameterView<S> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
+                const Exec& exec = {}) const {
     const Index batch = dout.rows();
     const Index dim = dout.cols();
     const Workspace::Frame frame(workspace);

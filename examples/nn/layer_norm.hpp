@@ -37,7 +37,7 @@ class LayerNorm {
   void initialize(ParameterView<S> p) const { p[weight_].eigen().setOnes(); }
 
   /// y (T,D) from x (T,D), D a multiple of d. y may be x.
-  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> y, Tape& tape, const Exec& exec) const {
+  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> y, Tape& tape, const Exec& exec = {}) const {
     const auto w = p[weight_].eigen().row(0).array();
     const auto b = p[bias_].eigen().row(0).array();
     const Index d = w.size();
@@ -59,7 +59,7 @@ class LayerNorm {
   /// With dn = dy w: dx = inverse · (dn - mean(dn) - n mean(dn n)). dx may be dy.
   /// dw += Σ dy n, db += Σ dy over tokens and groups, in order.
   void backward(ParameterView<const S> p, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp, const Tape& tape,
-                const Exec& exec) const {
+                const Exec& exec = {}) const {
     const auto w = p[weight_].eigen().row(0).array();
     const Index d = w.size();
     const Index groups = groups_of(dy, d);

@@ -44,7 +44,7 @@ class Linear {
   }
 
   /// y (n,out) from x (n,in). It overwrites y.
-  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> y, const Exec& exec) const {
+  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> y, const Exec& exec = {}) const {
     const RowView<const S> w = p[weight_];
     moxie::kernel::Product<S> product{x.rows(),
                                       w.rows(),
@@ -57,7 +57,7 @@ class Linear {
   }
 
   /// dW += dyᵀ x, db += Σ dy over the rows. The first layer of a model needs no dx.
-  void backward(RowView<const S> x, RowView<const S> dy, ParameterView<S> dp, const Exec& exec) const {
+  void backward(RowView<const S> x, RowView<const S> dy, ParameterView<S> dp, const Exec& exec = {}) const {
     const RowView<S> dw = dp[weight_];
     moxie::kernel::gemm<S>({dw.rows(), dw.cols(), x.rows(), moxie::kernel::transposed<S>(dy), moxie::kernel::plain<S>(x),
                             moxie::kernel::add_to<S>(dw)},
@@ -71,7 +71,7 @@ class Linear {
   }
   /// The same, and dx = dy W; with `add`, dx += dy W.
   void backward(ParameterView<const S> p, RowView<const S> x, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,
-                const Exec& exec, bool add = false) const {
+                const Exec& exec = {}, bool add = false) const {
     backward(x, dy, dp, exec);
     const RowView<const S> w = p[weight_];
     moxie::kernel::gemm<S>({x.rows(), w.cols(), w.rows(), moxie::kernel::plain<S>(dy), moxie::kernel::plain<S>(w),

@@ -63,8 +63,26 @@ TEST_CASE("write_png: signature, blocks with their checksums, and rows that deco
   }
 }
 
-TEST_CASE("write_png: refuses a picture without pixels, and a path that cannot be written") {
+TEST_CASE("Picture: paints an image in its place, white in the color of the pixel") {
+  nn::Picture picture(8, 4);
+  const std::vector<float> image{-1, 1, 0, 7};
+  picture.paint(0, 1, image.data(), 2, 2, [](moxie::Index pixel) { return nn::palette(pixel + 7); });
+  const auto at = [&](std::size_t x, std::size_t y) {
+    const std::uint8_t* c = &picture.rgb[3 * (8 * y + x)];
+    return nn::Picture::Color{c[0], c[1], c[2]};
+  };
+  CHECK(at(3, 1) == nn::Picture::Color{255, 255, 255});  // outside
+  CHECK(at(4, 0) == nn::Picture::Color{0, 0, 0});
+  CHECK(at(6, 0) == nn::palette(0));
+  CHECK(at(7, 1) == nn::palette(0));
+  CHECK(at(4, 2)[0] == nn::palette(1)[0] / 2);
+  CHECK(at(6, 3) == nn::palette(2));
+  CHECK(nn::palette(0) != nn::palette(1));
+}
+
+TEST_CASE("Picture: refuses sizes that no picture has; write_png: refuses a path that cannot be written") {
   const moxie::test::TemporaryFolder dir;
-  CHECK_THROWS_AS(write_png(dir / "a.png", nn::Picture(0, 3)), std::runtime_error);
+  CHECK_THROWS_AS(nn::Picture(0, 3), moxie::ValueError);
+  CHECK_THROWS_AS(nn::Picture(3, 65536), moxie::ValueError);
   CHECK_THROWS_AS(write_png(dir / "absent" / "a.png", nn::Picture(3, 3)), std::runtime_error);
 }
