@@ -14,21 +14,44 @@
 //     Soft MoE       token t takes all slots n: row t of C (T,N)                                  weight C_tn
 //
 // A digit is a weight in tenths, # is 1, x a dropped pair. With a folder as argument, gnuplot draws each plan into it.
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
+#include <locale>
 #include <moxie/moxie.hpp>
-
-#include "dit/pictures.hpp"
+#include <sstream>
+#include <stdexcept>
 
 using moxie::Index, moxie::Matrix;
 constexpr Index T = 24, D = 8, E = 6, K = 2;
 static const std::vector<Index> starts{0, 10, T};  // two sequences
-static const char* folder = nullptr;
+static bool drawing = false;                       // into the current folder
 static bool right = true;
 
 static void check(bool holds, const char* claim) {
   std::printf("  %s: %s\n\n", claim, holds ? "yes" : "NO");
   right = right && holds;
+}
+
+static void draw(const std::string& name, const std::string& title, const Matrix<double>& weight) {
+  std::ostringstream script;
+  script.imbue(std::locale::classic());
+  script << "set encoding utf8\nset terminal pngcairo noenhanced font 'DejaVu Sans,11' size 560,214\n"
+         << "set output 'plan_" << name << ".png'\nset title \"" << title << "\" font ',13'\n"
+         << "set lmargin at screen 0.104\nset rmargin at screen 0.961\nset tmargin at screen 0.813\n"
+         << "set bmargin at screen 0.252\nset border lc rgb '#808080'\nset tics scale 0 textcolor rgb '#303030'\nset xtics "
+            "4\nset ytics 1\n"
+         << "unset key\nset xlabel 'token' offset 0,0.5\nset ylabel 'expert'\n"
+         << "set xrange [-0.5:23.5]\nset yrange [5.5:-0.5]\nset cbrange [0:1]\nunset colorbox\n"
+         << "set palette defined (0 '#F4F4F4', 0.01 '#DEEBF7', 0.3 '#9ECAE1', 0.6 '#4292C6', 1 '#08306B')\n"
+         << "set arrow from 9.5,-0.5 to 9.5,5.5 nohead front lw 2 lc rgb '#303030'\n$w << EOD\n"
+         << weight << "\nEOD\nplot $w matrix using 1:2:($1-.46):($1+.46):($2-.46):($2+.46):($3 < 0 ? 0 : $3) with boxxyerror "
+         << "fill solid noborder fc palette, $w matrix using ($3 < 0 ? $1 : 1/0):2 with points pt 2 lw 2 lc rgb '#CC3311'\n";
+  std::signal(SIGPIPE, SIG_IGN);  // where gnuplot is missing, the write fails
+  std::FILE* gnuplot = popen("gnuplot", "w");
+  if (gnuplot == nullptr || std::fputs(script.str().c_str(), gnuplot) < 0 || pclose(gnuplot) != 0) {
+    throw std::runtime_error("gnuplot is missing, or failed");
+  }
 }
 
 static void show(const std::string& name, const std::string& title, const Matrix<double>& weight) {  // (E,T), -1: dropped
@@ -42,17 +65,8 @@ static void show(const std::string& name, const std::string& title, const Matrix
     }
     std::printf("  %2td tokens\n", (weight.row(e).array() > 0).count());
   }
-  dit::detail::Script script(560, 214);
-  script.title(title, 20);
-  script.place_axes(58, 40, 480, 120);
-  script << "set xlabel 'token' offset 0,0.5\nset ylabel 'expert'\nset tics scale 0\nset xtics 4\nset ytics 1\nunset key\n"
-         << "set xrange [-0.5:23.5]\nset yrange [5.5:-0.5]\nset cbrange [0:1]\nunset colorbox\n"
-         << "set palette defined (0 '#F4F4F4', 0.01 '#DEEBF7', 0.3 '#9ECAE1', 0.6 '#4292C6', 1 '#08306B')\n"
-         << "set arrow from 9.5,-0.5 to 9.5,5.5 nohead front lw 2 lc rgb '#303030'\n$w << EOD\n"
-         << weight << "\nEOD\nplot $w matrix using 1:2:($1-.46):($1+.46):($2-.46):($2+.46):($3 < 0 ? 0 : $3) with boxxyerror "
-         << "fill solid noborder fc palette, $w matrix using ($3 < 0 ? $1 : 1/0):2 with points pt 2 lw 2 lc rgb '#CC3311'\n";
-  if (folder != nullptr) {
-    script.draw(std::filesystem::path(folder) / ("plan_" + name + ".png"));
+  if (drawing) {
+    draw(name, title, weight);
   }
 }
 
@@ -80,10 +94,11 @@ static Matrix<double> run(const char* name, const char* title, const Layer& laye
   return weight;
 }
 
-int main(int, char** argv) try {
-  folder = argv[1];
-  if (folder != nullptr) {
-    std::filesystem::create_directories(folder);
+int main(int argc, char** argv) try {
+  drawing = argc > 1;
+  if (drawing) {
+    std::filesystem::create_directories(argv[1]);
+    std::filesystem::current_path(argv[1]);
   }
   const Matrix<double> x = moxie::random_normal<double>(T, D, moxie::Rng{2});
   moxie::Tokens<double> in(x, starts);
