@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <array>
 #include <cmath>
-#include <cstdio>
 #include <dit/analysis.hpp>
-#include <dit/pictures.hpp>
+#include <dit/heat_maps.hpp>
+#include <dit/text.hpp>
 #include <filesystem>
 #include <limits>
+#include <locale>
 #include <moxie/io/safetensors.hpp>
 #include <ostream>
 #include <sstream>
@@ -88,19 +88,16 @@ inline std::vector<LayerInformation> information_by_layer(const RoutingCounts& c
 /// of this model: each time the mean over the first and the last third of the layers.
 inline void print_information(std::ostream& out, const RoutingCounts& counts) {
   const std::vector<LayerInformation> layers = information_by_layer(counts);
-  const auto number = [](double bits) {
-    std::array<char, 32> text{};
-    std::snprintf(text.data(), text.size(), "%8.4f", bits);
-    return std::string(text.data());
+  const auto padded = [](const std::string& text, std::size_t width) {
+    return std::string(width - std::min(width, text.size()), ' ') + text;
   };
+  const auto number = [&](double bits) { return padded(fixed(bits, 4), 8); };
   out << "Bits that a token's key says about its expert:\n\n| layer |    class | position | timestep | entropy of load, of "
       << number(std::log2(double(counts.shape().experts))) << " |\n|------:|---------:|---------:|---------:|"
       << std::string(29, '-') << ":|\n";
   for (std::size_t i = 0; i < layers.size(); ++i) {
-    std::array<char, 16> layer{};
-    std::snprintf(layer.data(), layer.size(), "%5d", int(i));
-    out << "| " << layer.data() << " | " << number(layers[i].of_class) << " | " << number(layers[i].of_position) << " | "
-        << number(layers[i].of_timestep) << " | " << std::string(20, ' ') << number(layers[i].load) << " |\n";
+    out << "| " << padded(std::to_string(i), 5) << " | " << number(layers[i].of_class) << " | " << number(layers[i].of_position)
+        << " | " << number(layers[i].of_timestep) << " | " << std::string(20, ' ') << number(layers[i].load) << " |\n";
   }
   const std::size_t third = std::max<std::size_t>(layers.size() / 3, 1);
   const auto mean = [&](double LayerInformation::*bits, std::size_t first) {
@@ -154,9 +151,7 @@ inline void draw_routing_by_timestep(const std::filesystem::path& path, const Ro
   }
   std::vector<std::string> names;
   for (Index bin = bins; bin > 0; --bin) {
-    std::array<char, 32> text{};
-    std::snprintf(text.data(), text.size(), "%.3g", double(bin) / double(bins));
-    names.emplace_back(text.data());
+    names.push_back(general(double(bin) / double(bins), 3));
   }
   draw_heat_maps(path, "Experts of each stretch of timesteps", maps, {"noise: 1, image: 0", "expert", names});
 }

@@ -3,6 +3,8 @@
 
 #include <array>
 #include <dit/analysis_output.hpp>
+#include <dit/files.hpp>
+#include <examples/dit/comma_locale.hpp>
 #include <fstream>
 #include <sstream>
 #include <temporary_folder.hpp>
@@ -93,6 +95,27 @@ TEST_CASE("write_counts_csv: a line for each count, or nothing at all") {
   CHECK(std::distance(fs::directory_iterator(folder.path), fs::directory_iterator()) == 1);
 }
 
+TEST_CASE("write_counts_csv, print_information: numbers have a point and no groups, whatever the locale is") {
+  dit::RoutingCounts counts({.layers = 1, .experts = 2, .classes = 1, .positions = 1500, .bins = 1});
+  moxie::SparsePlan<float> plan;
+  const std::vector<Index> experts(1500, 1);
+  plan.build(1500, 2, 1, experts, std::vector<float>(1500, 0.5F));
+  counts.add(0, 0, plan, std::array<Index, 1>{0});
+  const moxie::test::TemporaryFolder folder;
+  const auto texts = [&] {
+    dit::write_counts_csv(folder.path / "counts.csv", counts);
+    std::ostringstream out;
+    dit::print_information(out, counts);
+    return dit::read_file(folder.path / "counts.csv") + out.str();
+  };
+  const std::string expected = texts();
+  CHECK(expected.find("\nclass,0,0,0,1,1500\n") != std::string::npos);
+  CHECK(expected.find("\nposition,0,0,1499,1,1\n") != std::string::npos);
+  CHECK(expected.find("of   1.0000 |") != std::string::npos);
+  const dit::test::CommaLocale comma;
+  CHECK(texts() == expected);
+}
+
 TEST_CASE("draw_routing: three families of heat maps, as large as their numbers need") {
   if (gnuplot_is_missing()) {
     return;
@@ -109,7 +132,7 @@ TEST_CASE("draw_routing: three families of heat maps, as large as their numbers 
   dit::draw_routing_by_timestep(folder.path / "large timestep.png", large);
   CHECK(std::distance(fs::directory_iterator(folder.path), fs::directory_iterator()) == 6);
   for (const auto& entry : fs::directory_iterator(folder.path)) {
-    CHECK(dit::detail::is_whole_png(entry.path()));
+    CHECK(dit::detail::is_whole_png(dit::read_file(entry.path())));
   }
 }
 
