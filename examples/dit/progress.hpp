@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <dit/text.hpp>
 #include <functional>
 #include <iostream>
 #include <limits>
@@ -112,18 +113,15 @@ class Progress {
     const double left =
         steps_per_second > 0.0 ? double(std::max<Index>(options_.steps - step_, 0)) / steps_per_second : double(NAN);
 
-    char losses[96] = "";
+    std::string numbers = std::to_string(step_) + "/" + std::to_string(options_.steps);
     if (has_losses_) {
-      std::snprintf(losses, sizeof losses, " loss %.3f balance %.3g load %.2f", loss_.value(), balance_loss_.value(),
-                    max_load_.value());
+      numbers += " loss " + fixed(loss_.value(), 3) + " balance " + general(balance_loss_.value(), 3) + " load " +
+                 fixed(max_load_.value(), 2);
     }
-    char numbers[256];
-    std::snprintf(numbers, sizeof numbers, "%lld/%lld%s %.0f images/s %s, left %s", static_cast<long long>(step_),
-                  static_cast<long long>(options_.steps), losses, steps_per_second * double(options_.images_per_step),
-                  clock_time(elapsed).c_str(), clock_time(left).c_str());
-    char percent[8];
-    std::snprintf(percent, sizeof percent, "%3d%% ", int(100.0 * done));
-    std::string line = percent;
+    numbers += " " + fixed(steps_per_second * double(options_.images_per_step), 0) + " images/s " + clock_time(elapsed) +
+               ", left " + clock_time(left);
+    const std::string percent = std::to_string(int(100.0 * done)) + "% ";
+    std::string line = std::string(5 - percent.size(), ' ') + percent;
     if (!options_.terminal) {
       *options_.out << line + numbers << std::endl;
       return;
@@ -131,7 +129,7 @@ class Progress {
 
     // The bar takes what the line has left, and the line never wraps: "\r" could not rewrite it.
     const int columns = (options_.columns > 0 ? options_.columns : terminal_columns()) - 1;
-    const int bar = std::min(30, columns - int(line.size() + std::char_traits<char>::length(numbers)) - 3);
+    const int bar = std::min(30, columns - int(line.size() + numbers.size()) - 3);
     if (bar >= 5) {
       const auto full = static_cast<std::size_t>(done * bar);
       line.append("[").append(full, '#').append(static_cast<std::size_t>(bar) - full, '.').append("] ");

@@ -5,8 +5,8 @@
 #include <array>
 #include <charconv>
 #include <cstdint>
-#include <cstdio>
 #include <dit/cost.hpp>
+#include <dit/text.hpp>
 #include <ostream>
 #include <string>
 #include <string_view>
@@ -198,11 +198,6 @@ inline constexpr std::array zoo{ZooEntry{"S/2-8E2A", "199M", "71M", "15.4"},
 
 /// A table of all of them, as text that Markdown reads as a table too.
 inline void print_zoo(std::ostream& out) {
-  const auto decimals = [](double value, int digits) {
-    std::array<char, 32> text{};
-    std::snprintf(text.data(), text.size(), "%.*f", digits, value);
-    return std::string(text.data());
-  };
   const auto count = [](std::int64_t n) {  // 199,307,552
     std::string text = std::to_string(n);
     for (std::size_t i = text.size(); i > 3; i -= 3) {
@@ -210,7 +205,7 @@ inline void print_zoo(std::ostream& out) {
     }
     return text;
   };
-  const auto gib = [&](std::int64_t bytes) { return decimals(double(bytes) / double(1 << 30), 2); };
+  const auto gib = [&](std::int64_t bytes) { return fixed(double(bytes) / double(1 << 30), 2); };
 
   using Row = std::array<std::string, 14>;
   std::vector<Row> rows{{"model", "blocks", "width", "heads", "parameters", "paper", "activated", "paper", "GFLOPs", "paper",
@@ -220,8 +215,8 @@ inline void print_zoo(std::ostream& out) {
     const ModelConfig& c = m.model;
     rows.push_back({m.name, std::to_string(c.depth), std::to_string(c.dim), std::to_string(c.heads), count(total_parameters(m)),
                     std::string(entry.parameters), count(activated_parameters(m)), std::string(entry.activated),
-                    decimals(double(linear_multiply_adds(m)) * 1e-9, 2), std::string(entry.gflops),
-                    decimals(double(multiply_adds(m)) * 1e-9, 2), gib(inference_bytes(m, 4)), gib(inference_bytes(m, 2)),
+                    fixed(double(linear_multiply_adds(m)) * 1e-9, 2), std::string(entry.gflops),
+                    fixed(double(multiply_adds(m)) * 1e-9, 2), gib(inference_bytes(m, 4)), gib(inference_bytes(m, 2)),
                     gib(training_bytes(m, 1))});
   }
   std::array<std::size_t, std::tuple_size_v<Row>> widths{};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <examples/dit/comma_locale.hpp>
 #include <limits>
 #include <sstream>
 #include <string>
@@ -54,6 +55,14 @@ TEST_CASE("progress: says how far, how good, how fast and how long") {
   run.now += 100.0;
   run.progress.update(500, 0.25, 0.0101, 1.25);
   CHECK(run.text() == " 25% 500/2000 loss 0.250 balance 0.0101 load 1.25 320 images/s 1:40, left 5:00\n");
+}
+
+TEST_CASE("progress: the same in every locale") {
+  const dit::test::CommaLocale comma;
+  Run run(false);
+  run.now += 100.0;
+  run.progress.update(1500, 0.25, 0.0101, 1.25);
+  CHECK(run.text() == " 75% 1500/2000 loss 0.250 balance 0.0101 load 1.25 960 images/s 1:40, left 0:33\n");
 }
 
 TEST_CASE("progress: says nothing of losses where there are none") {

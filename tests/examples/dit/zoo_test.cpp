@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <dit/zoo.hpp>
+#include <examples/dit/comma_locale.hpp>
 #include <sstream>
 #include <string>
 
@@ -261,4 +262,13 @@ TEST_CASE("print_zoo: an aligned table") {
   CHECK(out.str().find(
             "| S/2-8E2A  |     12 |   384 |     6 |    199,307,552 |  199M |    71,905,568 |   71M |  15.43 |   15.4 |") !=
         std::string::npos);
+}
+
+TEST_CASE("print_zoo: the same in every locale") {
+  std::ostringstream expected;
+  dit::print_zoo(expected);
+  const dit::test::CommaLocale comma;
+  std::ostringstream out;
+  dit::print_zoo(out);
+  CHECK(out.str() == expected.str());
 }
