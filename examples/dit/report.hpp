@@ -6,10 +6,9 @@
 #include <cmath>
 #include <cstdint>
 #include <dit/analysis.hpp>
+#include <dit/files.hpp>
 #include <dit/pictures.hpp>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <moxie/io/safetensors.hpp>
 #include <nlohmann/json.hpp>
@@ -54,13 +53,12 @@ using nlohmann::json;
 
 /// A whole file, which belongs to a package of Debian.
 inline std::string file_text(const std::filesystem::path& path, const std::string& package = "") {
-  std::ifstream in(path, std::ios::binary);
-  std::string bytes{std::istreambuf_iterator<char>(in), {}};
-  if (!in || bytes.empty()) {
+  std::optional<std::string> bytes = read_file_if_there(path);
+  if (!bytes || bytes->empty()) {
     throw std::runtime_error(path.string() + " cannot be read" +
                              (package.empty() ? "" : " (Debian: apt install " + package + ")"));
   }
-  return bytes;
+  return *std::move(bytes);
 }
 
 /// JSON in ASCII that cannot end the <script> it is in.
@@ -75,8 +73,7 @@ inline std::string script_text(const json& value) {
 /// Text between tags or in a quoted attribute.
 inline std::string html_text(const std::string& text) {
   std::string html;
-  const std::string utf8 = json::parse(json(text).dump(-1, ' ', false, json::error_handler_t::replace)).get<std::string>();
-  for (const char c : utf8) {
+  for (const char c : utf8(text)) {
     html += c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '"' ? "&quot;" : std::string(1, c);
   }
   return html;
@@ -320,7 +317,7 @@ h2 { margin: 2.5rem 0 0.5rem; font-size: 1.25rem; }
 p { margin: 0.5rem 0; }
 table { border-collapse: collapse; }
 th, td { padding: 0.2rem 1.5rem 0.2rem 0; border-bottom: 1px solid #8885; text-align: left; font-weight: normal; }
-th { opacity: 0.75; }
+th { opacity: 0.75; overflow-wrap: normal; }
 img { max-width: 100%; height: auto; }
 .chart { overflow-x: auto; }
 .chart svg { display: block; }
@@ -447,12 +444,12 @@ inline void write_report(const std::filesystem::path& path, const Report& report
     page.chart(line_chart(curve, true));
   }
   for (const Report::Picture& picture : report.pictures) {
-    if (!is_whole_png(picture.png)) {
+    const std::string png = read_file_if_there(picture.png).value_or("");
+    if (!is_whole_png(png)) {
       throw std::runtime_error(picture.png.string() + " is no whole PNG file");
     }
     page.heading(picture.title);
-    page.html +=
-        "<img alt=\"" + html_text(picture.alt) + "\" src=\"data:image/png;base64," + base64(file_text(picture.png)) + "\">\n";
+    page.html += "<img alt=\"" + html_text(picture.alt) + "\" src=\"data:image/png;base64," + base64(png) + "\">\n";
   }
   if (report.routing != nullptr) {
     add_routing(page, *report.routing, report.class_names);

@@ -57,6 +57,13 @@ addEventListener("load", async () => {
       problems.push(chart.ariaLabel + ": no tooltip");
     }
   }
+  for (const name of document.querySelectorAll("th")) {  // no word of it is broken
+    const text = document.createRange();
+    text.selectNodeContents(name);
+    if (text.getClientRects().length > name.textContent.trim().split(/\s+/).length) {
+      problems.push("a broken word: " + name.textContent);
+    }
+  }
   for (const picture of document.images) {
     if (picture.naturalWidth === 0 || !picture.alt) {
       problems.push("picture without pixels or words: " + picture.alt);

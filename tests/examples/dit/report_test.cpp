@@ -154,6 +154,7 @@ TEST_CASE("report: one page with everything, which fetches nothing") {
   CHECK(html.starts_with("<!doctype html>\n<html lang=\"en\">"));
   CHECK(contains(html, "<title>A run</title>"));
   CHECK(contains(html, "<tr><th scope=\"row\">Parameters</th><td>1,234</td></tr>"));
+  CHECK(contains(html, "\nth { opacity: 0.75; overflow-wrap: normal; }\n"));  // a column of names is as wide as its words
   CHECK(contains(html, "<img alt=\"One pixel\" src=\"data:image/png;base64," + pixel_base64 + "\">"));
   CHECK(count(html, "class=\"chart\"") == 2 + 5);
   CHECK(specs_of(html).size() == 2 + 5);
