@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <dit/files.hpp>
 #include <dit/training.hpp>
 #include <filesystem>
 #include <fstream>
+#include <locale>
 #include <nlohmann/json.hpp>
 
 namespace dit {
@@ -14,12 +16,13 @@ namespace dit {
 class TrainingLog {
  public:
   /// Goes on with what an old file says of the first `steps` steps; later ones, which a checkpoint does not have, are dropped,
-  /// and so is a line that was cut off. Throws std::runtime_error if the file cannot be written.
+  /// and so is a line that was cut off. Throws std::runtime_error if the file cannot be written, or is no regular one.
   TrainingLog(const std::filesystem::path& path, std::int64_t steps) : path_(path) {
     std::string kept;
     std::int64_t last = 0;
-    std::ifstream old(path);
-    for (std::string line; steps > 0 && std::getline(old, line) && !old.eof();) {
+    const std::string old = read_file_if_there(path).value_or("");
+    for (std::size_t at = 0, end = 0; steps > 0 && (end = old.find('\n', at)) != std::string::npos; at = end + 1) {
+      const std::string line = old.substr(at, end - at);
       const nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
       const auto step = entry.is_object() ? entry.value("step", nlohmann::json()) : nlohmann::json();
       if (step.is_number_integer() && step > last && step <= steps) {
@@ -30,6 +33,7 @@ class TrainingLog {
     moxie::ReplacementFile file(path);
     file.write(kept.data(), kept.size());
     file.commit();
+    out_.imbue(std::locale::classic());
     out_.open(path, std::ios::binary | std::ios::app);
   }
 

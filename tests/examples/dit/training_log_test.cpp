@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <dit/training_log.hpp>
 #include <filesystem>
@@ -66,6 +67,15 @@ TEST_CASE("TrainingLog: going on keeps the steps of the checkpoint, and drops la
   CHECK(lines[3]["images_per_second"] == 40);
   dit::TrainingLog(file.path, 0);
   CHECK(file.lines().empty());
+}
+
+TEST_CASE("TrainingLog: a pipe is refused at once, whether a run begins or goes on") {
+  const TemporaryFile file;
+  REQUIRE(mkfifo(file.path.c_str(), 0600) == 0);
+  for (const std::int64_t steps : {0, 3}) {
+    CHECK_THROWS_WITH_AS(dit::TrainingLog(file.path, steps), doctest::Contains("is not a regular file"), std::runtime_error);
+  }
+  CHECK(fs::is_fifo(file.path));
 }
 
 TEST_CASE("TrainingLog: what cannot be written is an error") {
