@@ -202,7 +202,7 @@ inline Index count_of(const SafetensorsFile& file, const std::string& before, co
   return n;
 }
 
-/// Throws SafetensorsError where a configuration speaks of more than the file has: a model of that size is not made then.
+/// Throws SafetensorsError where the numbers of a configuration are not those of the file's tensors.
 inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
   const ModelConfig& m = c.model;
   file.expect<float>("x_embedder.proj.weight", std::array<Index, 4>{m.dim, m.channels, m.patch, m.patch});
@@ -215,18 +215,69 @@ inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
   expect(m.depth == count_of(file, "blocks.", ".adaLN_modulation.1.weight"), "blocks");
   expect(m.image_size >= 1 && m.image_size <= 1 << 15, "image sizes");
   expect(c.diffusion_steps >= 2 && c.diffusion_steps <= 1'000'000, "diffusion steps");
+  std::string expert = "blocks.0.mlp.";
   if (c.feed_forward != "dense") {
     const Index end = c.mixture_to == 0 ? m.depth : c.mixture_to;
     expect(0 <= c.mixture_from && c.mixture_from < end && end <= m.depth, "blocks with experts");
     const std::string experts = "blocks." + std::to_string(c.mixture_from) + ".moe.experts.";
-    expect(c.experts == std::max(count_of(file, experts, ".gate_proj.weight"), count_of(file, experts, ".fc1.weight")),
-           "experts");
+    const char* first_weight = file.contains(experts + "0.fc1.weight") ? ".fc1.weight" : ".gate_proj.weight";
+    const Index found = count_of(file, experts, first_weight);
+    if (found < c.experts) {
+      fail(file, moxie::detail::tensor_named(experts + std::to_string(found) + first_weight) + " is missing");
+    }
+    expect(found == c.experts, "experts");
     expect(c.slots_per_expert <= 1 << 20, "slots");
+    expert = experts + "0.";
+  }
+  expert += file.contains(expert + "fc1.weight") ? "fc1.weight" : "gate_proj.weight";
+  file.expect<float>(expert, std::array<Index, 2>{c.hidden_dim, m.dim});
+  if (c.feed_forward == "shared") {
+    const std::string shared = "blocks." + std::to_string(c.mixture_from) + ".moe.shared_experts.gate_proj.weight";
+    file.expect<float>(shared, std::array<Index, 2>{c.shared_hidden_dim, m.dim});
   }
   if (m.switch_experts != 0) {
-    expect(file.contains("routers.0.experts.b") && !file.info("routers.0.experts.b").shape.empty() &&
-               file.info("routers.0.experts.b").shape.front() == m.switch_experts,
+    file.expect<float>("routers.0.experts.b", std::array<Index, 2>{m.switch_experts, m.dim});
+    constexpr Index largest = Index{1} << 26;  // bytes of the prior's table: timesteps times units
+    expect(std::max<Index>(c.diffusion_steps, 1000) <= largest / m.depth / m.switch_experts,
            "experts that the timestep chooses");
+  }
+}
+
+/// The tensors that the file of such a model has for block 0, and outside of blocks: of a model of one block and one patch,
+/// which needs no memory.
+inline std::vector<FileTensor> tensors_of_one_block(TrainingConfig c) {
+  c.model.depth = 1;
+  c.model.image_size = c.model.patch;
+  c.mixture_from = 0;
+  c.mixture_to = 0;
+  return with_model(c, [](const auto& model) { return file_tensors(model.layout()); });
+}
+
+/// Throws SafetensorsError, naming the tensor, where the file lacks a tensor of the model of this configuration, or has it in
+/// another shape. No model is made: a file that claims more than it holds is refused before there is memory for its claim.
+inline void check_layout(const SafetensorsFile& file, const TrainingConfig& c) {
+  const ModelConfig& m = c.model;
+  m.validate();
+  check_sizes(file, c);
+  file.expect<float>("pos_embed", std::array<Index, 3>{1, m.tokens(), m.dim});
+  const Index end = c.mixture_to == 0 ? m.depth : c.mixture_to;
+  const std::vector<FileTensor> with_experts = tensors_of_one_block(c);
+  std::vector<FileTensor> without;
+  for (Index block = 0; block < m.depth; ++block) {
+    const bool mixture = c.feed_forward == "dense" || (c.mixture_from <= block && block < end);
+    if (!mixture && without.empty()) {
+      without = tensors_of_one_block(config_of_block(c, block));
+    }
+    for (const FileTensor& tensor : mixture ? with_experts : without) {
+      const std::size_t prefix = tensor.name.starts_with("blocks.") ? 7 : tensor.name.starts_with("routers.") ? 8 : 0;
+      if (prefix == 0) {
+        if (block == 0) {
+          file.expect<float>(tensor.name, tensor.shape);
+        }
+        continue;
+      }
+      file.expect<float>(tensor.name.substr(0, prefix) + std::to_string(block) + tensor.name.substr(prefix + 1), tensor.shape);
+    }
   }
 }
 
@@ -241,7 +292,8 @@ struct ForeignOptions {
 };
 
 /// The configuration that the tensors of a reference's state dict follow from: DiT, DiT-MoE and Switch-DiT. Throws
-/// SafetensorsError, naming the tensor that is missing or has a shape that no such model has.
+/// SafetensorsError, naming the tensor that is missing or has a shape that no such model has, and ValueError for a shape that
+/// no transformer has.
 inline TrainingConfig inferred_config(const SafetensorsFile& file, const ForeignOptions& options = {}) {
   const auto shape = [&](const std::string& name, std::size_t rank) {
     const std::vector<Index>& s = file.info(name).shape;
@@ -299,7 +351,7 @@ inline TrainingConfig inferred_config(const SafetensorsFile& file, const Foreign
     c.hidden_dim = shape("blocks.0.mlp.fc1.weight", 2)[0];
   }
   c.process = options.process.empty() ? "ddpm" : options.process;
-  m.validate();
+  detail::check_layout(file, c);
   return c;
 }
 
@@ -327,7 +379,7 @@ inline TrainingConfig config_of(const SafetensorsFile& file, const ForeignOption
     if (older && (config.feed_forward == "soft" || config.feed_forward == "dense")) {
       config.expert.clear();
     }
-    detail::check_sizes(file, config);
+    detail::check_layout(file, config);
     const auto expect = [&](bool same, const std::string& what) {
       if (!same) {
         detail::fail(file, "was trained with " + what + ": leave the option out");

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
+#include <sys/resource.h>
 
 #include <dit/checkpoint.hpp>
 #include <filesystem>
@@ -87,7 +88,9 @@ struct Ours {
     config.shared_hidden_dim = 4;
     config.model.switch_experts = 2;
   }
-  void save(const fs::path& path) const {
+  void save(const fs::path& path) const { save(path, config, dit::format_name); }
+  // With a file that says something else of itself.
+  void save(const fs::path& path, const dit::TrainingConfig& said, const char* format) const {
     dit::with_model(config, [&](const auto& model) {
       const moxie::Parameters<float> p = filled(model.layout());
       const moxie::Parameters<float> half = filled(model.layout(), 0.5F);
@@ -95,7 +98,8 @@ struct Ours {
       writer.add(p);
       writer.add_position_embedding(model.config());
       writer.add(half, "ema.");
-      writer.config(config);
+      writer.config(said);
+      writer.metadata("format", format);
       writer.save(path);
       return 0;
     });
@@ -233,6 +237,19 @@ TEST_CASE("config_of: a configuration that is not the file's is refused before a
   refused([](auto& c) { c.model.classes = 1'000'000'000'000; });
   refused([](auto& c) { c.model.dim = 1 << 20; });
   refused([](auto& c) { c.model.image_size = 1 << 20; });
+  refused([](auto& c) { c.model.image_size = 1 << 14; });
+  refused([](auto& c) { c.model.image_size = 2; });
+  refused([](auto& c) { c.model.learn_sigma = true; });
+  refused([](auto& c) { c.model.qk_norm = true; });
+  refused([](auto& c) { c.hidden_dim = Index{1} << 50; });
+  refused([](auto& c) { c.shared_hidden_dim = Index{1} << 50; });
+  refused([](auto& c) {
+    c.feed_forward = "top-k";
+    c.hidden_dim = 4;
+  });
+  refused([](auto& c) { c.feed_forward = "dense"; });
+  refused([](auto& c) { c.mixture_from = 1; });
+  refused([](auto& c) { c.recipe.bias_rate = 0.1; });
   refused([](auto& c) { c.model.switch_experts = 1'000'000'000; });
   refused([](auto& c) { c.experts = 1'000'000'000; });
   refused([](auto& c) { c.diffusion_steps = 1'000'000'000'000; });
@@ -241,15 +258,90 @@ TEST_CASE("config_of: a configuration that is not the file's is refused before a
   config["model"].erase("qk_norm");  // of an older program
   CHECK_NOTHROW(dit::config_of(with_config(config)));
   CHECK(contains(complaint([&] { dit::config_of(with_config(config, "moxie dit 2")); }), "another version"));
-  config["feed_forward"] = "soft";
-  config["expert"] = "swiglu";
-  CHECK(dit::config_of(with_config(config, "moxie dit 3")).expert.empty());
-  CHECK(dit::config_of(with_config(config)).expert == "swiglu");
   config["model"]["heads"] = 2.9;
   CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/model/heads"));
   config = ours.config;
   config["recipe"]["loud"] = true;
   CHECK(contains(complaint([&] { dit::config_of(with_config(config)); }), "/recipe/loud"));
+}
+
+TEST_CASE("config_of: the experts of an older file, which called GELU perceptrons of soft ones swiglu") {
+  const TemporaryFolder folder;
+  Ours soft;
+  soft.config.feed_forward = "soft";
+  soft.config.expert = "swiglu";
+  const auto saved_as = [&](const char* expert, const char* format) {
+    Ours written = soft;
+    written.config.expert = expert;
+    written.save(folder / "file", soft.config, format);
+    return SafetensorsFile(folder / "file");
+  };
+  CHECK(dit::config_of(saved_as("gelu", "moxie dit 3")).expert.empty());
+  CHECK(dit::config_of(saved_as("swiglu", dit::format_name)).expert == "swiglu");
+  CHECK(contains(complaint([&] { dit::config_of(saved_as("gelu", dit::format_name)); }), "gate_proj.weight' is missing"));
+  CHECK(contains(complaint([&] { dit::config_of(saved_as("swiglu", "moxie dit 3")); }), "fc1"));
+}
+
+namespace {
+
+// The most memory in bytes that was in use at once since the program began.
+std::int64_t peak_memory() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return std::int64_t(usage.ru_maxrss) * 1024;
+}
+
+}  // namespace
+
+TEST_CASE("config_of: a small file that claims a large model is refused before there is memory for the claim") {
+  const TemporaryFolder folder;
+  const StateDict good = state_dict(golden("switchdit_model_dev"));
+  const dit::ForeignOptions options{.heads = 4};
+  load(write(folder / "good", good), options);
+  const std::int64_t before = peak_memory();
+  const auto refusal = [&](const std::function<void(StateDict&)>& change) {
+    StateDict changed = good;
+    change(changed);
+    const fs::path path = write(folder / "changed", changed);
+    return complaint([&] { dit::config_of(SafetensorsFile(path), options); });
+  };
+  const Index dim = good.at("pos_embed").shape[2];
+  CHECK(contains(refusal([](StateDict& s) {
+                   s["pos_embed"] = {{1, 1024 * 1024, 1}, std::vector<float>(1024 * 1024)};
+                 }),
+                 "tensor 'pos_embed' has the shape (1,1048576,1), expected (1,1048576," + std::to_string(dim) + ")"));
+  CHECK(contains(refusal([](StateDict& s) { s["pos_embed"] = {{1, Index{1} << 40, 0}, {}}; }), "tensor 'pos_embed'"));
+  CHECK(contains(refusal([&](StateDict& s) {
+                   s["routers.0.experts.w"] = {{10'000'000, 0, dim}, {}};
+                 }),
+                 "'routers.0.experts.w'"));
+  CHECK(contains(refusal([&](StateDict& s) { s["routers.0.experts.b"] = {{10'000'000, 0}, {}}; }), "'routers.0.experts.b'"));
+  CHECK(contains(refusal([&](StateDict& s) {
+                   s["routers.1.experts.w"].shape.front() *= 2;
+                   s["routers.1.experts.w"].values.resize(2 * s["routers.1.experts.w"].values.size());
+                 }),
+                 "'routers.1.experts.w'"));
+  const auto deep = [&](StateDict state) {
+    for (int block = 0; block < 100'000; ++block) {
+      state.try_emplace("blocks." + std::to_string(block) + ".adaLN_modulation.1.weight", Tensor{{0, 0}, {}});
+    }
+    const fs::path path = write(folder / "deep", state);
+    return complaint([&] { dit::config_of(SafetensorsFile(path), options); });
+  };
+  CHECK(contains(deep(state_dict(golden("ditmoe_model_dev"))), "tensor 'blocks."));
+  CHECK(contains(deep(good), "experts that the timestep chooses"));
+  CHECK(peak_memory() - before < (std::int64_t{1} << 28));
+}
+
+TEST_CASE("config_of: blocks before the mixture have one expert, and are checked as such") {
+  const TemporaryFolder folder;
+  Ours ours;
+  ours.config.mixture_from = 1;
+  ours.save(folder / "file");
+  CHECK(dit::config_of(SafetensorsFile(folder / "file")).mixture_from == 1);
+  ours.config.model.switch_experts = 0;
+  ours.save(folder / "file");
+  CHECK(dit::config_of(SafetensorsFile(folder / "file")).mixture_from == 1);
 }
 
 TEST_CASE("differences: in words of the command line") {
