@@ -7,16 +7,35 @@
 #include <dit/upcycling.hpp>
 #include <filesystem>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-/// What the subcommands of `dit` do; main.cpp reads their options. They return the exit status, and throw what stops them.
+/// What the subcommands of `dit` do; command_line.cpp reads their options. They return the exit status, and throw what stops
+/// them.
 namespace dit::commands {
 
 namespace fs = std::filesystem;
 
 /// Set by Ctrl-C: a command ends where nothing is lost.
 inline volatile std::sig_atomic_t interrupted = 0;
+
+/// For `std::signal`: the first signal ends a command where nothing is lost, a second one ends it at once.
+inline void interrupt(int signal) {
+  interrupted = 1;
+  std::signal(signal, SIG_DFL);
+}
+
+/// Thrown where an interrupted command ends: something is missing that it was to write.
+struct Interrupted : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void stop_if_interrupted(const std::string& what) {
+  if (interrupted != 0) {
+    throw Interrupted(what);
+  }
+}
 
 struct DrawingOptions {
   Index per_class = 100;
@@ -51,7 +70,7 @@ struct DrawingOptions {
     const bool both = trained.recipe.label_dropout > 0 && trained.recipe.label_dropout < 1;
     config.guidance = guidance.value_or(both ? 3 : 1);
     moxie::detail::expect_value(both || config.guidance == 1, "--guidance",
-                                "the model was not trained both with and without classes (--label-dropout): it can be 1 alone");
+                                "the model was not trained both with and without classes (--label-dropout): it can be 1 only");
     return config;
   }
 };

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <dit/analysis.hpp>
 #include <dit/commands.hpp>
+#include <dit/heat_maps.hpp>
 #include <dit/output_folder.hpp>
 #include <dit/pictures.hpp>
 #include <dit/progress.hpp>
@@ -14,15 +15,21 @@
 /// What `train`, `sample` and `analyse` share: they draw images, and write them down.
 namespace dit::commands {
 
-/// A picture is worth having, but a run does not fail for want of gnuplot. Whether there is one.
+/// A picture is worth having, but a run does not fail for want of gnuplot. Returns whether there is one. Throws Interrupted
+/// where Ctrl-C came before the picture, or ended gnuplot too.
 template <class Draw>
 bool draw_or_say(const fs::path& path, Draw&& draw) {
+  const auto stop = [&] { stop_if_interrupted("interrupted: " + path.filename().string() + " was not drawn"); };
+  stop();
   try {
     draw(path);
     std::cout << "  " << path.string() << "\n";
     return true;
+  } catch (const Interrupted&) {
+    throw;
   } catch (const std::exception& error) {
-    std::cout << "  no " << path.filename().string() << ": " << error.what() << "\n";
+    stop();
+    std::cout << "  no " << path.filename().string() << ": " << terminal_text(error.what()) << "\n";
     return false;
   }
 }
@@ -77,9 +84,7 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
     const std::vector<Index> part(drawing.labels.begin() + first, drawing.labels.begin() + first + n);
     drawing.images.middleRows(first, n) =
         sampler(weights, part, Rng(options.seed).split(2), std::uint64_t(first), tape, exec, [&](double way, auto...) {
-          if (interrupted != 0) {
-            throw std::runtime_error("interrupted while drawing; the checkpoint can be drawn with again");
-          }
+          stop_if_interrupted("interrupted while drawing; the checkpoint can be drawn with again");
           if constexpr (routes<AnyModel>) {
             const Index bin = std::min(Index(std::ceil(way * double(options.bins) - 1e-9)) - 1, options.bins - 1);
             for (Index layer = 0; layer < shape.depth; ++layer) {
