@@ -2,10 +2,10 @@
 #pragma once
 
 #include <dit/configuration.hpp>
+#include <dit/files.hpp>
 #include <filesystem>
-#include <fstream>
+#include <limits>
 #include <set>
-#include <sstream>
 #include <stdexcept>
 
 /// What is trained, and how it is measured: one JSON file.
@@ -51,14 +51,9 @@ struct Experiment {
   std::vector<Run> runs;
 
   static Experiment read(const std::filesystem::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::stringstream text;
-    text << file.rdbuf();
-    if (!file) {
-      throw std::runtime_error(path.string() + ": cannot be read");
-    }
+    const std::string text = dit::read_file(path);
     try {
-      return parse(nlohmann::json::parse(text.str(), nullptr, true, true));
+      return parse(nlohmann::json::parse(text, nullptr, true, true));
     } catch (const std::exception& error) {
       throw std::runtime_error(path.string() + ": " + error.what());
     }
@@ -99,10 +94,14 @@ struct Experiment {
         expect_keys(entry, {"name", "set"}, "a run");
         nlohmann::json config = file.value("base", nlohmann::json::object());
         config.merge_patch(entry.value("set", nlohmann::json::object()));
-        Run run{entry.at("name"), group.at("name"), group.at("steps"), {}};
+        Run run{entry.at("name"),
+                group.at("name"),
+                std::int64_t(whole_number(group.at("steps"), "steps", std::numeric_limits<std::int64_t>::max())),
+                {}};
         run.config = understood<dit::TrainingConfig>(config, run.name);
         moxie::detail::expect_value(run.steps >= 1, run.name, "steps must be at least 1");
-        for (const std::uint64_t seed : group.at("seeds").get<std::vector<std::uint64_t>>()) {
+        for (const nlohmann::json& number : group.at("seeds")) {
+          const std::uint64_t seed = whole_number(number, "a seed");
           moxie::detail::expect_value(seen.insert({run.name, seed}).second, run.name, "is there twice with one seed");
           run.config.recipe.seed = seed;
           experiment.runs.push_back(run);
@@ -120,6 +119,15 @@ struct Experiment {
     for (const auto& [key, value] : object.items()) {
       moxie::detail::expect_value(known.contains(key), what, "has '" + key + "', which is not understood");
     }
+  }
+  /// A number that is neither negative, nor rounded, nor too large for its type. Throws ValueError.
+  static std::uint64_t whole_number(const nlohmann::json& number, const std::string& what,
+                                    std::uint64_t most = std::numeric_limits<std::uint64_t>::max()) {
+    const bool whole = number.is_number_unsigned() || (number.is_number_integer() && number.get<std::int64_t>() >= 0);
+    const std::uint64_t value = whole ? number.get<std::uint64_t>() : 0;
+    moxie::detail::expect_value(whole && value <= most, what,
+                                "is " + number.dump() + ", expected a whole number from 0 to " + std::to_string(most));
+    return value;
   }
   /// What "beside" and "claims" name has to be there.
   static void expect_names(const nlohmann::json& file, const std::vector<Run>& runs) {

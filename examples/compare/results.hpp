@@ -12,22 +12,21 @@ class Results {
   /// What the file holds, nothing where there is none. A last line that was cut off is dropped. Throws std::runtime_error for
   /// another that is not a result.
   explicit Results(std::filesystem::path path) : path_(std::move(path)) {
-    std::ifstream file(path_, std::ios::binary);
-    for (std::string line; std::getline(file, line);) {
+    const std::string text = dit::read_file_if_there(path_).value_or("");
+    for (std::size_t at = 0; at < text.size();) {
+      const std::size_t end = std::min(text.find('\n', at), text.size());
+      const std::string line = text.substr(at, end - at);
+      at = end + 1;
       const nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
       const bool result = entry.is_object() && entry.contains("name") && entry.contains("steps") && entry.contains("config") &&
                           entry["config"].is_object() && entry["config"].contains("recipe") &&
                           entry["config"]["recipe"].is_object() && entry["config"]["recipe"].contains("seed");
-      if (!result && !file.eof()) {
+      if (!result && end < text.size()) {
         throw std::runtime_error(path_.string() + ": line " + std::to_string(entries_.size() + 1) + " is not a result");
       }
       if (result) {
         entries_.push_back(entry);
       }
-    }
-    std::error_code ignored;
-    if (file.bad() || (!file.is_open() && std::filesystem::exists(path_, ignored))) {
-      throw std::runtime_error(path_.string() + ": cannot be read");
     }
   }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <compare/experiment.hpp>
 #include <dit/cost.hpp>
+#include <fstream>
 #include <temporary_folder.hpp>
 
 using compare::Experiment;
@@ -70,6 +72,13 @@ TEST_CASE("Experiment: what is not understood is named") {
   names("one: is there twice", [](json& f) { f["groups"][0]["runs"][1]["name"] = "one"; });
   names("one: is there twice", [](json& f) { f["groups"][0]["seeds"] = {3, 3}; });
   names("steps", [](json& f) { f["groups"][1]["steps"] = 0; });
+  for (const char* bad : {"-1", "2.5", "1e3", "18446744073709551616", "1e30", "\"3\"", "null"}) {
+    CAPTURE(bad);
+    names("a seed: is", [&](json& f) { f["groups"][0]["seeds"] = json::array({json::parse(bad)}); });
+    names("steps: is", [&](json& f) { f["groups"][0]["steps"] = json::parse(bad); });
+  }
+  names("steps: is", [](json& f) { f["groups"][0]["steps"] = 9223372036854775808U; });
+  names("nothing", [](json& f) { f["groups"][0]["seeds"] = json::array({18446744073709551615U}); });
   names("samples", [](json& f) { f["measures"]["samples"] = 3; });
   names("no run", [](json& f) { f["groups"] = json::array(); });
   names("name", [](json& f) { f["groups"][0]["runs"][0].erase("name"); });
@@ -80,14 +89,14 @@ TEST_CASE("Experiment: what is not understood is named") {
   const auto claim = [](const char* better) {
     return json{{"claim", "c"}, {"source", "s"}, {"group", "a"}, {"better", better}, {"than", "two"}};
   };
-  names("nothing", [&](json& f) { f["claims"] = {claim("one")}; });
-  names("c: there is no run 'three' in its group", [&](json& f) { f["claims"] = {claim("three")}; });
+  names("nothing", [&](json& f) { f["claims"] = json::array({claim("one")}); });
+  names("c: there is no run 'three' in its group", [&](json& f) { f["claims"] = json::array({claim("three")}); });
   names("nothing", [&](json& f) {
     f["groups"][0]["beside"] = {{"third", "three"}};
-    f["claims"] = {claim("third")};
+    f["claims"] = json::array({claim("third")});
   });
   names("'loud'", [&](json& f) {
-    f["claims"] = {claim("one")};
+    f["claims"] = json::array({claim("one")});
     f["claims"][0]["loud"] = 1;
   });
 }
@@ -111,6 +120,8 @@ TEST_CASE("Experiment: a file that is not there, or none of JSON") {
   CHECK_THROWS_AS(Experiment::read(folder / "none"), std::runtime_error);
   std::ofstream(folder / "file") << "{\"groups\": [";
   CHECK_THROWS_AS(Experiment::read(folder / "file"), std::runtime_error);
+  REQUIRE(mkfifo((folder / "pipe").c_str(), 0600) == 0);
+  CHECK_THROWS_WITH_AS(Experiment::read(folder / "pipe"), doctest::Contains("is not a regular file"), std::runtime_error);
   std::ofstream(folder / "file") << small();
   CHECK(Experiment::read(folder / "file").runs.size() == 5);
 }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <compare/results.hpp>
+#include <fstream>
 #include <temporary_folder.hpp>
 
 using compare::Results;
@@ -57,4 +59,10 @@ TEST_CASE("Results: a last line that was cut off is dropped, and another that is
     std::ofstream(path) << bad << "\n" << good << "\n";
     CHECK_THROWS_AS(Results{path}, std::runtime_error);
   }
+}
+
+TEST_CASE("Results: a pipe is refused at once") {
+  const moxie::test::TemporaryFolder folder;
+  REQUIRE(mkfifo((folder / "results.jsonl").c_str(), 0600) == 0);
+  CHECK_THROWS_WITH_AS(Results(folder / "results.jsonl"), doctest::Contains("is not a regular file"), std::runtime_error);
 }
