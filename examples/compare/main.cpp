@@ -8,6 +8,7 @@
 #include <CLI/CLI.hpp>
 #include <compare/runner.hpp>
 #include <csignal>
+#include <dit/options.hpp>
 #include <dit/output_folder.hpp>
 #include <iostream>
 
@@ -21,15 +22,8 @@ using compare::Index;
 using compare::Matrix;
 using compare::Run;
 
-void interrupt(int signal) {
-  dit::commands::interrupted = 1;
-  std::signal(signal, SIG_DFL);
-}
-
 void stop_if_interrupted() {
-  if (dit::commands::interrupted != 0) {
-    throw std::runtime_error("interrupted; the same command goes on with the runs that are not finished");
-  }
+  dit::commands::stop_if_interrupted("interrupted; the same command goes on with the runs that are not finished");
 }
 
 /// The shape of the images, which the file of runs does not say.
@@ -207,9 +201,7 @@ int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
   return 0;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run_program(int argc, char** argv) {
   CLI::App app("Compares feed-forwards, sparse and soft, in one diffusion transformer.");
   app.require_subcommand(1);
   fs::path file = "examples/compare/comparison.json";
@@ -224,18 +216,21 @@ int main(int argc, char** argv) {
   Index rounds = 10;
   time_command->add_option("--rounds", rounds, "times that each run is begun")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->transform(dit::whole<Index>(1, 1'000'000));
   for (CLI::App* command : {run_command, time_command}) {
     command->add_option("--out", folder, "folder of the results")->capture_default_str();
-    command->add_option("--threads", exec.threads, "0: all")->capture_default_str()->check(CLI::NonNegativeNumber);
+    command->add_option("--threads", exec.threads, "0: all")->capture_default_str()->transform(dit::whole(0, 65536));
   }
   bool quick = false;
   run_command->add_flag("--quick", quick,
                         "the first group with one seed and a twentieth of the steps: minutes, and says little");
-  CLI11_PARSE(app, argc, argv);
-  std::signal(SIGINT, interrupt);
-  std::signal(SIGTERM, interrupt);
   try {
+    app.parse(argc, argv);
+    std::signal(SIGINT, dit::commands::interrupt);
+    std::signal(SIGTERM, dit::commands::interrupt);
+    // A limit of file sizes, and a reader that has gone away, are errors of a write.
+    std::signal(SIGXFSZ, SIG_IGN);
+    std::signal(SIGPIPE, SIG_IGN);
     Experiment experiment = Experiment::read(file);
     if (quick) {
       experiment.shorten();
@@ -249,8 +244,14 @@ int main(int argc, char** argv) {
       return time(std::move(experiment), folder, rounds, exec);
     }
     return run(std::move(experiment), folder, exec);
+  } catch (const CLI::ParseError& error) {  // among them the request for help
+    return app.exit(error);
   } catch (const std::exception& error) {
-    std::cerr << "compare: " << error.what() << "\n";
+    std::cerr << "compare: " << dit::terminal_text(error.what()) << "\n";
     return dit::commands::interrupted != 0 ? 130 : 1;
   }
 }
+
+}  // namespace
+
+int main(int argc, char** argv) { return dit::finished(run_program(argc, argv), std::cout, "compare"); }

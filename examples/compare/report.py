@@ -219,17 +219,22 @@ def loss_at(result, seconds, milliseconds):
     return curve[-1][1] if math.isclose(seconds, curve[-1][0]) else None
 
 
-def table(group, timed):
-    """Rows of cells, the first of them the headings. `timed`: name -> line of times.jsonl."""
-    timed = timed if set(group.runs) <= set(timed) else {}
-    times = {name: timed[name]["step_milliseconds"] for name in group.runs if timed}
+def metrics_of(group, times):
+    """Those that the group has values of; with `times` (name -> milliseconds a step), the loss after the same time too."""
     metrics = list(QUALITY)
     if times:
         same = min(r["steps"] * times[name] / 1e3 for name, by_seed in group.runs.items() for r in by_seed.values())
         of_name = {id(r): name for name, by_seed in group.runs.items() for r in by_seed.values()}
         metrics.insert(1, Metric(f"loss after {same:.0f} s",
                                  lambda r: loss_at(r, same, times[of_name[id(r)]]) if id(r) in of_name else None, 4, -1))
-    metrics = [m for m in metrics if group.values(m)]
+    return [m for m in metrics if group.values(m)]
+
+
+def table(group, timed):
+    """Rows of cells, the first of them the headings. `timed`: name -> line of times.jsonl."""
+    timed = timed if set(group.runs) <= set(timed) else {}
+    times = {name: timed[name]["step_milliseconds"] for name in group.runs if timed}
+    metrics = metrics_of(group, times)
     dropping = any(not_dropped(r) < r["multiply_adds"] for by_seed in group.runs.values() for r in by_seed.values())
     heads = ["run", "seeds", "parameters, M", "activated, M", "multiply-adds, M"] + (["not dropped, M"] if dropping else [])
     heads += ["ms a step", "memory, MiB"] if times else []
@@ -475,9 +480,16 @@ def numbers_without_a_table(page):
     return [x for x in re.findall(r"\d+\.\d+", re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)) if x not in known]
 
 
+def text_of(path):
+    """The text of a regular file; a pipe, which would be waited for, is refused."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: is not a regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def lines_of(path):
     """The objects of a file of JSON lines; a last one that was cut off is left out, as `compare run` does."""
-    text = path.read_text(encoding="utf-8")
+    text = text_of(path)
     objects = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -550,7 +562,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     try:
-        experiment = json.loads(options.experiment.read_text(encoding="utf-8"))
+        experiment = json.loads(text_of(options.experiment))
         results = checked(lines_of(options.folder / "results.jsonl"), experiment)
         timed = options.folder / "times.jsonl"
         times = {t["name"]: t for t in lines_of(timed)} if timed.exists() else {}
@@ -567,7 +579,7 @@ def main():
         write_report(options.folder, groups, all_tests, times, results[0]["data"])
         print(f"Report: {options.folder / 'report.html'}")
         return
-    old = options.page.read_text(encoding="utf-8")
+    old = text_of(options.page)
     new = filled(old, groups, all_tests, times)
     if options.check:
         if new != old:

@@ -12,6 +12,8 @@
 #include <dit/cost.hpp>
 #include <dit/drawing.hpp>
 #include <dit/training.hpp>
+#include <fstream>
+#include <locale>
 
 namespace compare {
 
@@ -77,12 +79,13 @@ namespace detail {
 /// Whether the system counts this process's peak memory anew from now on.
 inline bool reset_peak_memory() {
   std::ofstream file("/proc/self/clear_refs");
-  file << "5" << std::flush;
+  file << '5' << std::flush;
   return bool(file);
 }
 /// Bytes of this process: now ("VmRSS:"), or at most since the reset ("VmHWM:").
 inline std::int64_t memory(const std::string& which) {
   std::ifstream status("/proc/self/status");
+  status.imbue(std::locale::classic());
   for (std::string word; status >> word;) {
     if (word == which) {
       std::int64_t kilobytes = 0;
@@ -229,6 +232,123 @@ inline std::int64_t step_memory(const Run& run, const dit::DataSet& data, const 
   return bytes;
 }
 
+namespace detail {
+
+/// Who is routed where in the validation: counts of blocks, and how many choices and tokens no expert took.
+class BlockRouting {
+ public:
+  template <class AnyModel>
+  BlockRouting(const AnyModel& model, double latest)
+      : experts_(experts_of_blocks(model)),
+        most_(*std::max_element(experts_.begin(), experts_.end())),
+        latest_(latest),
+        counts_({model.config().depth, most_, model.config().classes, model.config().tokens(), bins}),
+        dropped_(experts_.size(), 0.0),
+        unserved_(experts_.size(), 0.0) {}
+
+  /// Of a forward's tape.
+  template <class Tape>
+  void add(double time, const std::vector<Index>& labels, const Tape& tape) {
+    const Index bin = std::clamp(Index(time / latest_ * double(bins)), Index{0}, bins - 1);
+    for (std::size_t block = 0; block < experts_.size(); ++block) {
+      if (experts_[block] == most_) {
+        visit_routed(tape.blocks[block], [&](const auto& layer) {
+          count_routing(counts_, Index(block), bin, layer, labels);
+          dropped_[block] += layer.statistics().dropped;
+          unserved_[block] += unserved(layer.plan());
+        });
+      }
+    }
+    ++parts_;
+  }
+
+  /// An object for each block that routes.
+  nlohmann::json blocks() const {
+    nlohmann::json blocks = nlohmann::json::array();
+    const Matrix<double> load = counts_.load();
+    const auto information = dit::information_by_layer(counts_);
+    for (std::size_t block = 0; block < experts_.size(); ++block) {
+      const dit::LayerInformation& bits = information[block];
+      const auto of_block = load.row(Index(block));
+      if (experts_[block] == most_) {
+        blocks.push_back({{"block", block},
+                          {"max_violation", of_block.maxCoeff() * double(most_) - 1},
+                          {"entropy", bits.load / std::log2(double(most_))},
+                          {"dead_experts", Index((of_block.array() == 0).count())},
+                          {"dropped", dropped_[block] / double(parts_)},
+                          {"unserved", unserved_[block] / double(parts_)},
+                          {"bits_of_class", bits.of_class},
+                          {"bits_of_position", bits.of_position},
+                          {"bits_of_timestep", bits.of_timestep}});
+      }
+    }
+    return blocks;
+  }
+
+ private:
+  static constexpr Index bins = 10;
+
+  std::vector<Index> experts_;
+  Index most_;
+  double latest_;
+  dit::RoutingCounts counts_;
+  std::vector<double> dropped_;
+  std::vector<double> unserved_;
+  Index parts_ = 0;
+};
+
+/// The mean loss of the last steps.
+inline double last_loss(const std::vector<dit::StepReport>& history) {
+  double loss = 0;
+  const std::size_t last = std::min<std::size_t>(history.size(), 100);
+  for (std::size_t i = history.size() - last; i < history.size(); ++i) {
+    loss += double(history[i].loss) / double(last);
+  }
+  return loss;
+}
+
+/// Images of labels, drawn in parts.
+template <class AnyModel, class Observe>
+Matrix<float> drawn_images(const dit::Sampler<AnyModel, float>& sampler, const AnyModel& model,
+                           ParameterView<const float> weights, std::span<const std::int64_t> labels,
+                           typename AnyModel::Tape& tape, const Exec& exec, Observe&& observe) {
+  const auto count = Index(labels.size());
+  Matrix<float> images(count, model.config().image_dim());
+  constexpr Index part = 50;
+  for (Index first = 0; first < count; first += part) {
+    const Index n = std::min(part, count - first);
+    const std::vector<Index> some(labels.begin() + first, labels.begin() + first + n);
+    images.middleRows(first, n) =
+        sampler(weights, some, Rng(21), std::uint64_t(first), tape, exec, [&](auto...) { observe(); });
+  }
+  return images;
+}
+
+/// What is measured of drawn images.
+inline void add_judgement(nlohmann::json& result, const Matrix<float>& images, std::span<const std::int64_t> labels,
+                          const Measures& measures, const Judge& judge_of, const Exec& exec) {
+  const Judgement judgement = judge(judge_of.classifier, judge_of.weights, images, exec);
+  result["agreement"] = judgement.agreement(labels);
+  result["frechet"] = frechet_distance(judge_of.real, judgement.features);
+  const PrecisionRecall near = precision_recall(judge_of.real, judgement.features, measures.neighbours, exec);
+  result["precision"] = near.precision;
+  result["recall"] = near.recall;
+}
+
+/// What a line of the results says of a run before it begins.
+inline nlohmann::json line_of(const Run& run) {
+  const dit::Cost cost = dit::cost_of(run.config);
+  return {{"name", run.name},
+          {"group", run.group},
+          {"steps", run.steps},
+          {"config", run.config},
+          {"parameters", cost.parameters},
+          {"activated_parameters", cost.activated},
+          {"multiply_adds", cost.multiply_adds}};
+}
+
+}  // namespace detail
+
 /// Trains a run, measures it, and returns its line of the results; of one that diverges, with an "error".
 /// `observe(step)` is called after each step, and may throw.
 template <class Observe>
@@ -239,20 +359,12 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
     dit::Training training(run.config, model, data);
     const Validation validation(run.config, test, measures.validation, exec);
     auto tape = model.make_tape(moxie::Keep::nothing);
-    nlohmann::json result;
-    result["name"] = run.name;
-    result["group"] = run.group;
-    result["steps"] = run.steps;
-    result["config"] = run.config;
-    const dit::Cost cost = dit::cost_of(run.config);
-    result["parameters"] = cost.parameters;
-    result["activated_parameters"] = cost.activated;
-    result["multiply_adds"] = cost.multiply_adds;
-
+    nlohmann::json result = detail::line_of(run);
     nlohmann::json curve = nlohmann::json::array();
     const auto validate = [&](auto&& looked_at) {
       curve.push_back({training.steps(), validation(model, training.averages().view(), tape, exec, looked_at)});
     };
+    const auto nothing = [](double, const auto&) {};
     while (training.steps() < run.steps) {
       try {
         training.step(exec);
@@ -262,61 +374,19 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
       }
       observe(training.steps());
       if (training.steps() % measures.every == 0 && training.steps() < run.steps) {
-        validate([](double, const auto&) {});
+        validate(nothing);
       }
     }
-    double training_loss = 0;
-    const auto& history = training.history();
-    const std::size_t last = std::min<std::size_t>(history.size(), 100);
-    for (std::size_t i = history.size() - last; i < history.size(); ++i) {
-      training_loss += double(history[i].loss) / double(last);
-    }
-    result["training_loss"] = training_loss;
+    result["training_loss"] = detail::last_loss(training.history());
 
     // The last validation also tells who is routed where.
     const std::vector<Index> experts = detail::experts_of_blocks(model);
-    const Index most = *std::max_element(experts.begin(), experts.end());
-    if (most > 1) {
-      constexpr Index bins = 10;
-      dit::RoutingCounts counts({shape.depth, most, shape.classes, shape.tokens(), bins});
-      std::vector<double> dropped(std::size_t(shape.depth), 0.0);
-      std::vector<double> left_out(std::size_t(shape.depth), 0.0);
-      Index parts = 0;
-      const double latest = run.config.process == "ddpm" ? double(run.config.diffusion_steps) : 1;
-      validate([&](double time, const std::vector<Index>& labels) {
-        const Index bin = std::clamp(Index(time / latest * double(bins)), Index{0}, bins - 1);
-        for (Index block = 0; block < shape.depth; ++block) {
-          if (experts[std::size_t(block)] == most) {
-            detail::visit_routed(tape.blocks[std::size_t(block)], [&](const auto& layer) {
-              count_routing(counts, block, bin, layer, labels);
-              dropped[std::size_t(block)] += layer.statistics().dropped;
-              left_out[std::size_t(block)] += unserved(layer.plan());
-            });
-          }
-        }
-        ++parts;
-      });
-      nlohmann::json blocks = nlohmann::json::array();
-      const Matrix<double> load = counts.load();
-      const auto information = dit::information_by_layer(counts);
-      for (Index block = 0; block < shape.depth; ++block) {
-        const dit::LayerInformation& bits = information[std::size_t(block)];
-        if (experts[std::size_t(block)] < most) {
-          continue;
-        }
-        blocks.push_back({{"block", block},
-                          {"max_violation", load.row(block).maxCoeff() * double(most) - 1},
-                          {"entropy", bits.load / std::log2(double(most))},
-                          {"dead_experts", Index((load.row(block).array() == 0).count())},
-                          {"dropped", dropped[std::size_t(block)] / double(parts)},
-                          {"unserved", left_out[std::size_t(block)] / double(parts)},
-                          {"bits_of_class", bits.of_class},
-                          {"bits_of_position", bits.of_position},
-                          {"bits_of_timestep", bits.of_timestep}});
-      }
-      result["blocks"] = blocks;
+    if (*std::max_element(experts.begin(), experts.end()) > 1) {
+      detail::BlockRouting routing(model, run.config.process == "ddpm" ? double(run.config.diffusion_steps) : 1);
+      validate([&](double time, const std::vector<Index>& labels) { routing.add(time, labels, tape); });
+      result["blocks"] = routing.blocks();
     } else {
-      validate([](double, const auto&) {});
+      validate(nothing);
     }
     result["validation"] = curve;
     result["validation_loss"] = curve.back().back();
@@ -325,26 +395,14 @@ nlohmann::json execute(const Run& run, const Measures& measures, const dit::Data
     for (Index i = 0; i < measures.samples; ++i) {
       labels.push_back(i % shape.classes);
     }
-    const auto sampler = sampler_of(run, measures, model);
-    Matrix<float> images(measures.samples, shape.image_dim());
-    constexpr Index part = 50;
-    for (Index first = 0; first < measures.samples; first += part) {
-      const Index n = std::min(part, measures.samples - first);
-      const std::vector<Index> some(labels.begin() + first, labels.begin() + first + n);
-      images.middleRows(first, n) = sampler(training.averages().view(), some, Rng(21), std::uint64_t(first), tape, exec,
-                                            [&](auto...) { observe(run.steps); });
-    }
+    Matrix<float> images = detail::drawn_images(sampler_of(run, measures, model), model, training.averages().view(), labels,
+                                                tape, exec, [&] { observe(run.steps); });
     if (!images.allFinite()) {
       result["error"] = "an image is not finite";
       return result;
     }
     images = images.array().max(-1.0F).min(1.0F);
-    const Judgement judgement = judge(judge_of.classifier, judge_of.weights, images, exec);
-    result["agreement"] = judgement.agreement(labels);
-    result["frechet"] = frechet_distance(judge_of.real, judgement.features);
-    const PrecisionRecall near = precision_recall(judge_of.real, judgement.features, measures.neighbours, exec);
-    result["precision"] = near.precision;
-    result["recall"] = near.recall;
+    detail::add_judgement(result, images, labels, measures, judge_of, exec);
     return result;
   });
 }

@@ -59,3 +59,27 @@ if run --out "$folder/killed"; then
   exit 1
 fi
 grep -q "judged by another classifier, which knew 12.5" "$folder/output"
+
+# Numbers out of range, pipes in the place of files, and a full standard output.
+refused() { # its words, and the command
+  local words=$1 status=0
+  shift
+  timeout 60 "$@" >"$folder/output" 2>&1 || status=$?
+  { [ $status -ne 0 ] && [ $status -ne 124 ] && grep -qF -- "$words" "$folder/output"; } ||
+    { echo "status $status, and not '$words': $*" >&2; cat "$folder/output" >&2; exit 1; }
+}
+for value in 0 -1 1.5 99999999999999999999 nan; do
+  refused "--rounds: $value is not a whole number from 1 to" "$compare" time --rounds $value
+done
+refused "--threads: -1 is not a whole number from 0 to" "$compare" run --threads -1
+mkfifo "$folder/pipe"
+refused "pipe: is not a regular file" "$compare" cost --experiment "$folder/pipe"
+mkdir "$folder/piped"
+mkfifo "$folder/piped/results.jsonl"
+refused "results.jsonl: is not a regular file" "$compare" run --experiment "$folder/experiment.json" --out "$folder/piped"
+if [ -w /dev/full ]; then
+  status=0
+  "$compare" cost --experiment "$folder/experiment.json" >/dev/full 2>"$folder/output" || status=$?
+  [ $status -eq 1 ]
+  grep -q "standard output cannot be written" "$folder/output"
+fi

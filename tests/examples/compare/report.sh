@@ -134,3 +134,6 @@ printf '[1]\n' >"$folder/results.jsonl"
 refuses 'line 1 is not a result' run
 sed 's/"name": "a"/"name": "a\\nsystem"/' "$folder/whole.jsonl" >"$folder/results.jsonl"
 refuses 'control characters' run
+rm "$folder/results.jsonl"
+mkfifo "$folder/results.jsonl"
+refuses 'results.jsonl: is not a regular file' timeout 60 python3 "$report" "$folder"
