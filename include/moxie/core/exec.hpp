@@ -73,10 +73,10 @@ struct Exec {
 #endif
     }
     if (executor != nullptr) {
-      return std::max(1, executor->width());
+      return (std::max)(1, executor->width());
     }
 #if defined(_OPENMP)
-    return std::max(1, omp_get_max_threads());
+    return (std::max)(1, omp_get_max_threads());
 #else
     return 1;
 #endif
@@ -210,7 +210,7 @@ inline void Exec::parallel_for_workers(Index n, FunctionRef<void(Index, int)> ta
 
 inline void Exec::parallel_ranges(Index n, Index grain, FunctionRef<void(Index, Index)> range) const {
   detail::run_tasks(*this, (n + grain - 1) / grain,
-                    [=](Index i, int /*worker*/) { range(i * grain, std::min(n, (i + 1) * grain)); });
+                    [=](Index i, int /*worker*/) { range(i * grain, (std::min)(n, (i + 1) * grain)); });
 }
 
 }  // namespace moxie

@@ -84,7 +84,7 @@ class ExtentList {
     ends_.reserve(extents_.size());
     for (const Extent& e : extents_) {
       overlap_ = overlap_ || meets(e, extents_.begin() + Index(ends_.size()));
-      ends_.push_back(end = std::max(end, e.end()));
+      ends_.push_back(end = (std::max)(end, e.end()));
     }
   }
 

@@ -148,7 +148,7 @@ class Layout {
 
  private:
   // Elements: what an address can count, with room for the gaps.
-  static constexpr Index largest = std::numeric_limits<Index>::max() / 32;
+  static constexpr Index largest = (std::numeric_limits<Index>::max)() / 32;
 
   struct Place {
     std::size_t group;

@@ -121,7 +121,7 @@ template <class T>
 void copy_tensors(ParameterView<const std::type_identity_t<T>> from, ParameterView<T> to) {
   for (Index i = 0; i < to.layout().count(); ++i) {
     const RowView<const T> w = from[i];
-    for (Index r = 0; r < std::min(w.rows(), to[i].rows()); ++r) {
+    for (Index r = 0; r < (std::min)(w.rows(), to[i].rows()); ++r) {
       std::copy_n(w.row(r), w.cols(), to[i].row(r));
     }
   }

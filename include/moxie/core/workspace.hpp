@@ -71,7 +71,7 @@ class Workspace : public std::pmr::memory_resource {
   }
 
  private:
-  static constexpr Index largest = std::numeric_limits<Index>::max() / 2;  // bytes
+  static constexpr Index largest = (std::numeric_limits<Index>::max)() / 2;  // bytes
 
   template <class Scalar>
   Scalar* take_rows(Index rows, Index stride) {
@@ -94,10 +94,10 @@ class Workspace : public std::pmr::memory_resource {
     } else if (blocks_.size() == 1 && start + padded <= blocks_.front().size()) {
       data = blocks_.front().data() + start;
     } else {
-      data = blocks_.emplace_back(std::max(bytes, Index{1}), resource_).data();  // an overflow piece
+      data = blocks_.emplace_back((std::max)(bytes, Index{1}), resource_).data();  // an overflow piece
     }
     used_ = start + padded;
-    peak_ = std::max(peak_, used_);
+    peak_ = (std::max)(peak_, used_);
     return data;
   }
 

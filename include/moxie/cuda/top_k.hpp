@@ -90,7 +90,7 @@ struct SigmoidRow {
       return;
     }
     Scalar* p = probability + t * z.cols;
-    largest = lanes.max(largest);
+    largest = lanes.largest(largest);
     Scalar sum = 0;
     for (Index e = lanes.first(); e < z.cols; e += lanes.step()) {
       p[e] = formula::scaled_sigmoid(z(t, e), s(t, e), largest);

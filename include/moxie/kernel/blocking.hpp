@@ -74,8 +74,8 @@ struct Blocking {
 
 /// n cut into as few parts of at most `most` as possible, all about equal: the size of a part, a multiple of `unit`.
 inline Index even_part(Index n, Index most, Index unit) {
-  const Index parts = std::max(Index{1}, (n + most - 1) / most);
-  return std::max(unit, ((n + parts - 1) / parts + unit - 1) / unit * unit);
+  const Index parts = (std::max)(Index{1}, (n + most - 1) / most);
+  return (std::max)(unit, ((n + parts - 1) / parts + unit - 1) / unit * unit);
 }
 
 /// The blocks of a product whose tasks have been halved `halvings` times.
@@ -84,11 +84,11 @@ inline Blocking block(const ProductShape& p, const TileShape& tile, Index halvin
   const Index longest = p.a_transposed ? 256 : 1536;
   const Index most_rows = 1020 / tile.rows * tile.rows;
   Blocking out;
-  out.passes = std::max(Index{1}, (p.steps + longest - 1) / longest);
+  out.passes = (std::max)(Index{1}, (p.steps + longest - 1) / longest);
   out.kc = (p.steps + out.passes - 1) / out.passes;
   // Two fifths of the L2 cache hold the packed panels of a pass, and as much the sums between passes.
   const Index budget = l2_cache() * 2 / 5 / tile.scalar;
-  out.nc = std::clamp(budget / std::max(Index{1}, out.kc * tile.cols), Index{1}, std::max(Index{1}, p.panels));
+  out.nc = std::clamp(budget / (std::max)(Index{1}, out.kc * tile.cols), Index{1}, (std::max)(Index{1}, p.panels));
   out.mc = most_rows;
   if (out.passes > 1) {
     out.mc = std::clamp(budget / (out.nc * tile.cols) / tile.rows * tile.rows, tile.rows, most_rows);
@@ -100,7 +100,7 @@ inline Blocking block(const ProductShape& p, const TileShape& tile, Index halvin
     } else if (out.nc > 1) {
       out.nc = (out.nc + 1) / 2;
     } else {
-      out.mc = std::max(tile.rows, out.mc / 2 / tile.rows * tile.rows);
+      out.mc = (std::max)(tile.rows, out.mc / 2 / tile.rows * tile.rows);
     }
   }
   out.nc = even_part(p.panels, out.nc, 1);

@@ -62,8 +62,8 @@ MOXIE_INLINE Words<Width> words(const Source* p) {
 }
 
 /// Units of 2 Width numbers that follow each other.
-template <Index Width, class Source, std::size_t... I>
-MOXIE_INLINE Words<Width> pairs_along(const Source* p, std::index_sequence<I...> /*lanes*/) {
+template <Index Width, class Source, std::size_t... Lanes>
+MOXIE_INLINE Words<Width> pairs_along(const Source* p, std::index_sequence<Lanes...> /*lanes*/) {
   if constexpr (std::is_same_v<Source, BFloat16>) {
     return read<Words<Width>>(p);
   } else {
@@ -74,7 +74,7 @@ MOXIE_INLINE Words<Width> pairs_along(const Source* p, std::index_sequence<I...>
 #endif
     const Words<Width> a = words<Width>(p);
     const Words<Width> b = words<Width>(p + Width);
-    return __builtin_shufflevector(a, b, int(2 * I)...) | (__builtin_shufflevector(a, b, int(2 * I + 1)...) << 16U);
+    return __builtin_shufflevector(a, b, int(2 * Lanes)...) | (__builtin_shufflevector(a, b, int(2 * Lanes + 1)...) << 16U);
   }
 }
 

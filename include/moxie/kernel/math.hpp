@@ -18,7 +18,7 @@ namespace moxie::kernel {
 /// NaN depends on V: -1000, or NaN.
 template <class V>
 MOXIE_INLINE V limited(const V& x) {
-  return kernel::min(constant<V>(1000), kernel::max(constant<V>(-1000), x));
+  return (kernel::min)(constant<V>(1000), (kernel::max)(constant<V>(-1000), x));
 }
 
 /// 1 / (1 + e^-x).

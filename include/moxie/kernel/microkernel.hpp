@@ -94,7 +94,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
   const Index whole = (Packed ? steps : depth / elements) / steps_at_once * steps_at_once;
   Index p = 0;
   for (const PrefetchRun* run = runs; p < whole; ++run) {
-    const Index last = std::min(whole, p + run->lines);
+    const Index last = (std::min)(whole, p + run->lines);
     auto line = reinterpret_cast<std::uintptr_t>(run->from);
     for (; p < last; p += steps_at_once) {
 #pragma GCC unroll 2
@@ -167,8 +167,8 @@ void multiply_rows(Index rows, Index depth, TileRows<Packed, Element> a, const P
       multiply = multiply_tile<Packed, full * 2 / 3, Scalar, Element, Arch, PanelOf>;
     }
   } else if constexpr (!Packed) {
-    static constexpr auto even = []<Index... I>(std::integer_sequence<Index, I...>) {
-      return std::array<Multiply, sizeof...(I)>{multiply_tile<Packed, 2 * I + 2, Scalar, Element, Arch, PanelOf>...};
+    static constexpr auto even = []<Index... Half>(std::integer_sequence<Index, Half...>) {
+      return std::array<Multiply, sizeof...(Half)>{multiply_tile<Packed, 2 * Half + 2, Scalar, Element, Arch, PanelOf>...};
     }
     (std::make_integer_sequence<Index, full / 2>{});
     multiply =

@@ -14,17 +14,17 @@ namespace moxie::kernel {
 namespace detail {
 
 /// In every 128 bits, their elements of a and b in turn: a0 b0 a1 b1 ...; first the lower halves, then the upper.
-template <Index Lane, class V, std::size_t... I>
-MOXIE_INLINE void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
-  constexpr int width = sizeof...(I);
+template <Index Lane, class V, std::size_t... Lanes>
+MOXIE_INLINE void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<Lanes...> /*lanes*/) {
+  constexpr int width = sizeof...(Lanes);
   constexpr int lane = Lane;
-  low = __builtin_shufflevector(a, b, (int(I) / lane * lane + int(I) % lane / 2 + (I % 2 == 0 ? 0 : width))...);
-  high = __builtin_shufflevector(a, b, (int(I) / lane * lane + int(I) % lane / 2 + lane / 2 + (I % 2 == 0 ? 0 : width))...);
+  low = __builtin_shufflevector(a, b, (int(Lanes) / lane * lane + int(Lanes) % lane / 2 + (Lanes % 2 == 0 ? 0 : width))...);
+  high = __builtin_shufflevector(a, b, (int(Lanes) / lane * lane + int(Lanes) % lane / 2 + lane / 2 + (Lanes % 2 == 0 ? 0 : width))...);
 }
 
-template <class To, class V, std::size_t... I>
-MOXIE_INLINE void join(To& to, const V& a, const V& b, std::index_sequence<I...> /*lanes*/) {
-  to = __builtin_shufflevector(a, b, int(I)...);
+template <class To, class V, std::size_t... Lanes>
+MOXIE_INLINE void join(To& to, const V& a, const V& b, std::index_sequence<Lanes...> /*lanes*/) {
+  to = __builtin_shufflevector(a, b, int(Lanes)...);
 }
 
 /// `Count` units at p of each of the rows from[0], from[every], from[2 every], ..., one after the other.
@@ -50,7 +50,7 @@ MOXIE_INLINE void transpose_square(const Source* const* from, Index p, Unit<Elem
     to[0] = unit<Element>(from[0] + p, UnitOf<Element>::elements);
   } else {
     using V = typename VectorOf<U, Width>::Type;
-    constexpr Index lane = std::min(Width, Index{16 / sizeof(U)});
+    constexpr Index lane = (std::min)(Width, Index{16 / sizeof(U)});
     constexpr bool as_they_are = std::is_same_v<U, Source>;
     constexpr auto width = std::size_t(Width);
     alignas(alignment) U converted[as_they_are ? 1 : width][as_they_are ? 1 : width];
@@ -122,7 +122,7 @@ struct Panels {
 
   Index outputs() const { return gated ? T::width : T::cols; }  ///< of a panel
   Index count() const { return (n + outputs() - 1) / outputs(); }
-  Index outputs_of(Index panel) const { return std::min(outputs(), n - panel * outputs()); }
+  Index outputs_of(Index panel) const { return (std::min)(outputs(), n - panel * outputs()); }
   /// The column of B that vector v of a panel starts with, and how many of the vector's columns there are.
   std::pair<Index, Index> vector(Index panel, Index v) const {
     const Index first = gated ? panel * T::width : panel * T::cols + v * T::width;
@@ -131,7 +131,7 @@ struct Panels {
 
   /// The column of B in one lane of vector v. Padding repeats the last column of the vector, and is never stored.
   Index column(Index panel, Index v, Index lane) const {
-    return std::min(vector(panel, v).first + lane, (gated ? v * n : 0) + n - 1);
+    return (std::min)(vector(panel, v).first + lane, (gated ? v * n : 0) + n - 1);
   }
 
   /// The memory of vector v of a panel in steps [s0, s0 + steps) of B, as far as its lines lie at equal distances.
@@ -148,11 +148,11 @@ struct Panels {
     }
     const auto* const first = reinterpret_cast<const std::byte*>(b.row(row) + from);
     if (b.transposed()) {  // as much as a step takes, at most a line
-      constexpr Index pitch = std::min(Index{64}, T::width * elements * size);
+      constexpr Index pitch = (std::min)(Index{64}, T::width * elements * size);
       return {first, pitch, (columns * steps * elements * size + pitch - 1) / pitch};
     }
     const Index lines = steps * elements;
-    return {first, rows.stride * size, row >= rows.gap_at ? lines : std::min(lines, rows.gap_at - row)};
+    return {first, rows.stride * size, row >= rows.gap_at ? lines : (std::min)(lines, rows.gap_at - row)};
   }
 
   /// Packs rows [k0, k0 + depth) of panels [q0, q0 + panels) of B to `out`, (steps x nr) each, `stride` apart. A column that
@@ -171,7 +171,7 @@ struct Panels {
       if (!gated) {
         const Index first = q0 * T::cols;
         for (Index i = 0; i < elements; ++i) {
-          prefetch(b.row(k0 + std::min(p + i + distance, depth - 1)) + first, std::min(panels * T::cols, n - first));
+          prefetch(b.row(k0 + (std::min)(p + i + distance, depth - 1)) + first, (std::min)(panels * T::cols, n - first));
         }
       }
       for (Index i = 0; i < 2 * panels; ++i) {
@@ -188,7 +188,7 @@ struct Panels {
   template <class Source>
   void pack_transposed(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out,
                        Index stride, const detail::PrefetchRun& next) const {
-    const Index squares = std::max(Index{1}, depth / square * 2 * panels);
+    const Index squares = (std::max)(Index{1}, depth / square * 2 * panels);
     const Index lines = (next.lines + squares - 1) / squares;  // that each square prefetches
     auto line = reinterpret_cast<std::uintptr_t>(next.from);
     const auto end = line + std::uintptr_t(next.pitch * next.lines);
@@ -227,11 +227,11 @@ void pack_transposed_rows(const Operand<Element>& a, Index k0, Index depth, Inde
   for (Index p = 0; p < depth; p += elements) {
     const auto from = rows_of_step<Element>(a, k0 + p, k0 + depth);
     for (Index i = 0; i < elements; ++i) {
-      prefetch(a.row(k0 + std::min(p + i + distance, depth - 1)) + m0, rows);
+      prefetch(a.row(k0 + (std::min)(p + i + distance, depth - 1)) + m0, rows);
     }
     Unit<Element>* to = out + p / elements * T::rows;
     for (Index i = 0; i < rows; i += T::rows, to += stride) {
-      units_across<Element, T::rows>(from_column(from, m0 + i), std::min(T::rows, rows - i), to);
+      units_across<Element, T::rows>(from_column(from, m0 + i), (std::min)(T::rows, rows - i), to);
     }
   }
 }
@@ -252,7 +252,7 @@ struct PackingPanel {
     constexpr Index distance = 32;
     const Index k = k0 + step * elements;
     for (Index i = 0; i < elements; ++i) {
-      prefetch(b.row(std::min(k + i + distance, end - 1)) + column, T::cols);
+      prefetch(b.row((std::min)(k + i + distance, end - 1)) + column, T::cols);
     }
     Unit<Element>* const to = units + step * T::cols;
     if constexpr (std::is_same_v<Unit<Element>, Source>) {

@@ -58,17 +58,17 @@ class PrefetchList {
   /// again), nothing between them. Reads that do not fit are left out. Idle steps prefetch the line at `idle`, which should be
   /// in the L1 cache: one loop without a branch is faster than two. The last run never ends.
   const PrefetchRun* ordered(Index steps, const void* idle) {
-    Index left = std::max(Index{0}, steps / steps_at_once * steps_at_once - steps_of(writes()));
+    Index left = (std::max)(Index{0}, steps / steps_at_once * steps_at_once - steps_of(writes()));
     std::size_t n = 0;
     for (const PrefetchRun& run : reads()) {
       if (left <= 0) {
         break;
       }
       ordered_[n] = run;
-      ordered_[n].lines = std::min(left, run.steps());
+      ordered_[n].lines = (std::min)(left, run.steps());
       left -= ordered_[n++].lines;
     }
-    const PrefetchRun rest{static_cast<const std::byte*>(idle), 0, std::numeric_limits<Index>::max() / 2};
+    const PrefetchRun rest{static_cast<const std::byte*>(idle), 0, (std::numeric_limits<Index>::max)() / 2};
     if (left > 0) {
       ordered_[n] = rest;
       ordered_[n++].lines = left;
@@ -141,15 +141,15 @@ class PrefetchQueue {
     }
     const PrefetchRun& run = runs_[std::size_t(next_)];
     const bool begun = next_ > 0 || taken_ > 0;
-    if (!begun && tiles > count_ * std::max(Index{1}, (run.lines + steps - 1) / steps)) {  // runs are about equal
+    if (!begun && tiles > count_ * (std::max)(Index{1}, (run.lines + steps - 1) / steps)) {  // runs are about equal
       return {};
     }
     if (taken_ == 0 && tiles < count_ - next_) {
       const PrefetchRun& second = runs_[std::size_t(next_ + 1)];
       next_ += 2;
-      return {run.from, run.pitch, std::min(steps, run.lines), second.lines > 0 ? second.from - run.from : 0};
+      return {run.from, run.pitch, (std::min)(steps, run.lines), second.lines > 0 ? second.from - run.from : 0};
     }
-    const PrefetchRun part{run.from + taken_ * run.pitch, run.pitch, std::min(steps, run.lines - taken_)};
+    const PrefetchRun part{run.from + taken_ * run.pitch, run.pitch, (std::min)(steps, run.lines - taken_)};
     taken_ += part.lines;
     if (taken_ >= run.lines) {
       ++next_;

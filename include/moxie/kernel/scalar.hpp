@@ -58,12 +58,12 @@ MOXIE_INLINE One<T> select(bool condition, One<T> holds, One<T> elsewhere) {
   return condition ? holds : elsewhere;
 }
 template <class T>
-MOXIE_INLINE One<T> min(One<T> a, One<T> b) {
+MOXIE_INLINE One<T> (min)(One<T> a, One<T> b) {
   return b < a ? b : a;
 }
 /// a, where b is not a number.
 template <class T>
-MOXIE_INLINE One<T> max(One<T> a, One<T> b) {
+MOXIE_INLINE One<T> (max)(One<T> a, One<T> b) {
   return b > a ? b : a;
 }
 

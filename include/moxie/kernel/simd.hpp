@@ -197,8 +197,8 @@ namespace detail {
 template <class V, class F>
 MOXIE_INLINE V within_limits(const V& x, F&& f) {
   const auto is_number = x == x;
-  const V near = min(constant<V>(1000), max(constant<V>(-1000), x));
-  return select(is_number, f(select(is_number, near, constant<V>(0))), x);
+  const V clamped = (min)(constant<V>(1000), (max)(constant<V>(-1000), x));
+  return select(is_number, f(select(is_number, clamped, constant<V>(0))), x);
 }
 
 /// 2^n (1 + r + r²(...)) with n the integer nearest to x / ln 2, r = x - n ln 2, and the polynomial of Cephes' expf (Moshier):
@@ -350,9 +350,9 @@ Scalar largest(Index n, const Scalar* a) {
   }
   B best = B::load_unaligned(a);
   for (Index i = width; i + width <= n; i += width) {
-    best = max(best, B::load_unaligned(a + i));
+    best = (max)(best, B::load_unaligned(a + i));
   }
-  best = max(best, B::load_unaligned(a + n - width));
+  best = (max)(best, B::load_unaligned(a + n - width));
   std::array<Scalar, B::size> parts;
   best.store_unaligned(parts.data());
   return *std::max_element(parts.begin(), parts.end());

@@ -44,7 +44,7 @@ template <class Arch, class P>
 void queue_first_panels(PrefetchQueue& queue, const P& p, const Blocking& blocking, Index task) {
   const ProductShape shape = shape_of<Arch>(p);
   const Index q = task % blocking.panel_blocks(shape) * blocking.nc;
-  queue_panels<Arch>(queue, p, q, std::min(blocking.nc, shape.panels - q), 0, std::min(blocking.kc, shape.steps));
+  queue_panels<Arch>(queue, p, q, (std::min)(blocking.nc, shape.panels - q), 0, (std::min)(blocking.kc, shape.steps));
 }
 
 /// The task `task` of a product: rows [m0, m1) of C, panels [q0, q0 + count).
@@ -67,9 +67,9 @@ class Task {
       : product_(product), epilogue_(epilogue), blocking_(blocking), index_(index), panels_{product.n, product.gated} {
     const ProductShape shape = shape_of<Arch>(product);
     m0_ = task / blocking.panel_blocks(shape) * blocking.mc;
-    m1_ = std::min(product.m, m0_ + blocking.mc);
+    m1_ = (std::min)(product.m, m0_ + blocking.mc);
     q0_ = task % blocking.panel_blocks(shape) * blocking.nc;
-    count_ = std::min(blocking.nc, shape.panels - q0_);
+    count_ = (std::min)(blocking.nc, shape.panels - q0_);
     tiles_ = (m1_ - m0_ + T::rows - 1) / T::rows;
     // Rows that lie a multiple of 4 KiB apart share the sets of the L1 cache: a tile of them is copied.
     copy_rows_ = product.a.transposed() || product.a.rows.stride * Index{sizeof(Element)} % 4096 == 0;
@@ -89,7 +89,7 @@ class Task {
       if (prefetches_ && part + group_ < count_ * blocking_.passes) {
         const Index s0 = (pass_ + (part % count_ + group_ == count_ ? 1 : 0)) * blocking_.kc;
         queue_panels<Arch>(queue_, product_, q0_ + (part + group_) % count_, group_, s0,
-                           std::min(blocking_.kc, product_.steps() - s0));
+                           (std::min)(blocking_.kc, product_.steps() - s0));
       } else if (prefetches_) {
         queue_next(queue_);
       }
@@ -114,7 +114,7 @@ class Task {
     const Index first_sum = first_row + moxie::detail::spread_stride<Scalar>(rows);
     const Index sums = (blocking_.passes > 1 ? tiles_ * group_ : 1) * T::size;
     // A large page holds all of most tasks, so that it is taken once.
-    memory.resize(std::max((first_sum + sums) * Index{sizeof(Scalar)}, Index{moxie::detail::large_page}));
+    memory.resize((std::max)((first_sum + sums) * Index{sizeof(Scalar)}, Index{moxie::detail::large_page}));
     auto* const start = reinterpret_cast<Scalar*>(memory.data());
     packed_panels_ = reinterpret_cast<Unit<Element>*>(start);
     packed_rows_ = reinterpret_cast<Unit<Element>*>(start + first_row);
@@ -127,7 +127,7 @@ class Task {
     first_ = q0_ + part % count_;
     const Index s0 = pass_ * blocking_.kc;
     k0_ = s0 * elements;
-    depth_ = std::max(Index{0}, std::min(blocking_.kc * elements, product_.k - k0_));
+    depth_ = (std::max)(Index{0}, (std::min)(blocking_.kc * elements, product_.k - k0_));
     last_pass_ = pass_ + 1 == blocking_.passes;
     // Such a tile is over before its prefetches arrive: it prefetches the lines of the next one.
     brief_ = depth_ < 2 * T::cols * elements;
@@ -156,10 +156,10 @@ class Task {
   /// One tile of rows, from `row` on, over the group's panels. Returns its rows.
   Index multiply_tile_row(Index part, Index tile, Index row) {
     if (product_.a.transposed()) {
-      const Index rows = std::min(T::rows, m1_ - row);
+      const Index rows = (std::min)(T::rows, m1_ - row);
       const Index local = tile % packed_tiles;
       if (local == 0) {
-        const Index packed = std::min(packed_tiles * T::rows, m1_ - row);
+        const Index packed = (std::min)(packed_tiles * T::rows, m1_ - row);
         pack_transposed_rows<Scalar, Arch>(product_.a, k0_, depth_, row, packed, packed_rows_, packed_tile_stride_);
       }
       const Unit<Element>* a = packed_rows_ + local * packed_tile_stride_;
@@ -168,7 +168,7 @@ class Task {
     }
     // Heights that differ by two at most.
     const Index left = tiles_ - tile;
-    const Index rows = std::min((m1_ - row + 2 * left - 1) / (2 * left) * 2, m1_ - row);
+    const Index rows = (std::min)((m1_ - row + 2 * left - 1) / (2 * left) * 2, m1_ - row);
     const Element* a[std::size_t(T::rows)];
     for (Index r = 0; r < rows; ++r) {
       a[r] = product_.a.row(row + r) + k0_;
@@ -233,7 +233,7 @@ class Task {
     list_.clear();
     const bool last_panel = q + 1 == group_;
     const Index next_row = now.row + now.rows;
-    const Index next_rows = std::min(now.rows, m1_ - next_row);
+    const Index next_rows = (std::min)(now.rows, m1_ - next_row);
     if (last_pass_) {
       TileSums<Scalar> touched = now;
       touched.cols = panels_.outputs();

@@ -387,7 +387,7 @@ class Moe {
   /// What the experts read and write between dispatch and combine.
   template <class T>
   struct Activations {
-    RowView<T> slots;    // of a dense plan
+    RowView<T> slot_rows;    // of a dense plan
     RowView<T> h;        // what the experts made of the rows
     RowView<T> experts;  // what the banks keep
     RowView<T> shared;
@@ -407,7 +407,7 @@ class Moe {
   template <class Weights>
   void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Activations<Scalar>& into,
                    const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slots, exec);
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slot_rows, exec);
     detail::forward_bank(experts_, experts_part(weights), rows, into.h, into.experts, workspace, exec);
     if (shared_) {
       detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, into.shared, workspace, exec);
@@ -429,13 +429,13 @@ class Moe {
     } else {
       const Activations<Scalar> again = scratch(in, tape, workspace, true);
       run_experts(p, in, din.x, again, tape, workspace, exec);  // dx is written anyway
-      run_backward(p, in, dy, din, grads, {again.slots, again.h, again.experts, again.shared}, tape, workspace, exec);
+      run_backward(p, in, dy, din, grads, {again.slot_rows, again.h, again.experts, again.shared}, tape, workspace, exec);
     }
   }
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
                     const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Activations<const Scalar>& kept,
                     const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slots);
+    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slot_rows);
     const RowView<Scalar> dh = workspace.spread<Scalar>(rows.count(), model_dim());
     const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
     combine_backward(tape.plan_, kept.h, dy, dh, tape.dplan_, exec);
@@ -521,11 +521,11 @@ class Moe {
   /// Whether dispatch gathers tokens by an index, as sparse plans do; else it computes slots.
   static constexpr bool gathers = requires(const Plan& plan) { plan.token(); };
 
-  static GroupedRows<Scalar> rows_of(const Tape& tape, const Tokens<Scalar>& in, RowView<const Scalar> slots) {
+  static GroupedRows<Scalar> rows_of(const Tape& tape, const Tokens<Scalar>& in, RowView<const Scalar> slot_rows) {
     if constexpr (gathers) {
       return {tape.plan_.expert_starts(), in.x, tape.plan_.token().data()};
     } else {
-      return {tape.plan_.expert_starts(), slots, nullptr};
+      return {tape.plan_.expert_starts(), slot_rows, nullptr};
     }
   }
   /// All tokens as the rows of one expert.

@@ -303,7 +303,7 @@ inline void batch_gradient(const Balance& weights, const BalanceTotals& totals, 
     const double p = totals.probability(e);
     of_batch(0, i) = weights.expert_level * totals.frequency(e) / n;
     if (weights.mean_entropy > 0) {
-      of_batch(0, i) += weights.mean_entropy * (std::log(std::max(p, std::numeric_limits<double>::min())) + 1) / n;
+      of_batch(0, i) += weights.mean_entropy * (std::log((std::max)(p, (std::numeric_limits<double>::min)())) + 1) / n;
     }
   }
   if (weights.device_level > 0) {

@@ -23,7 +23,7 @@ inline void expect_as_many(std::string_view where, std::string_view name, std::s
 template <class Scalar>
 void expect_in_scalar(std::string_view where, std::string_view name, double value) {
   using Limits = std::numeric_limits<Scalar>;
-  const double size = std::abs(value);
+  const double size = (std::abs)(value);
   if (size == 0 || (size >= std::sqrt(double(Limits::min())) && size <= std::sqrt(double(Limits::max())))) {
     return;
   }

@@ -13,7 +13,7 @@ namespace moxie::formula {
 
 // Device code may read constants, and may not call the functions that they come from.
 template <class T>
-inline constexpr T smallest_number = std::numeric_limits<T>::min();
+inline constexpr T smallest_number = (std::numeric_limits<T>::min)();
 
 /// ln Σ_i exp z_i of n >= 1 logits, from the largest one.
 template <class Scalar>

@@ -183,7 +183,7 @@ class BalancedKMeans {
       }
       std::copy_n(features_.row(chosen), features_.cols(), centroid(c));
       for (Index i = 0; i < n; ++i) {
-        nearest[std::size_t(i)] = std::min(nearest[std::size_t(i)], distance(i, c));
+        nearest[std::size_t(i)] = (std::min)(nearest[std::size_t(i)], distance(i, c));
       }
     }
   }
@@ -275,7 +275,7 @@ BalancedClusters<Scalar> balanced_k_means(RowView<const Scalar> features, Index 
   BalancedClusters<Scalar> result;
   std::vector<Index> assignment;
   std::vector<Index> size;
-  for (bool moved = true; moved && result.iterations < std::max(iterations, 1); ++result.iterations) {
+  for (bool moved = true; moved && result.iterations < (std::max)(iterations, 1); ++result.iterations) {
     result.distance = means.assign(assignment, size);
     moved = assignment != result.assignment;
     result.assignment = assignment;

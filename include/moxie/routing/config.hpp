@@ -89,7 +89,7 @@ inline void expect_capacity(std::string_view where, const Capacity& capacity) {
 /// and one that is no integer.
 inline Index expert_capacity(Index n, Index experts, const Capacity& capacity) {
   const double exact = double(n) * capacity.factor / double(experts);
-  detail::expect_value(exact < double(std::numeric_limits<Index>::max() / 2 - capacity.multiple_of), "expert_capacity",
+  detail::expect_value(exact < double((std::numeric_limits<Index>::max)() / 2 - capacity.multiple_of), "expert_capacity",
                        "the capacity is too large for an integer");
   Index c = Index(capacity.rounding == Rounding::ceil ? std::ceil(exact) : std::nearbyint(exact));
   c += (capacity.multiple_of - c % capacity.multiple_of) % capacity.multiple_of;
@@ -251,7 +251,7 @@ struct ExpertChoiceRouterConfig {
   /// for a capacity below 1.
   Index room(Index tokens, double factor_of_call = 0) const {
     const Capacity of_call = capacity.with(factor_of_call);
-    return tokens == 0 || !of_call.limited() ? tokens : std::min(tokens, expert_capacity(tokens, experts, of_call));
+    return tokens == 0 || !of_call.limited() ? tokens : (std::min)(tokens, expert_capacity(tokens, experts, of_call));
   }
   /// `gate.weight` (E,G).
   Layout layout() const {
@@ -298,7 +298,7 @@ struct SoftRouterConfig {
     detail::expect_scale<Scalar>(where, scale);
     detail::expect_in_scalar<Scalar>(where, "initial_scale", initial_scale);
     detail::expect_value(
-        double(slots_per_expert) * double(experts) <= std::min(0x1p40, double(std::numeric_limits<Index>::max())), where,
+        double(slots_per_expert) * double(experts) <= (std::min)(0x1p40, double((std::numeric_limits<Index>::max)())), where,
         "there are too many slots");
   }
   /// `phi.weight` (E·S,G), a row a slot, and `scale` () where the logits are normalized; nothing if nothing is learned.

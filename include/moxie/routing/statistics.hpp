@@ -99,7 +99,7 @@ RoutingStatistics routing_statistics(const DensePlan<Scalar>& plan) {
   std::vector<double> load(std::size_t(plan.experts()), 0.0);
   for (Index t = 0; t < plan.tokens(); ++t) {
     for (Index n = 0; n < plan.slot_count(); ++n) {
-      load[std::size_t(n / plan.slots_per_expert())] += std::abs(double(plan.combine()(t, n)));
+      load[std::size_t(n / plan.slots_per_expert())] += (std::abs)(double(plan.combine()(t, n)));
     }
   }
   RoutingStatistics s = detail::statistics_of_load(std::move(load), 0.0);
@@ -287,8 +287,8 @@ void add_similarity(Index n, Index size, Value&& value, Similarity& s, std::int6
     for (Index j = 0; j < i; ++j) {
       const double norms = norm[std::size_t(i)] * norm[std::size_t(j)];
       const double cosine = norms > 0 ? dot(i, j) / norms : 0;
-      s.least = pairs == 0 ? cosine : std::min(s.least, cosine);
-      s.largest = pairs == 0 ? cosine : std::max(s.largest, cosine);
+      s.least = pairs == 0 ? cosine : (std::min)(s.least, cosine);
+      s.largest = pairs == 0 ? cosine : (std::max)(s.largest, cosine);
       ++pairs;
       s.mean += (cosine - s.mean) / double(pairs);
     }

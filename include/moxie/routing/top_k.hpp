@@ -317,7 +317,7 @@ class TopKRouter {
     Scalar sum = 0;
     Scalar largest = -std::numeric_limits<Scalar>::infinity();
     for (Index j = 0; j < k; ++j) {
-      largest = chosen[j] < 0 ? largest : std::max(largest, z[chosen[j]]);
+      largest = chosen[j] < 0 ? largest : (std::max)(largest, z[chosen[j]]);
     }
     for (Index j = 0; j < k; ++j) {
       const Index e = chosen[j];
