@@ -37,7 +37,7 @@ inline constexpr bool row_contiguous = [] {
   }
 }();
 
-// U is what T is a const of: RowView<float> converts to RowView<const float>, not back.
+// T is const U: RowView<float> converts to RowView<const float>, not back.
 template <class U, class T>
 concept ConstOf = std::is_same_v<const U, T>;
 

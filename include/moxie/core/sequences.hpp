@@ -23,7 +23,7 @@ class Sequences {
   Sequences(Index length) : length_(length) {}
   Sequences(std::span<const Index> starts) : starts_(starts), ragged_(true) {}
   Sequences(const std::vector<Index>& starts) : starts_(starts), ragged_(true) {}
-  Sequences(std::vector<Index>&&) = delete;  // would view what is about to go
+  Sequences(std::vector<Index>&&) = delete;  // a view of a temporary would dangle
 
   /// The same division of that many tokens.
   Sequences over(Index tokens) const {
@@ -61,7 +61,7 @@ class Sequences {
     }
   }
 
-  /// Copies the B + 1 offsets, for who must remember the division longer than the caller: `Sequences(starts.span()).over(T)`.
+  /// Copies the B + 1 offsets. `Sequences(starts.span()).over(T)` is the same division, which then does not need the caller's.
   template <class Starts>
   void copy_starts(Starts& starts) const {
     starts.resize(count() + 1);
