@@ -11,6 +11,7 @@
 #include <moxie/routing/tokens.hpp>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 /// Checks for routers, experts and layers of one's own. They return values and depend on no test framework.
@@ -116,6 +117,40 @@ GradientReport check_gradient(F&& f, RowView<double> variables, RowView<const do
 
 namespace detail {
 
+// Loops of their own instead of Eigen's expressions, which all translation units of a program share.
+
+/// A matrix of f(a, b, ...) for every element of equally large matrices.
+template <class Scalar, class F, class... In>
+Matrix<Scalar> element_wise(F&& f, RowView<const std::type_identity_t<Scalar>> first, const In&... rest) {
+  Matrix<Scalar> out(first.rows(), first.cols());
+  for (Index i = 0; i < first.rows(); ++i) {
+    for (Index j = 0; j < first.cols(); ++j) {
+      out(i, j) = f(first(i, j), rest(i, j)...);
+    }
+  }
+  return out;
+}
+template <class Scalar>
+Matrix<Scalar> copy_of(RowView<const std::type_identity_t<Scalar>> m) {
+  return element_wise<Scalar>([](Scalar v) { return v; }, m);
+}
+template <class Scalar>
+Matrix<Scalar> filled(Index rows, Index cols, Scalar value) {
+  Matrix<Scalar> out(rows, cols);
+  std::fill_n(out.data(), out.size(), value);
+  return out;
+}
+/// Σ a b, element by element.
+inline double inner(RowView<const double> a, RowView<const double> b) {
+  double sum = 0;
+  for (Index i = 0; i < a.rows(); ++i) {
+    for (Index j = 0; j < a.cols(); ++j) {
+      sum += a(i, j) * b(i, j);
+    }
+  }
+  return sum;
+}
+
 /// Whether two plans assign the same tokens to the same experts.
 template <class Scalar>
 bool same_selection(const SparsePlan<Scalar>& a, const SparsePlan<Scalar>& b) {
@@ -137,8 +172,8 @@ bool same_selection(const DensePlan<Scalar>& /*a*/, const DensePlan<Scalar>& /*b
 template <class Layer>
 std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Tokens<double>& in, RowView<const double> dy,
                                                   const Exec& exec = {}, const GradientOptions& options = {}) {
-  Matrix<double> x = in.x.eigen();
-  Matrix<double> condition = in.condition.eigen();
+  Matrix<double> x = detail::copy_of<double>(in.x);
+  Matrix<double> condition = detail::copy_of<double>(in.condition);
   Matrix<double> dcondition(condition.rows(), condition.cols());
   Matrix<double> gate_x = in.gate_x.eigen();
   Matrix<double> dgate_x(gate_x.rows(), gate_x.cols());
@@ -163,7 +198,7 @@ std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Toke
   const auto plan = tape.plan();
   const auto loss = [&] {
     layer.forward(parameters, moved, y, tape, exec);
-    return detail::same_selection(plan, tape.plan()) ? y.cwiseProduct(dy.eigen()).sum() + tape.balance_loss()
+    return detail::same_selection(plan, tape.plan()) ? detail::inner(y, dy) + tape.balance_loss()
                                                      : std::numeric_limits<double>::quiet_NaN();
   };
   std::vector<GradientReport> reports{check_gradient(loss, x, dx, options, "x")};

@@ -13,7 +13,9 @@
 #include <moxie/expert/bank.hpp>
 #include <moxie/routing/plan.hpp>
 #include <moxie/routing/tokens.hpp>
+#include <moxie/testing/gradient_check.hpp>
 #include <numeric>
+#include <span>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -134,6 +136,17 @@ double adjoint_error(const Matrix<Scalar>& a, const Matrix<Scalar>& b, const Mat
   return scale == 0 ? 0 : (std::abs)(dot(a, b) - dot(c, d)) / scale;
 }
 
+template <class Scalar>
+Matrix<Scalar> difference(const Matrix<Scalar>& a, const Matrix<Scalar>& b) {
+  return element_wise<Scalar>([](Scalar u, Scalar v) { return u - v; }, a, b);
+}
+
+/// All elements of a block of parameters, gaps included.
+template <class Scalar>
+std::span<Scalar> elements(Parameters<Scalar>& p) {
+  return {p.flat().data(), std::size_t(p.layout().size())};
+}
+
 /// The rows that a dispatch stands for, as a matrix.
 template <class Scalar>
 Matrix<Scalar> gathered(const GroupedRows<Scalar>& rows) {
@@ -156,10 +169,9 @@ struct Step {
 template <class Layer, class Scalar = typename Layer::Scalar>
 Step<Scalar> step(const Layer& layer, const Tokens<Scalar>& in, RowView<const std::type_identity_t<Scalar>> dy,
                   const Exec& exec, Keep keep = Keep::activations) {
-  const auto nan = Matrix<Scalar>::Constant(in.x.rows(), in.x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
-  const auto nans =
-      Matrix<Scalar>::Constant(in.condition.rows(), in.condition.cols(), std::numeric_limits<Scalar>::quiet_NaN());
-  Step<Scalar> s{nan, nan, nans, layer.parameters().zeros_like(), 0};
+  constexpr Scalar nan = std::numeric_limits<Scalar>::quiet_NaN();
+  const Matrix<Scalar> rows = filled(in.x.rows(), in.x.cols(), nan);
+  Step<Scalar> s{rows, rows, filled(in.condition.rows(), in.condition.cols(), nan), layer.parameters().zeros_like(), 0};
   auto tape = layer.make_tape(in.count(), keep);
   layer.forward(in, s.y, tape, exec);
   layer.backward(in, dy, {s.dx, s.dcondition}, s.grads, tape, exec);
@@ -299,11 +311,11 @@ LawResult dispatch_is_adjoint(const Plan& plan, Index dim, const LawOptions& opt
   const Matrix<Scalar> ax = detail::gathered(dispatch(plan, RowView<const Scalar>(x), slot_rows, options.exec));
   Matrix<Scalar> dx = before;
   dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), RowView<Scalar>(dx), dplan, options.exec);
-  double error = detail::adjoint_error<Scalar>(ax, r, x, dx - before);
+  double error = detail::adjoint_error<Scalar>(ax, r, x, detail::difference<Scalar>(dx, before));
   if constexpr (requires { dplan.dispatch; }) {
-    error = detail::worse(error,
-                          detail::adjoint_error<Scalar>(ax, r, plan.dispatch().eigen(),
-                                                        dplan.dispatch.spread_view(plan.tokens(), plan.slot_count()).eigen()));
+    error = detail::worse(
+        error, detail::adjoint_error<Scalar>(ax, r, detail::copy_of<Scalar>(plan.dispatch()),
+                                             detail::copy_of<Scalar>(dplan.dispatch.spread_view(plan.tokens(), plan.slot_count()))));
   }
   return detail::measured("dispatch: backward is the adjoint", error, detail::tolerance<Scalar>(options));
 }
@@ -318,19 +330,19 @@ LawResult combine_is_adjoint(const Plan& plan, Index dim, const LawOptions& opti
   typename Plan::Gradient dplan;
   Matrix<Scalar> y = before;
   combine(plan, RowView<const Scalar>(h), RowView<Scalar>(y), options.exec);
-  const Matrix<Scalar> ch = y - before;
-  Matrix<Scalar> dh = Matrix<Scalar>::Constant(h.rows(), h.cols(), std::numeric_limits<Scalar>::quiet_NaN());
+  const Matrix<Scalar> ch = detail::difference<Scalar>(y, before);
+  Matrix<Scalar> dh = detail::filled(h.rows(), h.cols(), std::numeric_limits<Scalar>::quiet_NaN());
   combine_backward(plan, RowView<const Scalar>(h), RowView<const Scalar>(dy), RowView<Scalar>(dh), dplan, options.exec);
   Matrix<Scalar> weights, dweights;
   if constexpr (requires { dplan.combine; }) {
-    weights = plan.combine().eigen();
-    dweights = dplan.combine.spread_view(plan.tokens(), plan.slot_count()).eigen();
+    weights = detail::copy_of<Scalar>(plan.combine());
+    dweights = detail::copy_of<Scalar>(dplan.combine.spread_view(plan.tokens(), plan.slot_count()));
   } else {
     weights.resize(1, plan.rows());
     for (Index r = 0; r < plan.rows(); ++r) {
       weights(0, r) = plan.weight(r);
     }
-    dweights = dplan.weight.view(1, plan.rows()).eigen();
+    dweights = detail::copy_of<Scalar>(dplan.weight.view(1, plan.rows()));
   }
   const double error =
       detail::worse(detail::adjoint_error<Scalar>(ch, dy, h, dh), detail::adjoint_error<Scalar>(ch, dy, weights, dweights));
@@ -353,7 +365,7 @@ struct BankRun {
       starts.push_back(starts.back() + n);
     }
     const GroupedRows<Scalar> rows{starts, x, nullptr};
-    h.setConstant(x.rows(), x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
+    h = filled(x.rows(), x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
     drows = h;
     Buffer<Scalar> kept;
     Workspace workspace;
@@ -414,18 +426,25 @@ LawResult idle_experts_have_zero_gradient(const Bank_& bank, const LawOptions& o
                            random_normal<Scalar>(n, bank.model_dim(), options.rng.split(2)), options.exec)
         .grads;
   };
-  if ((run(0, 0).flat() != Scalar(0)).any()) {
+  auto none = run(0, 0);
+  const auto is_zero = [](Scalar v) { return v == Scalar(0); };
+  if (!std::ranges::all_of(detail::elements(none), is_zero)) {
     return detail::stated(law, false, "there are gradients without any row");
   }
   Parameters<double> owners{Layout(bank.layout())};
   for (Index e = 0; e < bank.experts(); ++e) {
-    const auto grads = run(e, 3);
-    if (!grads.flat().isFinite().all()) {
-      return detail::stated(law, false, "a gradient is not finite");
+    auto grads = run(e, 3);
+    const auto of_expert = detail::elements(grads);
+    const auto count = detail::elements(owners);
+    for (std::size_t i = 0; i < of_expert.size(); ++i) {
+      if (!std::isfinite(of_expert[i])) {
+        return detail::stated(law, false, "a gradient is not finite");
+      }
+      count[i] += is_zero(of_expert[i]) ? 0 : 1;
     }
-    owners.flat() += (grads.flat() != Scalar(0)).template cast<double>();
   }
-  return detail::stated(law, (owners.flat() <= 1).all(), "a parameter's gradient comes from two experts");
+  const bool one = std::ranges::all_of(detail::elements(owners), [](double count) { return count <= 1; });
+  return detail::stated(law, one, "a parameter's gradient comes from two experts");
 }
 
 /// `forward` and `backward` give the same bits for all numbers of threads, and from run to run on one tape.
@@ -478,8 +497,8 @@ LawResult masked_tokens_change_nothing(const Layer& layer, const Tokens<Scalar>&
   std::vector<std::uint8_t> mask(std::size_t(in.count()));
   std::vector<Index> kept;
   std::vector<Index> starts{0};
-  Matrix<Scalar> x = in.x.eigen();
-  Matrix<Scalar> spoilt_dy = dy.eigen();
+  Matrix<Scalar> x = detail::copy_of<Scalar>(in.x);
+  Matrix<Scalar> spoilt_dy = detail::copy_of<Scalar>(dy);
   in.sequences.for_each([&](Index, Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       const bool was = in.mask.empty() || in.mask[std::size_t(t)] != 0;
@@ -487,8 +506,8 @@ LawResult masked_tokens_change_nothing(const Layer& layer, const Tokens<Scalar>&
       if (mask[std::size_t(t)] != 0) {
         kept.push_back(t);
       } else {
-        x.row(t).setConstant(std::numeric_limits<Scalar>::quiet_NaN());
-        spoilt_dy.row(t).setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+        std::fill_n(&x(t, 0), x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
+        std::fill_n(&spoilt_dy(t, 0), spoilt_dy.cols(), std::numeric_limits<Scalar>::quiet_NaN());
       }
     }
     starts.push_back(Index(kept.size()));
@@ -501,8 +520,11 @@ LawResult masked_tokens_change_nothing(const Layer& layer, const Tokens<Scalar>&
   const Matrix<Scalar> dy_without = detail::rows_at<Scalar>(kept, dy);
   const detail::Step<Scalar> expected = detail::step(layer, without.tokens, dy_without, options.exec);
   detail::Step<Scalar> found = detail::step<Layer, Scalar>(layer, masked, spoilt_dy, options.exec);
+  const auto is_zero = [](const Matrix<Scalar>& m, Index row) {
+    return std::all_of(&m(row, 0), &m(row, 0) + m.cols(), [](Scalar v) { return v == Scalar(0); });
+  };
   for (Index t = 0; t < in.count(); ++t) {
-    if (mask[std::size_t(t)] == 0 && !(found.y.row(t).isZero(0) && found.dx.row(t).isZero(0))) {
+    if (mask[std::size_t(t)] == 0 && !(is_zero(found.y, t) && is_zero(found.dx, t))) {
       return detail::stated(law, false, "the output or gradient of masked token " + std::to_string(t) + " is not zero");
     }
   }
@@ -519,16 +541,21 @@ LawResult backward_is_linear(const Layer& layer, const Tokens<Scalar>& in, const
   const Index cols = in.x.cols();
   const Matrix<Scalar> u = random_normal<Scalar>(rows, cols, options.rng.split(3));
   const Matrix<Scalar> v = random_normal<Scalar>(rows, cols, options.rng.split(4));
-  const Matrix<Scalar> mixed = Scalar(2) * u - Scalar(0.5) * v;
-  const Matrix<Scalar> zero = Matrix<Scalar>::Zero(rows, cols);
+  const Matrix<Scalar> mixed =
+      detail::element_wise<Scalar>([](Scalar a, Scalar b) { return Scalar(2) * a - Scalar(0.5) * b; }, u, v);
+  const Matrix<Scalar> zero = detail::filled(rows, cols, Scalar(0));
   detail::Step<Scalar> sum = detail::step(layer, in, mixed, options.exec);
   detail::Step<Scalar> parts = detail::step(layer, in, u, options.exec);
-  const detail::Step<Scalar> of_v = detail::step(layer, in, v, options.exec);
-  const detail::Step<Scalar> of_zero = detail::step(layer, in, zero, options.exec);
+  detail::Step<Scalar> of_v = detail::step(layer, in, v, options.exec);
+  detail::Step<Scalar> of_zero = detail::step(layer, in, zero, options.exec);
   // a g(u) + b g(v) + (1 - a - b) g(0)
-  parts.dx = Scalar(2) * parts.dx - Scalar(0.5) * of_v.dx - Scalar(0.5) * of_zero.dx;
-  parts.dcondition = Scalar(2) * parts.dcondition - Scalar(0.5) * of_v.dcondition - Scalar(0.5) * of_zero.dcondition;
-  parts.grads.flat() = Scalar(2) * parts.grads.flat() - Scalar(0.5) * of_v.grads.flat() - Scalar(0.5) * of_zero.grads.flat();
+  const auto mix = [](Scalar a, Scalar b, Scalar c) { return Scalar(2) * a - Scalar(0.5) * b - Scalar(0.5) * c; };
+  parts.dx = detail::element_wise<Scalar>(mix, parts.dx, of_v.dx, of_zero.dx);
+  parts.dcondition = detail::element_wise<Scalar>(mix, parts.dcondition, of_v.dcondition, of_zero.dcondition);
+  const auto grads = detail::elements(parts.grads);
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    grads[i] = mix(grads[i], detail::elements(of_v.grads)[i], detail::elements(of_zero.grads)[i]);
+  }
   return detail::measured("layer: backward is linear in dy", detail::gradient_distance(sum, parts),
                           detail::tolerance<Scalar>(options));
 }
@@ -544,12 +571,14 @@ LawResult backward_overwrites_dx_and_adds_to_gradients(const Layer& layer, const
   auto tape = layer.make_tape();
   layer.forward(in, added.y, tape, options.exec);
   const Scalar start = 3;
-  added.grads.flat() = start;
+  std::ranges::fill(detail::elements(added.grads), start);
   layer.backward(in, dy, {added.dx, added.dcondition}, added.grads, tape, options.exec);
   if (!detail::same_bits<Scalar>(added.dx, once.dx) || !detail::same_bits<Scalar>(added.dcondition, once.dcondition)) {
     return detail::stated(law, false, "dx or dcondition depends on what was in it");
   }
-  once.grads.flat() += start;
+  for (Scalar& g : detail::elements(once.grads)) {
+    g += start;
+  }
   return detail::measured(law, detail::gradient_distance(added, once), detail::tolerance<Scalar>(options));
 }
 
@@ -612,13 +641,13 @@ LawResult keeping_less_changes_nothing(const Layer& layer, const Tokens<Scalar>&
       return !detail::same_bits<Scalar>(first.y, other.y);
     }
   };
-  other.y.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+  std::fill_n(other.y.data(), other.y.size(), std::numeric_limits<Scalar>::quiet_NaN());
   layer.forward(in, other.y, tape, options.exec);
   if (differs()) {
     return detail::stated(law, false, "Keep::nothing differs, or has a backward");
   }
   tape = layer.make_tape(in.count());
-  other.y.setConstant(std::numeric_limits<Scalar>::quiet_NaN());
+  std::fill_n(other.y.data(), other.y.size(), std::numeric_limits<Scalar>::quiet_NaN());
   layer.forward(layer.freeze(options.exec), in, other.y, tape, options.exec);
   if (differs()) {
     return detail::stated(law, false, "the frozen layer differs, or has a backward");
