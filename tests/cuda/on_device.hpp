@@ -115,7 +115,7 @@ class OnDevice {
                const Exec& /*exec*/ = {}, bool frozen = false) const {
     const Input input(in);
     Matrix<Scalar> out = y.eigen();
-    tape.device_->forward(p.data(), input.numbers, out.data(), frozen);
+    tape.device_->forward(block_of(p).flat().data(), input.numbers, out.data(), frozen);
     tape.device_->expect_finite();
     y.eigen() = out;
     tape.balance_loss_ = tape.device_->balance_loss();
@@ -132,11 +132,19 @@ class OnDevice {
     const Input input(in);
     const Matrix<Scalar> from = dy.eigen();
     Matrix<Scalar> dx = din.x.eigen();
-    tape.device_->backward(p.data(), input.numbers, from.data(), dx.data(), grads.data());
+    Parameters<Scalar> sum = block_of(grads);
+    tape.device_->backward(block_of(p).flat().data(), input.numbers, from.data(), dx.data(), sum.flat().data());
+    moxie::copy_tensors(sum.view(), grads);
     din.x.eigen() = dx;
   }
 
  private:
+  /// One block of what a view sees.
+  static Parameters<Scalar> block_of(ParameterView<const Scalar> p) {
+    Parameters<Scalar> block{Layout(p.layout())};
+    moxie::copy_tensors(p, block.view());
+    return block;
+  }
   /// The same tokens as rows without gaps.
   struct Input {
     Matrix<Scalar> x, noise;
