@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
+#include <string>
 #include <moxie/cuda/cuda.hpp>
 #include <moxie/expert/expert_bank.hpp>
 #include <moxie/expert/linear.hpp>
@@ -58,6 +59,30 @@ TEST_CASE("device: what it has is not refused") {
   CHECK(refusal(moxie::ExpertChoiceMoEConfig<moxie::HiddenConfig>{.model_dim = 8, .experts = 4}) == "nothing was thrown");
   CHECK(refusal(moxie::SoftMoEConfig<moxie::HiddenConfig>{.model_dim = 8, .experts = 4, .dispatch = moxie::Mixing::uniform}) ==
         "nothing was thrown");
+}
+
+TEST_CASE("device: options of the gate's input, of groups and of scale are refused by name") {
+  const auto expect = [](const auto& config, const char* option) {
+    CHECK_THROWS_WITH_AS(moxie::cuda::expect_supported(config),
+                         (std::string("moxie::cuda: a device does not have the option ") + option).c_str(), moxie::ValueError);
+  };
+  moxie::TopKMoEConfig<moxie::HiddenConfig> top_k{.model_dim = 4, .experts = 4, .expert = {.hidden_dim = 8}};
+  top_k.gate_dim = 3;
+  expect(top_k, "gate_dim");
+  top_k.gate_dim = 0;
+  top_k.capacity.group = moxie::Grouping::call;
+  expect(top_k, "capacity.group");
+  moxie::ExpertChoiceRouterConfig choice{.model_dim = 4, .experts = 4};
+  CHECK_NOTHROW(moxie::cuda::expect_supported(choice));
+  choice.scale = 2;
+  expect(choice, "scale");
+  moxie::SoftRouterConfig soft{.model_dim = 4, .experts = 4};
+  CHECK_NOTHROW(moxie::cuda::expect_supported(soft));
+  soft.scale = 2;
+  expect(soft, "scale");
+  soft.scale = 1;
+  soft.gate_dim = 3;
+  expect(soft, "gate_dim");
 }
 
 TEST_CASE("device: for options of layers, routers and experts that it does not have there is no check to pass") {

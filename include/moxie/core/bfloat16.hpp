@@ -8,7 +8,7 @@
 #include <moxie/config.hpp>
 #include <type_traits>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A number of 16 bits: the upper half of a float, so float's range and 8 bits of precision. Expert banks can multiply such
 /// numbers and add in float; see `GluExperts`.
@@ -66,7 +66,7 @@ struct BFloat16 {
 };
 static_assert(sizeof(BFloat16) == 2 && std::is_trivial_v<BFloat16>, "moxie: BFloat16 is not 16 plain bits");
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE
 
 template <>
 class std::numeric_limits<moxie::BFloat16> : public std::numeric_limits<float> {  // the rest is float's

@@ -19,7 +19,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Alignment of every block of numbers, in bytes: a cache line, and the widest vector register.
 inline constexpr std::size_t alignment = 64;
@@ -220,4 +220,4 @@ class Buffer {
   Index capacity_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

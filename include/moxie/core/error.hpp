@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace moxie {
+namespace moxie::inline MOXIE_VERSION_NAMESPACE {
 
 /// A matrix has other dimensions than the call needs. Thrown at public entries, before any output is written.
 struct ShapeError : std::invalid_argument {
@@ -17,6 +17,10 @@ struct ShapeError : std::invalid_argument {
 struct ValueError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
+
+}  // namespace moxie::inline MOXIE_VERSION_NAMESPACE
+
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -79,4 +83,4 @@ using moxie::expect_shape;
 using moxie::expect_value;
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

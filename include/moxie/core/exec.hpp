@@ -16,7 +16,7 @@
 #include <thread>
 #endif
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A user's threads in place of OpenMP's: a thread pool, a task system, a team of a larger program.
 ///
@@ -213,4 +213,4 @@ inline void Exec::parallel_ranges(Index n, Index grain, FunctionRef<void(Index, 
                     [=](Index i, int /*worker*/) { range(i * grain, (std::min)(n, (i + 1) * grain)); });
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

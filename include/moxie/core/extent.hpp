@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The memory of a matrix, in bytes: rows of equal width at equal distances, from the lowest address up.
 ///
@@ -134,4 +134,4 @@ using moxie::Extent;
 using moxie::overlaps;
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <moxie/config.hpp>
 #include <type_traits>
 #include <utility>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -37,4 +38,4 @@ constexpr std::size_t count_fields() {
 template <class T>
 inline constexpr std::size_t field_count = detail::count_fields<T, 0>();
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

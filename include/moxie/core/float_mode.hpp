@@ -7,11 +7,12 @@
 #define MOXIE_FLOAT_MODE_FPCR
 #else
 #include <cfenv>
+#include <moxie/config.hpp>
 #endif
 
 #include <cstdint>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// How a thread computes with floats and doubles: rounding mode, whether subnormal numbers are kept or flushed to zero, and
 /// traps. Every thread has its own, and the same operations give other bits in another mode.
@@ -68,4 +69,4 @@ class FloatMode::Scope {
   bool differs_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

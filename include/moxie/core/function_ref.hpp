@@ -2,10 +2,11 @@
 #pragma once
 
 #include <memory>
+#include <moxie/config.hpp>
 #include <type_traits>
 #include <utility>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 template <class Signature>
 class FunctionRef;
@@ -45,4 +46,4 @@ class FunctionRef<R(Arguments...)> {
   R (*call_)(Object, Arguments...);
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstddef>
+#include <moxie/config.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Sizes and positions: signed, and as wide as a pointer. Eigen uses the same type.
 using Index = std::ptrdiff_t;
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// What changes a tensor.
 enum class Trained {
@@ -174,4 +174,4 @@ inline bool same_layout(const Layout& a, const Layout& b) {
 }
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A one-to-one matching of n rows with n columns of least cost, and the proof that no other costs less: u_i + v_j <= c_ij
 /// everywhere, with equality on the matching. So Σ u + Σ v is its cost, and a lower bound of the cost of all others.
@@ -204,4 +204,4 @@ inline LinearSumAssignment linear_sum_assignment(RowView<const double> cost) {
   return method.result();
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

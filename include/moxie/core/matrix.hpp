@@ -16,13 +16,15 @@ struct Eigen::NumTraits<moxie::BFloat16> : Eigen::GenericNumTraits<moxie::BFloat
   static moxie::BFloat16 dummy_precision() { return moxie::BFloat16(0.05F); }
 };
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 static_assert(std::is_same_v<Index, Eigen::Index>, "moxie: Eigen's index is another type: EIGEN_DEFAULT_DENSE_INDEX_TYPE");
 
-/// The matrix of the interface: row-major, one row a token (or one row an output unit, for weights).
+/// The matrix of the interface: row-major, one row a token (or one row an output unit, for weights). DontAlign takes memory
+/// from malloc in every instruction set; else Eigen has allocators of its own for AVX, and translation units that were compiled
+/// without it would free what those with it allocated.
 template <class Scalar>
-using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor | Eigen::DontAlign>;
 
 namespace detail {
 
@@ -113,4 +115,4 @@ using moxie::overlaps;
 using moxie::rows_overlap;
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The tensors of a layout, wherever they are in memory; `ParameterView<const float>` only reads. Some pointers: pass it by
 /// value. What it views (a `Parameters` or a `ParameterTable`) and the layout must outlive it.
@@ -326,4 +326,4 @@ void zip(F&& f, First&& first, Rest&&... rest) {
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -7,7 +7,7 @@
 
 /// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") as functions of plain numbers, for the
 /// host and the device: `Rng` and `cuda::DeviceRng` are made of them.
-namespace moxie::philox {
+namespace moxie::inline MOXIE_NAMESPACE::philox {
 
 /// 128 random bits, the first word in the low half of `low`.
 struct Bits {
@@ -59,4 +59,4 @@ MOXIE_HOST_DEVICE inline std::uint64_t child(std::uint64_t stream, std::uint64_t
   return mix(stream + mix(key + 1));
 }
 
-}  // namespace moxie::philox
+}  // namespace moxie::inline MOXIE_NAMESPACE::philox

@@ -7,7 +7,7 @@
 #include <moxie/core/matrix.hpp>
 #include <moxie/core/philox.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Counter-based random numbers: Philox4x32-10 (`core/philox.hpp`).
 ///
@@ -75,4 +75,4 @@ Matrix<Scalar> random_normal(Index rows, Index cols, const Rng& rng, double devi
   return m;
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

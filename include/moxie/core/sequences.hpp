@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// How T tokens divide into B sequences of consecutive rows: equal ones by their length, others by B + 1 offsets. Capacity,
 /// expert choice, Soft MoE and the losses of a sequence all read this one description.
@@ -105,4 +105,4 @@ class Sequences {
   bool ragged_ = false;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <moxie/config.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A sum of doubles with twice their precision: value + rest, where the rest is what rounding the value left (Knuth's two-sum;
 /// Dekker 1971). How the terms are grouped changes it by 2^-105 of their size, so sums of micro-batches, added up, round to the
@@ -29,4 +30,4 @@ class WideSum {
   double rest_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -11,7 +11,7 @@
 #include <new>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Scratch that anyone may throw away: a stack of aligned blocks.
 ///
@@ -132,4 +132,4 @@ class Workspace : public std::pmr::memory_resource {
   Index peak_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

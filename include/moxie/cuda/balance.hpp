@@ -5,7 +5,7 @@
 #include <moxie/loss/config.hpp>
 #include <moxie/loss/formula.hpp>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 /// How often an expert is among the first `counted` of a token's K choices.
@@ -342,4 +342,4 @@ class BalanceTape {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -44,7 +44,7 @@
 /// nvcc compiles these headers for a GPU. Any other compiler makes the *host build* of them: the same functions over memory of
 /// the host, loops by Thrust's OpenMP system (or its C++ one), products by the CPU's kernels. It is how the backend is tested
 /// where there is no GPU.
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 
 /// A call of CUDA, cuBLAS or Thrust failed; the message names it. Errors of kernels are those of an earlier call, too.
 struct CudaError : std::runtime_error {
@@ -609,4 +609,4 @@ struct DeviceRows {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

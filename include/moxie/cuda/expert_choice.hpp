@@ -3,7 +3,7 @@
 
 #include <moxie/cuda/top_k.hpp>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 namespace detail {
@@ -181,4 +181,4 @@ class ExpertChoiceRouter {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

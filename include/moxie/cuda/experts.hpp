@@ -4,7 +4,7 @@
 #include <moxie/cuda/functor.hpp>
 #include <moxie/expert/config.hpp>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 /// The rows of a bank: row r is x_{index[r]}, or x_r where there is no index, and belongs to `expert[r]`, or to the only one.
@@ -389,4 +389,4 @@ template <class Scalar, class Element = Scalar>
 using ReluSquaredExperts = MlpExperts<Scalar, ReluSquared, Element>;
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -7,7 +7,7 @@
 
 /// What the backend does with rows, a small function each: the same on the host and on the device. All are given to
 /// `DeviceExec::for_each_row`, but for those whose operator takes no lanes, which `for_each` calls.
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 /// What numbers are computed in: float for BFloat16.
@@ -334,4 +334,4 @@ void column_sums(DeviceExec& exec, Index rows, Index cols, const Value& value, O
 }
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -6,7 +6,7 @@
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/formula.hpp>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 namespace detail {
@@ -208,4 +208,4 @@ class Gate {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -11,7 +11,7 @@
 #include <moxie/layer/config.hpp>
 #include <optional>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 namespace detail {
@@ -536,9 +536,9 @@ class ExpertChoiceMoE : public Moe<ExpertChoiceRouter<Scalar>, Experts> {
   using Config = ExpertChoiceMoEConfig<typename Experts::Config>;
 
   explicit ExpertChoiceMoE(const Config& config)
-      : Moe<ExpertChoiceRouter<Scalar>, Experts>(
-            ExpertChoiceRouter<Scalar>(config.router()),
-            Experts(config.experts, config.model_dim, config.expert), std::nullopt, "ExpertChoiceMoE") {}
+      : Moe<ExpertChoiceRouter<Scalar>, Experts>(ExpertChoiceRouter<Scalar>(config.router()),
+                                                 Experts(config.experts, config.model_dim, config.expert), std::nullopt,
+                                                 "ExpertChoiceMoE") {}
 };
 
 /// `moxie::SoftMoE` on the device.
@@ -553,4 +553,4 @@ class SoftMoE : public Moe<SoftRouter<Scalar>, Experts> {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -9,7 +9,7 @@
 // After exec.hpp, which tells Thrust what to do without CUDA.
 #include <thrust/sort.h>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 /// Tokens of the device, and how they divide into sequences; what `moxie::Tokens` is on the host. Converts from rows.
@@ -348,4 +348,4 @@ class SparsePlan {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -9,7 +9,7 @@
 #include <moxie/kernel/gemm.hpp>
 #endif
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 /// A matrix of each group: rows of one matrix, cut where the groups' rows begin, or blocks at equal distances.
@@ -246,4 +246,4 @@ void multiply(DeviceExec& exec, const Product<Element, Out>& p) {
 }
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -4,7 +4,7 @@
 #include <moxie/core/philox.hpp>
 #include <moxie/cuda/exec.hpp>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 /// The numbers of `moxie::Rng` on both sides: `DeviceRng(rng.seed(), rng.stream())` draws the same. Normal numbers may differ
@@ -30,4 +30,4 @@ class DeviceRng {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -4,32 +4,53 @@
 #include <moxie/core/field_count.hpp>
 #include <moxie/expert/config.hpp>
 #include <moxie/layer/config.hpp>
+#include <string>
 
 /// Which options of the CPU's layers a device has: all that are not refused here. `docs/cuda.md` has the table. Needs neither
 /// CUDA nor Thrust, so that the half of a program which makes options can ask.
 ///
 /// Each count of fields is that of a struct whose options have all been decided. A new option changes it: say here whether the
 /// device has the option, then in the table.
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 
 /// The most groups of experts that a device can choose from.
 inline constexpr Index most_groups = 64;
 
-/// Throws ValueError that names the option if a device does not have it: more than 64 groups of experts.
+namespace detail {
+
+inline void refuse(bool used, const char* option) {
+  if (used) {
+    throw ValueError(std::string("moxie::cuda: a device does not have the option ") + option);
+  }
+}
+
+}  // namespace detail
+
+/// Throws ValueError that names the option if a device does not have it: `gate_dim`, `capacity.group`, more than 64 groups of
+/// experts.
 inline void expect_supported(const TopKRouterConfig& config) {
-  static_assert(field_count<TopKRouterConfig> == 13 && field_count<Balance> == 11 && field_count<ExpertGroups> == 3 &&
-                field_count<Capacity> == 4 && field_count<GateNoise> == 2);
+  static_assert(field_count<TopKRouterConfig> == 14 && field_count<Balance> == 11 && field_count<ExpertGroups> == 3 &&
+                field_count<Capacity> == 5 && field_count<GateNoise> == 2);
+  detail::refuse(config.gate_dim != 0, "gate_dim");
+  detail::refuse(config.capacity.group != Grouping::sequence, "capacity.group");
   if (config.groups.count > most_groups) {
     throw ValueError("moxie::cuda: groups.count is " + std::to_string(config.groups.count) + ", and a device has at most " +
                      std::to_string(most_groups) + " groups of experts");
   }
 }
-/// Refuses nothing.
-inline void expect_supported(const ExpertChoiceRouterConfig& /*config*/) {
-  static_assert(field_count<ExpertChoiceRouterConfig> == 4 && field_count<Capacity> == 4 && field_count<GateNoise> == 2);
+/// Refuses `gate_dim`, `capacity.group` and `scale`.
+inline void expect_supported(const ExpertChoiceRouterConfig& config) {
+  static_assert(field_count<ExpertChoiceRouterConfig> == 6 && field_count<Capacity> == 5 && field_count<GateNoise> == 2);
+  detail::refuse(config.gate_dim != 0, "gate_dim");
+  detail::refuse(config.capacity.group != Grouping::sequence, "capacity.group");
+  detail::refuse(config.scale != 1, "scale");
 }
-/// Refuses nothing.
-inline void expect_supported(const SoftRouterConfig& /*config*/) { static_assert(field_count<SoftRouterConfig> == 6); }
+/// Refuses `gate_dim` and `scale`.
+inline void expect_supported(const SoftRouterConfig& config) {
+  static_assert(field_count<SoftRouterConfig> == 9);
+  detail::refuse(config.gate_dim != 0, "gate_dim");
+  detail::refuse(config.scale != 1, "scale");
+}
 /// Of `GluExperts` and `MlpExperts`. Refuses nothing.
 inline void expect_supported(const HiddenConfig& /*config*/) { static_assert(field_count<HiddenConfig> == 1); }
 /// In the place of shared experts.
@@ -39,23 +60,22 @@ inline void expect_supported(const NoSharedExperts& /*config*/) {}
 /// experts, which devices do not have.
 template <class ExpertConfig, class SharedConfig>
 void expect_supported(const TopKMoEConfig<ExpertConfig, SharedConfig>& config) {
-  static_assert(field_count<TopKMoEConfig<HiddenConfig>> == 15);
+  static_assert(field_count<TopKMoEConfig<HiddenConfig>> == 16);
   expect_supported(config.router());
   expect_supported(config.expert);
   expect_supported(config.shared);
 }
 template <class ExpertConfig>
 void expect_supported(const ExpertChoiceMoEConfig<ExpertConfig>& config) {
-  static_assert(field_count<ExpertChoiceMoEConfig<HiddenConfig>> == 5);
-  expect_supported(ExpertChoiceRouterConfig{config.model_dim, config.experts, config.capacity, config.noise});
+  static_assert(field_count<ExpertChoiceMoEConfig<HiddenConfig>> == 7);
+  expect_supported(config.router());
   expect_supported(config.expert);
 }
 template <class ExpertConfig>
 void expect_supported(const SoftMoEConfig<ExpertConfig>& config) {
-  static_assert(field_count<SoftMoEConfig<HiddenConfig>> == 7);
-  expect_supported(SoftRouterConfig{config.model_dim, config.experts, config.slots_per_expert, config.normalize,
-                                    config.dispatch, config.combine});
+  static_assert(field_count<SoftMoEConfig<HiddenConfig>> == 10);
+  expect_supported(config.router());
   expect_supported(config.expert);
 }
 
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

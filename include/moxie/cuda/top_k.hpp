@@ -7,7 +7,7 @@
 #include <moxie/kernel/math.hpp>
 #include <moxie/routing/formula.hpp>
 
-namespace moxie::cuda {
+namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
 namespace detail {
@@ -697,4 +697,4 @@ class TopKRouter {
 };
 
 }  // namespace MOXIE_CUDA_BACKEND
-}  // namespace moxie::cuda
+}  // namespace moxie::inline MOXIE_NAMESPACE::cuda

@@ -7,7 +7,7 @@
 #include <moxie/kernel/simd.hpp>
 #include <moxie/routing/plan.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// y += C h, or y = C h where it does not `add`: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices, one fused
 /// multiply-add a term (a multiply and an add where the instruction set has none). One task owns a token, so no atomics.
@@ -97,4 +97,4 @@ void combine_backward(const DensePlan<Scalar>& plan, RowView<const std::type_ide
       exec);
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -8,7 +8,7 @@
 #include <moxie/kernel/simd.hpp>
 #include <moxie/routing/plan.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The rows of the experts, (A x): sparse plans gather tokens by an index, nothing is copied and `slots` may be empty.
 template <class Scalar>
@@ -89,4 +89,4 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
       exec);
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

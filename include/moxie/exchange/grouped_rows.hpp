@@ -5,7 +5,7 @@
 #include <moxie/kernel/product.hpp>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// What a bank of experts is given: rows, grouped by expert. Expert e owns rows [starts[e], starts[e+1]); row r is
 /// `rows.row(r)`, or `rows.row(index[r])` where an index gathers (a sparse plan: the tokens). Banks know nothing of plans.
@@ -34,4 +34,4 @@ struct GroupedRows {
   }
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -9,10 +9,11 @@
 #include <moxie/exchange/grouped_rows.hpp>
 #include <moxie/expert/config.hpp>
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/kernel/rows.hpp>
 #include <string>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// What a forward keeps for its backward.
 enum class Keep {
@@ -228,7 +229,11 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
     const Index first = i % parts * columns;
     const Index count = (std::min)(columns, dh.cols() - first);
     for (Index r = rows.begin(i / parts); r < rows.begin(i / parts + 1); ++r) {
-      db.eigen().middleCols(first, count) += dh.eigen().row(r).segment(first, count).template cast<Scalar>();
+      const auto* const from = dh.row(r) + first;
+      Scalar* const to = db.row(0) + first;
+      for (Index j = 0; j < count; ++j) {
+        to[j] += Scalar(from[j]);
+      }
     }
   });
 }
@@ -298,8 +303,8 @@ void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, R
 template <class Scalar, class Element, class Weight1, class Weight2, class ToGradient1, class Gradient2>
 void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh,
                      RowView<const std::type_identity_t<Element>> hidden, RowView<const std::type_identity_t<Element>> before,
-                     RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const ToGradient1& to_dw1, const Gradient2& dw2,
-                     const kernel::Epilogue<Scalar>& differentiate, const Exec& exec) {
+                     RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const ToGradient1& to_dw1,
+                     const Gradient2& dw2, const kernel::Epilogue<Scalar>& differentiate, const Exec& exec) {
   kernel::TaskGraph<Scalar, Element> graph;
   graph.add(
       rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate);
@@ -312,4 +317,4 @@ void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh
 }
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -4,7 +4,7 @@
 #include <moxie/core/layout.hpp>
 #include <string>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Options of the expert families with one hidden layer.
 struct HiddenConfig {
@@ -62,4 +62,4 @@ inline Layout mlp_layout(Index experts, Index model_dim, const HiddenConfig& con
   return layout;
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

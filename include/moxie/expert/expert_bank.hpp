@@ -7,7 +7,7 @@
 #include <variant>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// One expert of a user's own: a function of its rows and its parameters, with the adjoint. It keeps nothing between the calls;
 /// `backward` gets the rows again and recomputes what it needs.
@@ -128,10 +128,12 @@ class NullExpert {
   NullExpert(Index /*model_dim*/, const Config& /*config*/) {}
   const Layout& layout() const { return layout_; }
   void initialize(ParameterView<Scalar> /*p*/, const Rng& /*rng*/) const {}
-  void forward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<Scalar> h) const { h.eigen().setZero(); }
+  void forward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<Scalar> h) const {
+    detail::fill_rows(h, Scalar(0));
+  }
   void backward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<const Scalar> /*dh*/,
                 RowView<Scalar> dx, ParameterView<Scalar> /*dp*/) const {
-    dx.eigen().setZero();
+    detail::fill_rows(dx, Scalar(0));
   }
 
  private:
@@ -154,10 +156,10 @@ class IdentityExpert {
   IdentityExpert(Index /*model_dim*/, const Config& /*config*/) {}
   const Layout& layout() const { return layout_; }
   void initialize(ParameterView<Scalar> /*p*/, const Rng& /*rng*/) const {}
-  void forward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> x, RowView<Scalar> h) const { h.eigen() = x.eigen(); }
+  void forward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> x, RowView<Scalar> h) const { detail::copy_rows(x, h); }
   void backward(ParameterView<const Scalar> /*p*/, RowView<const Scalar> /*x*/, RowView<const Scalar> dh, RowView<Scalar> dx,
                 ParameterView<Scalar> /*dp*/) const {
-    dx.eigen() = dh.eigen();
+    detail::copy_rows(dh, dx);
   }
 
  private:
@@ -212,4 +214,4 @@ class OneOfExpert {
   Kinds expert_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

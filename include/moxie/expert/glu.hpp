@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moxie/kernel/activation.hpp>
 #include <moxie/expert/bank.hpp>
+#include <moxie/kernel/activation.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A bank of gated linear units without biases.
 ///
@@ -85,8 +85,7 @@ class GluExperts {
         x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
         [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
         [&](Index e) { return gate_up_gradient(x, dgate_up, dp, e); },
-        [&](Index e) { return kernel::rows_of(down_.of(dp, e)); },
-        kernel::Epilogue<Scalar>::of(differentiate), exec);
+        [&](Index e) { return kernel::rows_of(down_.of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), exec);
   }
 
  private:
@@ -230,4 +229,4 @@ using GegluErfExperts = GluExperts<Scalar, GeluErf, Element>;
 template <class Scalar, class Element = Scalar>
 using ReGluExperts = GluExperts<Scalar, Relu, Element>;
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

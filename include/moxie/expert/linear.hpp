@@ -3,7 +3,7 @@
 
 #include <moxie/expert/bank.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 struct LinearConfig {
   bool bias = true;
@@ -42,7 +42,7 @@ class LinearExperts {
     for (Index e = 0; e < experts_; ++e) {
       detail::initialize_glorot(weight().of(p, e), rng.split(std::uint64_t(e)));
       if (bias_) {
-        bias().of(p, e).eigen().setZero();
+        detail::fill_rows(bias().of(p, e), Scalar(0));
       }
     }
   }
@@ -110,4 +110,4 @@ class LinearExperts {
   Layout layout_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

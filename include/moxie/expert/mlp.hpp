@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <moxie/kernel/activation.hpp>
 #include <moxie/expert/bank.hpp>
+#include <moxie/kernel/activation.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A bank of two-layer perceptrons with biases.
 ///
@@ -40,8 +40,8 @@ class MlpExperts {
     for (Index e = 0; e < experts_; ++e) {
       detail::initialize_glorot(fc1_.of(p, e), rng.split(std::uint64_t(2 * e)));
       detail::initialize_glorot(fc2_.of(p, e), rng.split(std::uint64_t(2 * e + 1)));
-      bias1_.of(p, e).eigen().setZero();
-      bias2_.of(p, e).eigen().setZero();
+      detail::fill_rows(bias1_.of(p, e), Scalar(0));
+      detail::fill_rows(bias2_.of(p, e), Scalar(0));
     }
   }
 
@@ -81,8 +81,7 @@ class MlpExperts {
         [&](Index e) {
           return detail::weight_gradient<Scalar>(x, RowView<const Element>(da), kernel::rows_of(fc1_.of(dp, e)), e);
         },
-        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); },
-        kernel::Epilogue<Scalar>::of(differentiate), exec);
+        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), exec);
     detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
     detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
   }
@@ -196,4 +195,4 @@ using GeluErfExperts = MlpExperts<Scalar, GeluErf, Element>;
 template <class Scalar, class Element = Scalar>
 using ReluSquaredExperts = MlpExperts<Scalar, ReluSquared, Element>;
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

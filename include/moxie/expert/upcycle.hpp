@@ -7,7 +7,7 @@
 #include <moxie/expert/mlp.hpp>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Options of `upcycle`.
 struct UpcycleOptions {
@@ -64,8 +64,17 @@ RowView<T> upcycling_tensor(ParameterView<T> block, const TensorInfo& info) {
 /// √ of the mean of (w - mean)².
 template <class Scalar>
 double standard_deviation(RowView<const Scalar> w) {
-  const Matrix<double> values = w.eigen().template cast<double>();
-  return std::sqrt((values.array() - values.mean()).square().mean());
+  const auto mean_of = [&](const auto& f) {
+    double sum = 0;
+    for (Index i = 0; i < w.rows(); ++i) {
+      for (Index j = 0; j < w.cols(); ++j) {
+        sum += f(double(w(i, j)));
+      }
+    }
+    return sum / double(w.size());
+  };
+  const double mean = mean_of([](double v) { return v; });
+  return std::sqrt(mean_of([&](double v) { return (v - mean) * (v - mean); }));
 }
 
 }  // namespace detail
@@ -181,4 +190,4 @@ void tie_gate(RowView<Scalar> gate, Index parts) {
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/config.hpp>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 
-namespace moxie {
+namespace moxie::inline MOXIE_VERSION_NAMESPACE {
 
 /// A file breaks its format, lacks what is asked of it, or cannot be read or written. The message
 /// names the file, the tensor where there is one, and the problem.
@@ -22,4 +23,4 @@ namespace detail {
 inline std::string system_message(int number) { return std::generic_category().message(number); }
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_VERSION_NAMESPACE

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// What a safetensors file may have; a file beyond them is refused. The first is the format's own
 /// limit. The others keep the memory of a refused file small: the reader stops at the first excess.
@@ -139,4 +139,4 @@ class HeaderCharacters {
 };
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

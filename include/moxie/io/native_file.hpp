@@ -21,7 +21,7 @@
 #include <unistd.h>
 #endif
 
-namespace moxie::detail {
+namespace moxie::inline MOXIE_NAMESPACE::detail {
 
 /// What `NativeFile::read_at` returns where the file ends too early.
 inline constexpr int file_too_short = -1;
@@ -208,4 +208,4 @@ inline long process_number() { return 0; }
 
 #endif
 
-}  // namespace moxie::detail
+}  // namespace moxie::inline MOXIE_NAMESPACE::detail

@@ -13,7 +13,7 @@
 #include <string_view>
 #include <type_traits>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 static_assert(std::endian::native == std::endian::little,
               "safetensors files are little-endian; they are read and written without swapping bytes");
@@ -184,4 +184,4 @@ struct Float16 {
 };
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

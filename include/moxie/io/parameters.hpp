@@ -14,7 +14,7 @@
 #include <string_view>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// What to do with a tensor of the file, under the prefix that is read, that the layout does not have.
 enum class ExtraTensors { Refuse, Ignore };
@@ -77,4 +77,4 @@ void save_parameters(const std::filesystem::path& path, const Block& block,
   writer.save(path);
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A new file that takes the place of `path` at once, when it is complete.
 ///
@@ -144,4 +144,4 @@ class ReplacementFile {
   long owner_ = detail::process_number();
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A safetensors file, checked: 8 bytes of header length, a JSON header, the tensors without gaps
 /// (https://github.com/huggingface/safetensors).
@@ -253,4 +253,4 @@ class SafetensorsFile {
   Index data_begin_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

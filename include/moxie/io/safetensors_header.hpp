@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// One tensor, as a file describes it.
 struct StoredTensor {
@@ -285,4 +285,4 @@ class SafetensorsHeader {
 };
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

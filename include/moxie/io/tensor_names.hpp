@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A tensor's name without the parts that wrappers of PyTorch put into it: `module`
 /// (DataParallel), `_orig_mod` (torch.compile), `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`.
@@ -66,4 +66,4 @@ inline std::string hint_for_missing(std::string_view name, const StoredTensors& 
 }
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -8,7 +8,7 @@
 #include <string>
 #include <string_view>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Text from a file, made safe for an error message: at most 100 bytes of it, escaped as in JSON, so
 /// that control characters do not reach a terminal. Bytes that are not UTF-8 are replaced.
@@ -35,4 +35,4 @@ inline std::string shape_text(std::span<const Index> shape) {
   return text + (cut ? ",...)" : ")");
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

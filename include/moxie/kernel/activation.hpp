@@ -6,7 +6,7 @@
 /// Element-wise functions with their derivatives. An activation is a struct with two static functions, `value(x)` and
 /// `derivative(x)`, which are written once, with the words of `kernel/math.hpp`, for numbers and for vectors of any width. It
 /// serves the banks of the CPU in float, double and BFloat16, frozen or not, and those of the CUDA backend.
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// x σ(x). Elfwing et al. 2018; the gate of SwiGLU (Shazeer 2020).
 struct Silu {
@@ -103,4 +103,4 @@ struct GeluTanh {
   }
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

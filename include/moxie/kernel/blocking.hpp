@@ -11,7 +11,7 @@
 
 /// How a product is cut into tasks whose memory fits the L2 cache: kc, mc and nc of Goto and van de Geijn 2008, "Anatomy of
 /// high-performance matrix multiplication".
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 /// Bytes of the L2 cache of a core, between 128 KiB and 2 MiB; 512 KiB where the system does not say. Asked once.
 inline Index l2_cache() {
@@ -109,4 +109,4 @@ inline Blocking block(const ProductShape& p, const TileShape& tile, Index halvin
 }
 
 }  // namespace detail
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

@@ -16,7 +16,7 @@
 #endif
 
 /// What products multiply: floating-point numbers as they are, or, in pairs, those of half their size.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 /// What one step of a product takes of a row or a column, so large as a sum of the product: a number, or two BFloat16, the
 /// first one in the low bits.
@@ -204,4 +204,4 @@ MOXIE_INLINE void store(const V& v, BFloat16* p, Index n) {
   copy(__builtin_convertvector(bits >> 16U, detail::Halves<width>));
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

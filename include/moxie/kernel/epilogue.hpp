@@ -6,7 +6,7 @@
 #include <moxie/kernel/product.hpp>
 
 /// What happens to the sums of a tile while they are in the L1 cache: a bias, an activation, the store.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 /// The sums of one tile: `rows` x `cols` of C from (row, col) on, of product `product` of its stage. The sums of a row are
 /// aligned and fill two vectors; those beyond `cols` are padding. Of a gated product the first vector has the sums of the gate
@@ -102,4 +102,4 @@ void store_tile(const P& p, const TileSums<typename P::Scalar>& tile) {
 }
 
 }  // namespace detail
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

@@ -11,7 +11,7 @@
 /// object.
 ///
 /// A gated unit has `value(gate, up)` and `derivatives(gate, up)`, which returns both partial derivatives.
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// ∂/∂g and ∂/∂u.
 template <class V>
@@ -152,4 +152,4 @@ struct SoftCappedSwiGlu {
   }
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

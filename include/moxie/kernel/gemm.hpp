@@ -3,7 +3,7 @@
 
 #include <moxie/kernel/scheduler.hpp>
 
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 /// Computes `product(i)` for i = 0, ..., count-1.
 template <class Scalar, class Arch = DefaultArch, class F>
@@ -22,4 +22,4 @@ void gemm(const Product<Scalar>& product, const Exec& exec) {
       1, [&](Index /*i*/) { return product; }, exec);
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

@@ -6,7 +6,7 @@
 
 /// A program runs the vector instructions that it was compiled for, and a compiler's default is the oldest set: link
 /// `moxie::native`, or pass -march, and ask here.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 struct InstructionSet {
   std::string_view name;  ///< of a vector's instructions, as xsimd calls them
@@ -42,4 +42,4 @@ inline InstructionSet machine_offers() {
   return built_for();
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

@@ -12,7 +12,7 @@
 /// Such a function calls these, all as `kernel::NAME`: `constant<V>(1.5)`, `exp`, `tanh`, `erf`, `sigmoid`, `min`, `max`,
 /// `limited` and `select(condition, where it holds, elsewhere)`; beside them + - * / and comparisons. It begins with
 /// MOXIE_INLINE.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 /// x within ±1000: what smooth functions that have long reached their limits there may compute with. What becomes of
 /// NaN depends on V: -1000, or NaN.
@@ -33,4 +33,4 @@ MOXIE_INLINE V clamp(const V& x, const V& lower, const V& upper) {
   return kernel::select(x < lower, lower, kernel::select(x > upper, upper, x));
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

@@ -10,7 +10,7 @@
 #include <utility>
 
 /// The inner loop: a register tile of sums, over the whole depth of a pass.
-namespace moxie::kernel::detail {
+namespace moxie::inline MOXIE_NAMESPACE::kernel::detail {
 
 /// The register tile: at most `rows` (mr) x 2 vectors (nr) of sums. They and the operands of a step fill the vector registers:
 /// 32 of AVX-512 and 64-bit NEON, 16 elsewhere.
@@ -177,4 +177,4 @@ void multiply_rows(Index rows, Index depth, TileRows<Packed, Element> a, const P
   multiply(depth, a, b, end, runs);
 }
 
-}  // namespace moxie::kernel::detail
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel::detail

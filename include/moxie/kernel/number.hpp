@@ -7,7 +7,7 @@
 
 /// The words of vectors (`kernel/simd.hpp`) for one float or double, on the host and on a CUDA device. A function written with
 /// them as a template over V works with numbers and with vectors.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 namespace detail {
 
@@ -43,10 +43,10 @@ MOXIE_INLINE double erf(double x) { return std::erf(x); }
 MOXIE_INLINE float select(bool condition, float holds, float elsewhere) { return condition ? holds : elsewhere; }
 MOXIE_INLINE double select(bool condition, double holds, double elsewhere) { return condition ? holds : elsewhere; }
 
-MOXIE_INLINE float (min)(float a, float b) { return b < a ? b : a; }
-MOXIE_INLINE double (min)(double a, double b) { return b < a ? b : a; }
+MOXIE_INLINE float(min)(float a, float b) { return b < a ? b : a; }
+MOXIE_INLINE double(min)(double a, double b) { return b < a ? b : a; }
 /// a, where b is not a number.
-MOXIE_INLINE float (max)(float a, float b) { return b > a ? b : a; }
-MOXIE_INLINE double (max)(double a, double b) { return b > a ? b : a; }
+MOXIE_INLINE float(max)(float a, float b) { return b > a ? b : a; }
+MOXIE_INLINE double(max)(double a, double b) { return b > a ? b : a; }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

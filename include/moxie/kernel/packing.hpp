@@ -9,7 +9,7 @@
 #include <utility>
 
 /// Copies factors into the order in which tiles read them: packed panels of B, packed tiles of a transposed A.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 namespace detail {
 
@@ -19,7 +19,8 @@ MOXIE_INLINE void interleave(V& low, V& high, const V& a, const V& b, std::index
   constexpr int width = sizeof...(Lanes);
   constexpr int lane = Lane;
   low = __builtin_shufflevector(a, b, (int(Lanes) / lane * lane + int(Lanes) % lane / 2 + (Lanes % 2 == 0 ? 0 : width))...);
-  high = __builtin_shufflevector(a, b, (int(Lanes) / lane * lane + int(Lanes) % lane / 2 + lane / 2 + (Lanes % 2 == 0 ? 0 : width))...);
+  high = __builtin_shufflevector(
+      a, b, (int(Lanes) / lane * lane + int(Lanes) % lane / 2 + lane / 2 + (Lanes % 2 == 0 ? 0 : width))...);
 }
 
 template <class To, class V, std::size_t... Lanes>
@@ -288,4 +289,4 @@ void prepack(const Product<Scalar, Element>& p, Unit<Element>* out) {
   });
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

@@ -11,7 +11,7 @@
 
 /// Which lines of memory are prefetched, and when. A tile prefetches a line or two in every step of its loop: first what will
 /// be read next, in its last steps what its epilogue will write.
-namespace moxie::kernel::detail {
+namespace moxie::inline MOXIE_NAMESPACE::kernel::detail {
 
 inline constexpr Index cache_line = 64;
 /// Steps of a tile that share one turn of the prefetch loop.
@@ -165,4 +165,4 @@ class PrefetchQueue {
   Index taken_ = 0;  // lines of it
 };
 
-}  // namespace moxie::kernel::detail
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel::detail

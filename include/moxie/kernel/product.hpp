@@ -7,7 +7,7 @@
 #include <type_traits>
 
 /// What a matrix product is: sizes, two factors, a destination. A product is a plain value; it computes nothing.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 enum class Transpose { no, yes };
 
@@ -129,4 +129,4 @@ Destination<Scalar> add_to(RowView<std::type_identity_t<Scalar>> m, const Index*
   return {rows_of(m, index), Write::add};
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

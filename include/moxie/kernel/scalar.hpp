@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <moxie/config.hpp>
 
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 /// The instruction set without vectors: for processors that xsimd does not know, and to compare with (MOXIE_SCALAR_KERNELS).
 struct ScalarArch {
@@ -58,12 +58,12 @@ MOXIE_INLINE One<T> select(bool condition, One<T> holds, One<T> elsewhere) {
   return condition ? holds : elsewhere;
 }
 template <class T>
-MOXIE_INLINE One<T> (min)(One<T> a, One<T> b) {
+MOXIE_INLINE One<T>(min)(One<T> a, One<T> b) {
   return b < a ? b : a;
 }
 /// a, where b is not a number.
 template <class T>
-MOXIE_INLINE One<T> (max)(One<T> a, One<T> b) {
+MOXIE_INLINE One<T>(max)(One<T> a, One<T> b) {
   return b > a ? b : a;
 }
 
@@ -83,4 +83,4 @@ MOXIE_INLINE One<T> erf_within_limits(One<T> x) {
 }
 
 }  // namespace detail
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

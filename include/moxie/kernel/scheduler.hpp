@@ -12,7 +12,7 @@
 #include <vector>
 
 /// Which thread computes which task, and when: a task graph of products without barriers.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 namespace detail {
 
@@ -224,4 +224,4 @@ class TaskGraph {
   Index count_ = 0;
 };
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

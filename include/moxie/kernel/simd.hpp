@@ -17,7 +17,7 @@
 
 /// The room of vector instructions: nothing outside names xsimd. `Arch` is a template parameter of everything here, so that
 /// translation units built for different instruction sets never share one inline body.
-namespace moxie::kernel {
+namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 #if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
 
@@ -372,4 +372,4 @@ Index find_above(Index i, Index n, const Scalar* a, Scalar limit) {
   return i;
 }
 
-}  // namespace moxie::kernel
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel

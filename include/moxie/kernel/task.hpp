@@ -9,7 +9,7 @@
 #include <moxie/kernel/prefetch.hpp>
 
 /// One block of one product: what a thread computes without a break.
-namespace moxie::kernel::detail {
+namespace moxie::inline MOXIE_NAMESPACE::kernel::detail {
 
 template <class Scalar, class Arch>
 constexpr TileShape tile_shape() {
@@ -281,4 +281,4 @@ class Task {
   PrefetchList list_;
 };
 
-}  // namespace moxie::kernel::detail
+}  // namespace moxie::inline MOXIE_NAMESPACE::kernel::detail

@@ -3,7 +3,7 @@
 
 #include <moxie/routing/config.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// In the place of the options of shared experts, for a layer that has none: setting them does not compile.
 struct NoSharedExperts {};
@@ -73,4 +73,4 @@ struct ExpertChoiceMoEConfig {
   ExpertChoiceRouterConfig router() const { return {model_dim, experts, capacity, noise, scale, gate_dim}; }
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

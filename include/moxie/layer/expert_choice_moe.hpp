@@ -6,7 +6,7 @@
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/expert_choice.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Expert choice: every expert takes its best tokens of each sequence.
 ///
@@ -26,4 +26,4 @@ class ExpertChoiceMoE : public Moe<ExpertChoiceRouter<Scalar>, Experts, Scalar> 
                                                          "ExpertChoiceMoE"} {}
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -11,7 +11,7 @@
 #include <optional>
 #include <string>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -292,7 +292,7 @@ class Moe {
 
     for (const RowView<Scalar>& d : {din.condition, din.gate_x, din.weight}) {
       if (d.size() != 0) {
-        d.eigen().setZero();
+        detail::fill_rows(d, Scalar(0));
       }
     }
     if (!tape.masked_) {
@@ -309,8 +309,8 @@ class Moe {
     TokensGradient<Scalar> part(dx_part, din.condition);
     part.gate_x = workspace.matrix<Scalar>(unmasked.count(), din.gate_x.cols());
     part.weight = workspace.matrix<Scalar>(unmasked.count(), din.weight.cols());
-    part.gate_x.eigen().setZero();
-    part.weight.eigen().setZero();
+    detail::fill_rows(part.gate_x, Scalar(0));
+    detail::fill_rows(part.weight, Scalar(0));
     run_backward(p, unmasked, dy_part, part, grads, tape, workspace, exec);
     scatter(dx_part, din.x, tape);
     scatter(part.gate_x, din.gate_x, tape);
@@ -387,9 +387,9 @@ class Moe {
   /// What the experts read and write between dispatch and combine.
   template <class T>
   struct Activations {
-    RowView<T> slot_rows;    // of a dense plan
-    RowView<T> h;        // what the experts made of the rows
-    RowView<T> experts;  // what the banks keep
+    RowView<T> slot_rows;  // of a dense plan
+    RowView<T> h;          // what the experts made of the rows
+    RowView<T> experts;    // what the banks keep
     RowView<T> shared;
   };
 
@@ -476,7 +476,7 @@ class Moe {
   }
   /// The rows of `part` to their places in `whole`, zeros elsewhere.
   static void scatter(RowView<const Scalar> part, RowView<Scalar> whole, const Tape& tape) {
-    whole.eigen().setZero();
+    detail::fill_rows(whole, Scalar(0));
     for (Index i = 0; i < part.rows(); ++i) {
       std::copy_n(part.row(i), part.cols(), whole.row(tape.unmasked_[i]));
     }
@@ -549,4 +549,4 @@ class Moe {
   Parameters<Scalar> parameters_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

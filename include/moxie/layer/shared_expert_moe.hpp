@@ -3,7 +3,7 @@
 
 #include <moxie/layer/top_k_moe.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// DiT-MoE's block: top-k and a feed-forward that every token passes, not gated.
 ///
@@ -22,4 +22,4 @@ class SharedExpertMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
             Experts(1, config.model_dim, config.shared, BankNames{"shared_experts", false}), "SharedExpertMoE"} {}
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

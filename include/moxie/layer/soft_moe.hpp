@@ -6,7 +6,7 @@
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/soft.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Soft MoE: Y = C f(Dᵀ X), fully differentiable, no token is dropped and no expert is idle.
 ///
@@ -24,4 +24,4 @@ class SoftMoE : public Moe<SoftRouter<Scalar>, Experts, Scalar> {
                                                  "SoftMoE"} {}
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

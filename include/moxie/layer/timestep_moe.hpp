@@ -6,7 +6,7 @@
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/timestep.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Options of `TimestepMoE`; the meaning of each is `TimestepRouterConfig`'s.
 template <class ExpertConfig>
@@ -101,4 +101,4 @@ void timestep_mask_backward(RowView<const Scalar> x, RowView<const Scalar> y, Ro
   });
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -6,7 +6,7 @@
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/top_k.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Sparse top-k: every token goes to its K best experts.
 ///
@@ -26,4 +26,4 @@ class TopKMoE : public Moe<TopKRouter<Scalar>, Experts, Scalar> {
                                                  "TopKMoE"} {}
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

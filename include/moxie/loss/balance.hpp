@@ -14,7 +14,7 @@
 #include <span>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// What the losses of a batch are made of: sums and counts, no means, so that those of micro-batches add up to those of the
 /// whole batch, and the loss of the sum is the loss of the whole. Counts are exact, sums are `WideSum`s.
@@ -371,4 +371,4 @@ void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, co
   });
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

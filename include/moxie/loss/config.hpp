@@ -6,7 +6,7 @@
 #include <moxie/core/error.hpp>
 #include <type_traits>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -70,4 +70,4 @@ struct Balance {
   }
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -19,7 +19,7 @@
 ///     mark_chosen_units(tape.choices(), E, l * E, chosen);                all timesteps, every block l
 ///     const auto pair = match_units(chosen, mapping);                     when the choices have changed
 ///     diffusion_prior_loss<float>(probabilities, timestep, {blocks, mapping, pair.column})
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The prior (timesteps, n), 1 where a timestep uses a unit and 0 elsewhere: a window of `filled` units that moves from the
 /// first ones at timestep 0 to the last ones at timestep T - 1, slowly at first.
@@ -238,4 +238,4 @@ void diffusion_prior_loss_backward(RowView<const std::type_identity_t<Scalar>> p
   });
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

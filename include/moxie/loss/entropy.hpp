@@ -7,7 +7,7 @@
 #include <moxie/loss/config.hpp>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// H(p) = -Σ_i p_i ln p_i in nats; 0 ln 0 = 0. ln E for a uniform p, 0 for a certain one.
 template <class Scalar>
@@ -29,4 +29,4 @@ void entropy_backward(std::span<const std::type_identity_t<Scalar>> p, double we
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -9,7 +9,7 @@
 /// What the balance losses are made of, as functions of plain numbers for the host and the device. The losses themselves, which
 /// say where their equations come from, are in the other headers of this folder and in `cuda/balance.hpp`. All compute in
 /// double, whatever the scores are.
-namespace moxie::formula {
+namespace moxie::inline MOXIE_NAMESPACE::formula {
 
 // Device code may read constants, and may not call the functions that they come from.
 template <class T>
@@ -72,4 +72,4 @@ MOXIE_HOST_DEVICE inline double load_direction(double load, double total, double
   return double((missing > 0) - (missing < 0));
 }
 
-}  // namespace moxie::formula
+}  // namespace moxie::inline MOXIE_NAMESPACE::formula

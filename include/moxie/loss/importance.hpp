@@ -6,7 +6,7 @@
 #include <moxie/loss/config.hpp>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -73,4 +73,4 @@ void importance_loss_backward(RowView<const std::type_identity_t<Scalar>> probab
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

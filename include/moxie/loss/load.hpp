@@ -7,7 +7,7 @@
 #include <numbers>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The load loss of a group of n tokens: CV² of Σ_t P(expert i would win again at token t, with fresh noise), over the experts.
 ///
@@ -59,4 +59,4 @@ void load_loss_backward(RowView<const std::type_identity_t<Scalar>> logits,
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -6,7 +6,7 @@
 #include <moxie/loss/config.hpp>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Balance without a loss: after an optimizer step, experts with less than the mean load become easier to choose.
 ///
@@ -40,4 +40,4 @@ void update_selection_bias(RowView<Scalar> bias, std::span<const std::int64_t> l
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -6,7 +6,7 @@
 #include <moxie/loss/config.hpp>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// ln Σ_i exp z_i, from the largest logit. Throws ShapeError for no logits.
 template <class Scalar>
@@ -42,4 +42,4 @@ void z_loss_backward(std::span<const std::type_identity_t<Scalar>> logits, doubl
   }
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -7,7 +7,7 @@
 #include <moxie/routing/config.hpp>
 #include <span>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Gives every pair its place at its expert, and drops what does not fit.
 ///
@@ -72,4 +72,4 @@ void assign_places(const Sequences& sequences, Index experts, Index top_k, const
   });
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 struct ClusterRouterConfig {
   Index feature_dim = 0;  ///< F
@@ -289,4 +289,4 @@ BalancedClusters<Scalar> balanced_k_means(RowView<const Scalar> features, Index 
   return result;
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -7,7 +7,7 @@
 #include <moxie/core/sequences.hpp>
 #include <moxie/loss/config.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The most experts that a router can have. Every expert has tensors with names, so that sizes by mistake would take all
 /// memory.
@@ -314,4 +314,4 @@ struct SoftRouterConfig {
   }
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

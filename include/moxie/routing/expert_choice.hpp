@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/kernel/rows.hpp>
 #include <moxie/routing/capacity.hpp>
 #include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
-#include <moxie/routing/rows.hpp>
 #include <moxie/routing/selection.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Expert choice: every expert takes its C best tokens of each sequence, so the load is even by construction; a token may get
 /// no expert, or all.
@@ -150,4 +150,4 @@ class ExpertChoiceRouter {
   static constexpr Index weight_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

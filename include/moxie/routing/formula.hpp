@@ -7,7 +7,7 @@
 #include <moxie/kernel/number.hpp>
 
 /// What routers compute of scores and weights, as functions of plain numbers for the host and the device.
-namespace moxie::formula {
+namespace moxie::inline MOXIE_NAMESPACE::formula {
 
 /// σ(z) e^max(0, -m), where m is the largest logit of those that are compared and s = σ(z): s itself for m >= 0. For m < 0 it
 /// is e^(z-m) (1 - s), since σ(z) = e^z (1 - σ(z)). The factor is the same for all of them, so that ratios stay exact where
@@ -86,4 +86,4 @@ MOXIE_HOST_DEVICE Scalar l2norm_slope(Scalar factor, Scalar hat, Scalar dhat, Sc
 /// A factor of a gate's input, uniform on (1 - jitter, 1 + jitter), of u uniform on [0, 1).
 MOXIE_HOST_DEVICE inline double jitter_factor(double jitter, double u) { return 1 + jitter * (2 * u - 1); }
 
-}  // namespace moxie::formula
+}  // namespace moxie::inline MOXIE_NAMESPACE::formula

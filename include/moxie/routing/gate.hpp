@@ -8,7 +8,7 @@
 #include <moxie/routing/score.hpp>
 #include <moxie/routing/tokens.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The linear gate: a logit for each token and expert. Its input x is `Tokens::gate_x` (T,G) where there is one.
 ///
@@ -97,9 +97,9 @@ class Gate {
   void backward(RowView<const Scalar> weight, const Tokens<Scalar>& in, RowView<const Scalar> dz, RowView<Scalar> dx,
                 RowView<Scalar> dweight, const Tape& tape, Workspace& workspace, const Exec& exec) const {
     const RowView<const Scalar> x = tape.jittered_ ? tape.input_.view(in.count(), dim_) : in.gate_input();
-    kernel::gemm<Scalar>(
-        {dweight.rows(), dim_, in.count(), kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x), kernel::add_to<Scalar>(dweight)},
-        exec);  // (E,T)(T,G) -> (E,G)
+    kernel::gemm<Scalar>({dweight.rows(), dim_, in.count(), kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x),
+                          kernel::add_to<Scalar>(dweight)},
+                         exec);  // (E,T)(T,G) -> (E,G)
     if (dx.cols() == 0) {
       return;
     }
@@ -151,4 +151,4 @@ class Gate {
   GateNoise noise_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

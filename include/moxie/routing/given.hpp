@@ -4,7 +4,7 @@
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 struct GivenRouterConfig {
   Index experts = 0;
@@ -73,4 +73,4 @@ class GivenRouter : public FixedRouter<Scalar_> {
   Config config_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -4,7 +4,7 @@
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 struct HashRouterConfig {
   Index experts = 0;
@@ -63,4 +63,4 @@ class HashRouter : public FixedRouter<Scalar_> {
   Config config_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A sparse plan: R assignments (token, expert, weight), sorted by expert, then by token. Row r of the routed rows is
 /// assignment r.
@@ -212,4 +212,4 @@ class DensePlan {
   Buffer<Scalar> combine_;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -9,7 +9,7 @@
 #include <moxie/routing/plan.hpp>
 #include <moxie/routing/tokens.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A router: tokens in, plan out.
 ///
@@ -61,4 +61,4 @@ class FixedRouter {
                 const Tape& /*tape*/, Workspace& /*workspace*/, const Exec& /*exec*/) const {}
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -6,7 +6,7 @@
 #include <moxie/core/exec.hpp>
 #include <moxie/kernel/math.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -178,4 +178,4 @@ void expect_finite_logits(std::string_view where, RowView<const Scalar> z, RowOf
 }
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -6,7 +6,7 @@
 #include <moxie/kernel/simd.hpp>
 #include <moxie/routing/config.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// The K largest of n scores in decreasing order, ties to the lower index: `chosen[0..K)`. Insertion into K kept candidates,
 /// O(nK) at worst and near O(n) for random scores, of which a vector at a time is compared with the least that is kept. Scores
@@ -88,4 +88,4 @@ void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups&
   select_top_k(score, n, k, chosen);
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/kernel/rows.hpp>
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
-#include <moxie/routing/rows.hpp>
 #include <moxie/routing/score.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Soft MoE: every slot is a convex combination of all tokens of its sequence, every token one of all slots.
 ///
@@ -125,8 +125,8 @@ class SoftRouter {
     logits_gradient(in, plan, dplan, dz, exec);
     const RowView<Scalar>& dx = din.of_gate_input(in);
     if (!config_.normalize) {
-      kernel::gemm<Scalar>({dp[phi_].rows(), dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(in.gate_input()),
-                            kernel::add_to<Scalar>(dp[phi_])},
+      kernel::gemm<Scalar>({dp[phi_].rows(), dim, tokens, kernel::transposed<Scalar>(dz),
+                            kernel::plain<Scalar>(in.gate_input()), kernel::add_to<Scalar>(dp[phi_])},
                            exec);  // (N,T)(T,G) -> (N,G)
       if (dx.cols() > 0) {
         kernel::gemm<Scalar>(
@@ -312,4 +312,4 @@ class SoftRouter {
   static constexpr Index scale_ = 1;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

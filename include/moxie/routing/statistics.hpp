@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// How evenly a plan loads its experts, and what it leaves out.
 struct RoutingStatistics {
@@ -314,4 +314,4 @@ SoftSimilarity soft_similarity(const DensePlan<Scalar>& plan) {
   return s;
 }
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

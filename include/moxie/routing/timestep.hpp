@@ -3,13 +3,13 @@
 
 #include <moxie/kernel/activation.hpp>
 #include <moxie/kernel/gemm.hpp>
+#include <moxie/kernel/rows.hpp>
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
-#include <moxie/routing/rows.hpp>
 #include <moxie/routing/score.hpp>
 #include <moxie/routing/selection.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 struct TimestepRouterConfig {
   Index condition_dim = 0;  ///< C, the width of `Tokens::condition`
@@ -174,4 +174,4 @@ class TimestepRouter {
   Index bias_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

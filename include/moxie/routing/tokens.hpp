@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 namespace detail {
 
@@ -301,4 +301,4 @@ class TokenCopies {
 };
 
 }  // namespace detail
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

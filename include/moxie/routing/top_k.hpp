@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/kernel/rows.hpp>
 #include <moxie/loss/balance.hpp>
 #include <moxie/routing/capacity.hpp>
 #include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
-#include <moxie/routing/rows.hpp>
 #include <moxie/routing/selection.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Token choice: a linear gate, every token takes its K best experts.
 ///
@@ -442,4 +442,4 @@ class TopKRouter {
   static constexpr Index bias_ = 1;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

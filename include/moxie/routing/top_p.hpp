@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/kernel/rows.hpp>
 #include <moxie/loss/entropy.hpp>
 #include <moxie/routing/gate.hpp>
 #include <moxie/routing/router.hpp>
-#include <moxie/routing/rows.hpp>
 #include <moxie/routing/selection.hpp>
 
-namespace moxie {
+namespace moxie::inline MOXIE_NAMESPACE {
 
 struct TopPRouterConfig {
   Index model_dim = 0;
@@ -146,4 +146,4 @@ class TopPRouter {
   Index weight_ = 0;
 };
 
-}  // namespace moxie
+}  // namespace moxie::inline MOXIE_NAMESPACE

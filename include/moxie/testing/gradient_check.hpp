@@ -15,7 +15,7 @@
 #include <vector>
 
 /// Checks for routers, experts and layers of one's own. They return values and depend on no test framework.
-namespace moxie::testing {
+namespace moxie::inline MOXIE_NAMESPACE::testing {
 
 struct GradientOptions {
   /// h of the difference quotient. Rounding contributes about 1e-16 |f| / h, truncation h⁴ |f⁽⁵⁾| / 30.
@@ -230,4 +230,4 @@ inline GradientReport worst(const std::vector<GradientReport>& reports) {
   return found == reports.end() ? GradientReport{} : *found;
 }
 
-}  // namespace moxie::testing
+}  // namespace moxie::inline MOXIE_NAMESPACE::testing

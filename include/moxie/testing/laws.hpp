@@ -25,7 +25,7 @@
 ///     for (const LawResult& law : check_layer_laws(layer, x)) { assert(law.holds); }
 ///
 /// They return values and depend on no test framework.
-namespace moxie::testing {
+namespace moxie::inline MOXIE_NAMESPACE::testing {
 
 struct LawResult {
   std::string law;
@@ -313,9 +313,9 @@ LawResult dispatch_is_adjoint(const Plan& plan, Index dim, const LawOptions& opt
   dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), RowView<Scalar>(dx), dplan, options.exec);
   double error = detail::adjoint_error<Scalar>(ax, r, x, detail::difference<Scalar>(dx, before));
   if constexpr (requires { dplan.dispatch; }) {
-    error = detail::worse(
-        error, detail::adjoint_error<Scalar>(ax, r, detail::copy_of<Scalar>(plan.dispatch()),
-                                             detail::copy_of<Scalar>(dplan.dispatch.spread_view(plan.tokens(), plan.slot_count()))));
+    error = detail::worse(error, detail::adjoint_error<Scalar>(
+                                     ax, r, detail::copy_of<Scalar>(plan.dispatch()),
+                                     detail::copy_of<Scalar>(dplan.dispatch.spread_view(plan.tokens(), plan.slot_count()))));
   }
   return detail::measured("dispatch: backward is the adjoint", error, detail::tolerance<Scalar>(options));
 }
@@ -688,4 +688,4 @@ std::vector<LawResult> check_layer_laws(const Layer& layer, const Tokens<typenam
   return results;
 }
 
-}  // namespace moxie::testing
+}  // namespace moxie::inline MOXIE_NAMESPACE::testing

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <moxie/kernel/simd.hpp>
 
-/// Loops over the rows of views, on the calling thread: what routers need of linear algebra besides products.
-namespace moxie::detail {
+/// Loops over the rows of views, on the calling thread.
+namespace moxie::inline MOXIE_NAMESPACE::detail {
 
 template <class T>
 void fill_rows(RowView<T> m, T value) {
@@ -31,4 +31,4 @@ void add_rows(RowView<const std::type_identity_t<T>> from, RowView<T> to) {
   }
 }
 
-}  // namespace moxie::detail
+}  // namespace moxie::inline MOXIE_NAMESPACE::detail
