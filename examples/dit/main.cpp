@@ -42,6 +42,4 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  return dit::finished(run(argc, argv), std::cout, "dit");
-}
+int main(int argc, char** argv) { return dit::finished(run(argc, argv), std::cout, "dit"); }
