@@ -223,7 +223,7 @@ inline void check_sizes(const SafetensorsFile& file, const TrainingConfig& c) {
     const char* first_weight = file.contains(experts + "0.fc1.weight") ? ".fc1.weight" : ".gate_proj.weight";
     const Index found = count_of(file, experts, first_weight);
     if (found < c.experts) {
-      fail(file, moxie::detail::tensor_named(experts + std::to_string(found) + first_weight) + " is missing");
+      fail(file, moxie::tensor_named(experts + std::to_string(found) + first_weight) + " is missing");
     }
     expect(found == c.experts, "experts");
     expect(c.slots_per_expert <= 1 << 20, "slots");

@@ -149,7 +149,7 @@ class Script {
       if (!is_whole_png(picture)) {
         throw std::runtime_error("gnuplot failed: it wrote no whole picture");
       }
-      moxie::detail::ReplacementFile file(path);
+      moxie::ReplacementFile file(path);
       file.write(picture.data(), picture.size());
       file.commit();
     } catch (const std::exception& error) {
