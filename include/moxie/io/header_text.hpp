@@ -111,11 +111,13 @@ class HeaderText {
 /// Iterates over a HeaderText. One without text is the end.
 class HeaderCharacters {
  public:
+  // NOLINTBEGIN(readability-identifier-naming): the names of std::iterator_traits
   using iterator_category = std::input_iterator_tag;
   using value_type = char;
   using difference_type = std::ptrdiff_t;
   using pointer = const char*;
   using reference = char;
+  // NOLINTEND(readability-identifier-naming)
 
   HeaderCharacters() = default;
   explicit HeaderCharacters(HeaderText& text) : text_(&text) {}

@@ -87,7 +87,7 @@ class SafetensorsWriter {
     const auto view = detail::as_view(block);
     const std::vector<TensorInfo>& tensors = view.layout().tensors();
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      add_rows(std::string(name_prefix) + tensors[i].name, tensors[i].shape, view[static_cast<Index>(i)]);
+      add_rows(std::string(name_prefix) + tensors[i].name, std::vector<Index>(tensors[i].shape), view[static_cast<Index>(i)]);
     }
   }
 
@@ -158,13 +158,13 @@ class SafetensorsWriter {
   }
 
   template <class T>
-  void add_numbers(std::string name, std::vector<Index> shape, std::span<const T> values) {
+  void add_numbers(std::string&& name, std::vector<Index>&& shape, std::span<const T> values) {
     expect_count(name, shape, static_cast<Index>(values.size()), sizeof(T));
     add_entry(std::move(name), std::move(shape), dtype_name(dtype_of<T>), static_cast<Index>(values.size_bytes()),
               [values](ReplacementFile& file) { file.write(values.data(), values.size_bytes()); });
   }
   template <class T>
-  void add_rows(std::string name, std::vector<Index> shape, RowView<T> rows) {
+  void add_rows(std::string&& name, std::vector<Index>&& shape, RowView<T> rows) {
     expect_count(name, shape, rows.size(), sizeof(T));
     add_entry(std::move(name), std::move(shape), dtype_name(dtype_of<std::remove_const_t<T>>), rows.size() * Index{sizeof(T)},
               [rows](ReplacementFile& file) {
