@@ -72,7 +72,7 @@ class Block {
               .expert = {.hidden_dim = shape.hidden},
               .shared = {.hidden_dim = 2 * shape.hidden},
               .balance = {.expert_level = 0.01}}),
-        moe_offset_(layout.add_part(name + "moe.", moe_.layout())) {}
+        moe_part_(layout.add_part(name + "moe.", moe_.layout())) {}
 
   /// The modulations stay zero.
   void initialize(ParameterView<S> p, const Rng& rng) const {
@@ -128,14 +128,14 @@ class Block {
  private:
   template <class T>
   ParameterView<T> moe_part(ParameterView<T> p) const {
-    return p.block(moe_offset_, moe_.layout());
+    return p.part(moe_part_, moe_.layout());
   }
 
   nn::ModulatedNorm<S> norm_;
   nn::Linear<S> modulation_;
   nn::SelfAttention<S> attention_;
   moxie::SharedExpertMoE<S> moe_;
-  Index moe_offset_;
+  Index moe_part_;
   // What the last forward computed:
   Matrix<S> m_, h1_, attended_, x1_, h2_, mixed_, x2_;
   typename nn::ModulatedNorm<S>::Tape norm1_, norm2_;

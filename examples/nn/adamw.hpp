@@ -132,9 +132,9 @@ class AdamW {
         found.schedule = linear_warm_up(config.warm_up);
       }
       rules_.push_back(std::move(found));
-      // A piece reaches over the gap after its tensor, which is zero and stays so.
-      const Index end = i + 1 < tensors.size() ? tensors[i + 1].offset : weights.layout().size();
-      for (Index begin = tensors[i].offset; begin < end; begin += piece) {
+      const Index first = weights.layout().offset(Index(i));
+      const Index end = first + tensors[i].rows * tensors[i].cols;
+      for (Index begin = first; begin < end; begin += piece) {
         pieces_.push_back({begin, std::min(piece, end - begin), i});
       }
     }

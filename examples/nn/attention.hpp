@@ -23,6 +23,7 @@ struct Attention {
   Index heads;
   Index length;
 
+  using Transpose = moxie::kernel::Transpose;
   static constexpr Index scratch = Index{1} << 22;
 
   void forward(RowView<const S> qkv, RowView<S> out, Workspace& workspace, const Exec& exec = {}) const {
@@ -36,7 +37,7 @@ struct Attention {
                     d,
                     length,
                     moxie::kernel::plain<S>(of(prob, i)),
-                    operand(qkv, first + i, 2, d, false),
+                    operand(qkv, first + i, 2, d, Transpose::no),
                     {{head(out, first + i, 0, d), out.stride()}}};
           },
           exec);
@@ -63,7 +64,7 @@ struct Attention {
                       length, moxie::kernel::transposed<S>(of(prob, i)),
                       outer,  {{head(dqkv, first + i, 2, d), dqkv.stride()}}};
             }
-            return {length, length, d, outer, operand(qkv, first + i, 2, d, true), {{of(dz, i).data(), length}}};  // (L,d)(d,L)
+            return {length, length, d, outer, operand(qkv, first + i, 2, d, Transpose::yes), {{of(dz, i).data(), length}}};  // (L,d)(d,L)
           },
           exec);
       moxie::softmax_rows_backward(RowView<const S>(prob), dz, exec);
@@ -72,13 +73,13 @@ struct Attention {
           2 * pairs,
           [&](Index j) -> Product<S> {
             const Index i = j / 2;
-            const Operand<S> z{{of(dz, i).data(), length}, j % 2 == 1};
+            const Operand<S> z{{of(dz, i).data(), length}, j % 2 == 1 ? Transpose::yes : Transpose::no};
             const Index other = j % 2 == 0 ? 1 : 0;  // dq needs k, dk needs q: (L,L)(L,d) -> (L,d)
             return {length,
                     d,
                     length,
                     z,
-                    operand(qkv, first + i, other, d, false),
+                    operand(qkv, first + i, other, d, Transpose::no),
                     {{head(dqkv, first + i, 1 - other, d), dqkv.stride()}}};
           },
           exec);
@@ -103,8 +104,8 @@ struct Attention {
           return {length,
                   length,
                   d,
-                  operand(qkv, first + i, 0, d, false),
-                  operand(qkv, first + i, 1, d, true),
+                  operand(qkv, first + i, 0, d, Transpose::no),
+                  operand(qkv, first + i, 1, d, Transpose::yes),
                   {{of(prob, i).data(), length}}};
         },
         exec);
@@ -125,8 +126,8 @@ struct Attention {
   T* head(RowView<T> m, Index pair, Index part, Index d) const {
     return m.row(pair / heads * length) + part * heads * d + pair % heads * d;
   }
-  moxie::kernel::Operand<S> operand(RowView<const S> qkv, Index pair, Index part, Index d, bool transposed) const {
-    return {{head(qkv, pair, part, d), qkv.stride()}, transposed};
+  moxie::kernel::Operand<S> operand(RowView<const S> qkv, Index pair, Index part, Index d, Transpose transpose) const {
+    return {{head(qkv, pair, part, d), qkv.stride()}, transpose};
   }
 };
 

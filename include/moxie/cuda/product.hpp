@@ -193,7 +193,8 @@ template <class Element, class Out>
 void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
   using Sum = std::conditional_t<std::is_same_v<Out, BFloat16>, float, Out>;
   const auto factor = [](const Series<const Element>& series, Index g, Index first) {
-    return kernel::Operand<Element>{{series.of(g, first), series.stride}, series.transposed};
+    return kernel::Operand<Element>{{series.of(g, first), series.stride},
+                                    series.transposed ? kernel::Transpose::yes : kernel::Transpose::no};
   };
   exec.count_product();
   const DeviceExec::Frame frame(exec);
@@ -202,7 +203,7 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
     kernel::Product<Sum, Element> out{
         .m = p.rows(groups, g), .n = p.n, .k = p.depth(groups, g), .a = factor(p.a, g, first), .b = factor(p.b, g, first)};
     if constexpr (std::is_same_v<Out, Sum>) {
-      out.c = {{p.c.of(g, first), p.c.stride}, p.add};
+      out.c = {{p.c.of(g, first), p.c.stride}, p.add ? kernel::Write::add : kernel::Write::replace};
     }
     return out;
   };
@@ -215,7 +216,7 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
         groups.count(),
         [&](Index g) {
           auto out = product(g);
-          out.c = {{sums + groups.begin(g) * p.n, p.n}, false};
+          out.c = {{sums + groups.begin(g) * p.n, p.n}};
           return out;
         },
         exec.host());

@@ -17,10 +17,11 @@ struct FileError : std::runtime_error {
 /// The same type: everything in `io` throws one kind of error.
 using SafetensorsError = FileError;
 
-namespace detail {
+}  // namespace moxie::inline MOXIE_VERSION_NAMESPACE
+
+namespace moxie::inline MOXIE_NAMESPACE::detail {
 
 /// The operating system's words for an error number.
 inline std::string system_message(int number) { return std::generic_category().message(number); }
 
-}  // namespace detail
-}  // namespace moxie::inline MOXIE_VERSION_NAMESPACE
+}  // namespace moxie::inline MOXIE_NAMESPACE::detail
