@@ -78,7 +78,8 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
     kernel::grouped_gemm<S>(
         experts,
         [&](Index e) {
-          return moxie::detail::back_through<S>(grouped.part(RowView<const S>(dh), e), kernel::rows_of(weight(e)), in,
+          return moxie::detail::back_through<S>(moxie::detail::regrouped(grouped, RowView<const S>(dh)),
+                                                kernel::rows_of(weight(e)), in, e,
                                                 kernel::replace<S>(grouped.part(RowView<S>(drows), e)));
         },
         Exec{});
@@ -103,12 +104,12 @@ TEST_CASE_TEMPLATE("bank products: rows Wᵀ, dh W and dhᵀ rows of each expert
     kernel::grouped_gemm<S>(
         experts,
         [&](Index e) {
-          return moxie::detail::weight_gradient<S>(grouped, RowView<const S>(dh),
+          return moxie::detail::weight_gradient<S>(grouped, moxie::detail::regrouped(grouped, RowView<const S>(dh)),
                                                    kernel::rows_of(RowView<S>(dw[std::size_t(e)])), e);
         },
         Exec{});
     moxie::detail::add_bias_gradient(
-        grouped, RowView<const S>(dh), [&](Index e) { return RowView<S>(db[std::size_t(e)]); }, Exec{});
+        grouped, moxie::OutputGradient<S>(dh), [&](Index e) { return RowView<S>(db[std::size_t(e)]); }, Exec{});
     for (std::size_t e = 0; e < std::size_t(experts); ++e) {
       CHECK(moxie::test::relative_error(dw[e], expected_w[e]) < Tolerance<S>::sum);
       CHECK(moxie::test::relative_error(db[e], expected_b[e]) < Tolerance<S>::sum);
@@ -128,7 +129,8 @@ TEST_CASE("bank products: without rows nothing is written") {
     return moxie::detail::with_rows(moxie::detail::through<float>(RowView<const float>(w)), grouped.operand(e), 0);
   });
   graph.add(2, [&](Index e) {
-    return moxie::detail::weight_gradient<float>(grouped, RowView<const float>(h), kernel::rows_of(RowView<float>(w)), e);
+    return moxie::detail::weight_gradient<float>(grouped, moxie::detail::regrouped(grouped, RowView<const float>(h)),
+                                                 kernel::rows_of(RowView<float>(w)), e);
   });
   graph.run(Exec{});
   CHECK(moxie::test::is_untouched(w));

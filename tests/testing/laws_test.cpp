@@ -126,7 +126,7 @@ TEST_CASE("laws: a backward that is not the adjoint is noticed") {
 }
 
 // A bank of linear experts with a bug.
-enum class BankBug { none, rows_see_their_number, idle_gradient, gradient_to_all };
+enum class BankBug { none, rows_see_their_number, idle_gradient, gradient_to_all, forgets_weights };
 struct BrokenBank : moxie::LinearExperts<double> {
   BankBug bug;
 
@@ -138,15 +138,17 @@ struct BrokenBank : moxie::LinearExperts<double> {
       h.eigen() *= 1 + 1e-15 * double(rows.count());
     }
   }
-  void backward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, RowView<const double> dh,
+  void backward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, const moxie::OutputGradient<double>& dh,
                 RowView<double> drows, ParameterView<double> dp, RowView<const double> kept, moxie::Workspace& workspace,
                 const Exec& exec) const {
-    moxie::LinearExperts<double>::backward(p, rows, dh, drows, dp, kept, workspace, exec);
+    const bool forgets = bug == BankBug::forgets_weights;
+    moxie::LinearExperts<double>::backward(p, rows, {dh.dy, dh.index, forgets ? nullptr : dh.weight, dh.dweight}, drows, dp,
+                                           kept, workspace, exec);
     if (bug == BankBug::idle_gradient) {
       dp["experts.2.bias"](0, 0) += 1e-30;
     }
     if (bug == BankBug::gradient_to_all && rows.count() > 0) {
-      dp["experts.0.weight"](1, 1) += dh(0, 0);
+      dp["experts.0.weight"](1, 1) += dh.dy(0, 0);
     }
   }
 };
@@ -157,6 +159,8 @@ TEST_CASE("laws: rows that see each other, and gradients without tokens, are not
   using moxie::testing::rows_are_independent;
   holds(rows_are_independent(BrokenBank(BankBug::none)));
   holds(idle_experts_have_zero_gradient(BrokenBank(BankBug::none)));
+  holds(moxie::testing::output_gradient_is_weighted(BrokenBank(BankBug::none)));
+  is_broken(moxie::testing::output_gradient_is_weighted(BrokenBank(BankBug::forgets_weights)));
   is_broken(rows_are_independent(BrokenBank(BankBug::rows_see_their_number)));
   is_broken(idle_experts_have_zero_gradient(BrokenBank(BankBug::idle_gradient)));
   is_broken(idle_experts_have_zero_gradient(BrokenBank(BankBug::gradient_to_all)));

@@ -4,6 +4,7 @@
 #include <moxie/core/matrix.hpp>
 #include <moxie/kernel/product.hpp>
 #include <span>
+#include <type_traits>
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
@@ -32,6 +33,30 @@ struct GroupedRows {
   RowView<T> part(RowView<T> m, Index expert) const {
     return m.middle_rows(begin(expert), count(expert));
   }
+};
+
+/// The gradient of a bank's output, which is never formed for a sparse plan: with t = index[r],
+///
+///     dh_r = weight_r dy_t      ∂loss/∂weight_r = ⟨h_r, dy_t⟩
+///
+/// The bank answers with dweight, so that nobody keeps h. Without an index, row r of dy belongs to row r; without weights all
+/// are 1.
+template <class Scalar>
+struct OutputGradient {
+  RowView<const Scalar> dy;
+  const Index* index = nullptr;
+  const Scalar* weight = nullptr;
+  Scalar* dweight = nullptr;  ///< (R), overwritten; null: not wanted
+
+  OutputGradient(RowView<const Scalar> gradient, const Index* rows = nullptr, const Scalar* weights = nullptr,
+                 Scalar* dweights = nullptr)
+      : dy(gradient), index(rows), weight(weights), dweight(dweights) {}
+  /// Of a matrix that has a row for each row of the bank.
+  template <class M>
+  OutputGradient(const M& dh) requires std::is_convertible_v<const M&, RowView<const Scalar>> : dy(dh) {}
+
+  const Scalar* row(Index r) const { return dy.row(index != nullptr ? index[r] : r); }
+  Scalar factor(Index r) const { return weight != nullptr ? weight[r] : Scalar(1); }
 };
 
 }  // namespace moxie::inline MOXIE_NAMESPACE

@@ -27,9 +27,10 @@ enum class Keep {
 ///
 /// * `Scalar`; `layout()`, `initialize(p, rng)`, `experts()`, `model_dim()`;
 /// * `kept_width()`: how many numbers a row `forward` keeps for `backward`;
-/// * `forward(p, rows, h, kept, workspace, exec)`: h (R,D) = expert of each row, overwritten, and kept (R, kept_width()); where
-///   kept is empty no backward follows, and nothing is kept;
-/// * `backward(p, rows, dh, drows, dp, kept, workspace, exec)`: drows (R,D) overwritten, parameter gradients added to dp;
+/// * `forward(p, rows, h, kept, workspace, exec)`: h (R,D) = expert of each row, overwritten, and kept (R, kept_width()). Where
+///   kept is empty no backward follows, and nothing is kept. Where h is empty only kept is wanted;
+/// * `backward(p, rows, dout, drows, dp, kept, workspace, exec)`: from the gradient `OutputGradient` of its output. drows (R,D)
+///   and dout.dweight (R) are overwritten, parameter gradients added to dp;
 /// * where inference can be faster with weights in another form, `freeze(p, exec)` returns them, and `forward` takes them in
 ///   place of p.
 ///
@@ -38,15 +39,15 @@ enum class Keep {
 template <class B>
 concept Bank = std::copyable<B> &&
     requires(const B& bank, ParameterView<const typename B::Scalar> p, ParameterView<typename B::Scalar> dp,
-             const GroupedRows<typename B::Scalar>& rows, RowView<const typename B::Scalar> dh, RowView<typename B::Scalar> h,
-             Workspace& workspace, const Exec& exec) {
+             const GroupedRows<typename B::Scalar>& rows, RowView<const typename B::Scalar> kept, RowView<typename B::Scalar> h,
+             const OutputGradient<typename B::Scalar>& dout, Workspace& workspace, const Exec& exec) {
   { bank.layout() } -> std::convertible_to<const Layout&>;
   bank.initialize(dp, Rng(0));
   { bank.experts() } -> std::convertible_to<Index>;
   { bank.model_dim() } -> std::convertible_to<Index>;
   { bank.kept_width() } -> std::convertible_to<Index>;
   bank.forward(p, rows, h, h, workspace, exec);
-  bank.backward(p, rows, dh, h, dp, dh, workspace, exec);
+  bank.backward(p, rows, dout, h, dp, kept, workspace, exec);
 };
 
 /// The weights of a bank, packed for its products once: what `freeze` makes of parameters and inference reads instead of them.
@@ -188,38 +189,42 @@ kernel::Product<Scalar, Element> through(RowView<const Scalar> weight) {
   return {.n = weight.rows(), .k = weight.cols(), .b = kernel::transposed<Scalar>(weight)};
 }
 
-/// dh_e W_e: (R_e,out)(out,in) -> (R_e,in).
-template <class Scalar, class Element>
-kernel::Product<Scalar, Element> back_through(RowView<const Element> dh, kernel::Rows<const Scalar> weight, Index in,
-                                              kernel::Destination<Scalar> drows = {}) {
-  return {.m = dh.rows(),
-          .n = in,
-          .k = dh.cols(),
-          .a = kernel::plain<Element>(dh),
-          .b = kernel::Operand<Scalar>{weight},
-          .c = drows};
+/// The rows of dy that belong to the rows of a bank, as Elements: dh without its weights.
+template <class Element, class Scalar>
+GroupedRows<Element> output_rows(const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout, Workspace& workspace,
+                                 const Exec& exec) {
+  return {rows.starts, as_elements<Element>(dout.dy, workspace, exec), dout.index};
 }
 
-/// dW_e += dh_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order. Nothing where dW_e is absent.
+/// dy_e W_e: (R_e,out)(out,in) -> (R_e,in).
 template <class Scalar, class Element>
-kernel::Product<Scalar, Element> weight_gradient(const GroupedRows<Element>& rows, RowView<const Element> dh,
+kernel::Product<Scalar, Element> back_through(const GroupedRows<Element>& dy, kernel::Rows<const Scalar> weight, Index in,
+                                              Index e, kernel::Destination<Scalar> drows = {}) {
+  return {.m = dy.count(e), .n = in, .k = dy.rows.cols(), .a = dy.operand(e), .b = kernel::Operand<Scalar>{weight}, .c = drows};
+}
+
+/// dW_e += dy_eᵀ rows_e: (out,R_e)(R_e,in) -> (out,in). One task owns an element, rows in order. Nothing where dW_e is absent.
+template <class Scalar, class Element>
+kernel::Product<Scalar, Element> weight_gradient(const GroupedRows<Element>& rows, const GroupedRows<Element>& dy,
                                                  kernel::Rows<Scalar> dw, Index e) {
   if (rows.count(e) == 0 || dw.data == nullptr) {
     return {};
   }
-  return {.m = dh.cols(),
+  kernel::Operand<Element> a = dy.operand(e);
+  a.transpose = kernel::Transpose::yes;
+  return {.m = dy.rows.cols(),
           .n = rows.rows.cols(),
           .k = rows.count(e),
-          .a = kernel::transposed<Element>(rows.part(dh, e)),
+          .a = a,
           .b = rows.operand(e),
           .c = {dw, kernel::Write::add}};
 }
 
-/// db_e += column sums of dh_e, in order of rows. Nothing where db_e is absent.
+/// db_e += Σ_r dh_r, in order of rows. Nothing where db_e is absent.
 template <class Rows, class T, class BiasOf>
-void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Exec& exec) {
+void add_bias_gradient(const Rows& rows, const OutputGradient<T>& dh, BiasOf&& dbias, const Exec& exec) {
   constexpr Index columns = 256;
-  const Index parts = (dh.cols() + columns - 1) / columns;
+  const Index parts = (dh.dy.cols() + columns - 1) / columns;
   exec.parallel_for(rows.experts() * parts, [&](Index i) {
     const auto db = dbias(i / parts);
     using Scalar = typename decltype(db)::Scalar;
@@ -227,15 +232,73 @@ void add_bias_gradient(const Rows& rows, RowView<T> dh, BiasOf&& dbias, const Ex
       return;
     }
     const Index first = i % parts * columns;
-    const Index count = (std::min)(columns, dh.cols() - first);
+    const Index count = (std::min)(columns, dh.dy.cols() - first);
     for (Index r = rows.begin(i / parts); r < rows.begin(i / parts + 1); ++r) {
-      const auto* const from = dh.row(r) + first;
+      const T* const from = dh.row(r) + first;
       Scalar* const to = db.row(0) + first;
-      for (Index j = 0; j < count; ++j) {
-        to[j] += Scalar(from[j]);
+      if (dh.weight != nullptr) {
+        const auto w = Scalar(dh.weight[r]);
+        for (Index j = 0; j < count; ++j) {
+          to[j] += w * Scalar(from[j]);
+        }
+      } else {
+        for (Index j = 0; j < count; ++j) {
+          to[j] += Scalar(from[j]);
+        }
       }
     }
   });
+}
+
+/// ⟨h_r, dy_t⟩ in parts: each panel of an epilogue's product adds up its own columns of a row, and `finish` the panels, in
+/// order. So the bits do not depend on who computes what, and h is never formed.
+template <class Scalar>
+class RowDots {
+ public:
+  using V = kernel::Batch<Scalar>;
+
+  /// Of rows (R) whose product has so many columns. Nothing is wanted where `dweight` is null.
+  RowDots(Index rows, Index columns, Scalar* dweight, Workspace& workspace) : dweight_(dweight) {
+    if (dweight != nullptr) {
+      parts_ = workspace.matrix<Scalar>(rows, (columns + panel - 1) / panel);
+    }
+  }
+
+  bool wanted() const { return dweight_ != nullptr; }
+  /// The sum of a row's columns [col, ...) of one panel.
+  void set(Index row, Index col, Scalar sum) const { parts_(row, col / panel) = sum; }
+
+  /// dweight_r = Σ of the panels of row r, plus `rest(r)`.
+  template <class Rest>
+  void finish(const Rest& rest, const Exec& exec) const {
+    if (dweight_ == nullptr) {
+      return;
+    }
+    exec.parallel_ranges(parts_.rows(), 256, [&](Index begin, Index end) {
+      for (Index r = begin; r < end; ++r) {
+        Scalar sum = 0;
+        for (Index q = 0; q < parts_.cols(); ++q) {
+          sum += parts_(r, q);
+        }
+        dweight_[r] = sum + rest(r);
+      }
+    });
+  }
+
+ private:
+  static constexpr Index panel = kernel::detail::RegisterTile<Scalar, kernel::DefaultArch>::cols;
+
+  Scalar* dweight_;
+  RowView<Scalar> parts_;
+};
+
+/// ⟨b, dy_t⟩ of each row, with the bias b of its expert. Rows are asked for in any order.
+template <class Scalar, class BiasOf>
+auto bias_dot(const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout, BiasOf bias_of) {
+  return [&rows, &dout, bias_of](Index r) {
+    const auto after = std::upper_bound(rows.starts.begin(), rows.starts.end(), r);
+    return kernel::dot(dout.dy.cols(), bias_of(Index(after - rows.starts.begin()) - 1), dout.row(r));
+  };
 }
 
 /// Prefetches the rows of a tile in a matrix that has a row for each of `rows`; an empty one is left out.
@@ -283,36 +346,40 @@ RowView<T> half(RowView<T> m, Index which) {
 }
 
 /// Experts with one hidden layer: `to_hidden(e)` and `to_out(e)` are an expert's two products without rows. `activate` ends the
-/// first, which fills `hidden` (R,H); the second fills h (R,D).
+/// first, which fills `hidden` (R,H); the second fills h (R,D), unless h is empty.
 template <class Scalar, class Element, class First, class Second>
 void forward_hidden(const GroupedRows<Element>& rows, RowView<Element> hidden, RowView<Scalar> h, const First& to_hidden,
                     const Second& to_out, const kernel::Epilogue<Scalar>& activate, const Exec& exec) {
   kernel::TaskGraph<Scalar, Element> graph;
   graph.add(
       rows.experts(), [&](Index e) { return with_rows(to_hidden(e), rows.operand(e), rows.count(e)); }, activate);
-  graph.add(rows.experts(), [&](Index e) {
-    return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
-                     kernel::stream_to<Scalar>(h, rows.begin(e)));
-  });
+  if (h.rows() != 0) {
+    graph.add(rows.experts(), [&](Index e) {
+      return with_rows(to_out(e), kernel::plain<Element>(rows.part(hidden, e)), rows.count(e),
+                       kernel::stream_to<Scalar>(h, rows.begin(e)));
+    });
+  }
   graph.run(exec);
 }
 
-/// Their adjoint. W1 and W2 are the weights of the two products as rows, (out,in) each. `differentiate` ends dh W2, and fills
-/// `hidden` and `before`, the gradient of what the first product gave; drows = before W1, dW2 += dhᵀ hidden. `to_dw1(e)` is the
-/// product dW1 += beforeᵀ rows.
+/// Their adjoint. W1 and W2 are the weights of the two products as rows, (out,in) each. `differentiate` ends dy W2, and fills
+/// `hidden` (what was hidden, times the row's weight) and `before`, the gradient of what the first product gave; drows = before
+/// W1, dW2 += dyᵀ hidden. `to_dw1(e)` is the product dW1 += beforeᵀ rows.
 template <class Scalar, class Element, class Weight1, class Weight2, class ToGradient1, class Gradient2>
-void backward_hidden(const GroupedRows<Element>& rows, RowView<const Element> dh,
-                     RowView<const std::type_identity_t<Element>> hidden, RowView<const std::type_identity_t<Element>> before,
-                     RowView<Scalar> drows, const Weight1& w1, const Weight2& w2, const ToGradient1& to_dw1,
-                     const Gradient2& dw2, const kernel::Epilogue<Scalar>& differentiate, const Exec& exec) {
+void backward_hidden(const GroupedRows<Element>& dy, RowView<const std::type_identity_t<Element>> hidden,
+                     RowView<const std::type_identity_t<Element>> before, RowView<Scalar> drows, const Weight1& w1,
+                     const Weight2& w2, const ToGradient1& to_dw1, const Gradient2& dw2,
+                     const kernel::Epilogue<Scalar>& differentiate, const Exec& exec) {
+  const GroupedRows<Element> hidden_rows = regrouped(dy, hidden);
+  const GroupedRows<Element> before_rows = regrouped(dy, before);
   kernel::TaskGraph<Scalar, Element> graph;
   graph.add(
-      rows.experts(), [&](Index e) { return back_through<Scalar>(rows.part(dh, e), w2(e), hidden.cols()); }, differentiate);
-  graph.add(rows.experts(), to_dw1);
-  graph.add(rows.experts(), [&](Index e) {
-    return back_through<Scalar>(rows.part(before, e), w1(e), drows.cols(), kernel::stream_to<Scalar>(drows, rows.begin(e)));
+      dy.experts(), [&](Index e) { return back_through<Scalar>(dy, w2(e), hidden.cols(), e); }, differentiate);
+  graph.add(dy.experts(), to_dw1);
+  graph.add(dy.experts(), [&](Index e) {
+    return back_through<Scalar>(before_rows, w1(e), drows.cols(), e, kernel::stream_to<Scalar>(drows, dy.begin(e)));
   });
-  graph.add(rows.experts(), [&](Index e) { return weight_gradient<Scalar>(regrouped(rows, hidden), dh, dw2(e), e); });
+  graph.add(dy.experts(), [&](Index e) { return weight_gradient<Scalar>(hidden_rows, dy, dw2(e), e); });
   graph.run(exec);
 }
 

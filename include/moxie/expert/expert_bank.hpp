@@ -58,8 +58,8 @@ class ExpertBank {
   const Layout& layout() const { return layout_; }
   Index experts() const { return Index(experts_.size()); }
   Index model_dim() const { return model_dim_; }
-  /// The rows, gathered.
-  Index kept_width() const { return model_dim_; }
+  /// The rows, gathered, beside the outputs: only an expert that is not the library's needs h for the gradient of a weight.
+  Index kept_width() const { return 2 * model_dim_; }
   /// Expert e, 0 to E-1.
   const Expert_& expert(Index e) const { return experts_[std::size_t(e)]; }
 
@@ -72,22 +72,42 @@ class ExpertBank {
   void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
                Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> x = kept.size() != 0 ? kept : workspace.matrix<Scalar>(rows.count(), model_dim_);
+    const bool keeps = kept.size() != 0;
+    const RowView<Scalar> x = keeps ? detail::half(kept, 0) : workspace.matrix<Scalar>(rows.count(), model_dim_);
+    const RowView<Scalar> out = h.rows() != 0 ? h : detail::half(kept, 1);
     exec.parallel_for(experts(), [&](Index e) {
       for (Index r = rows.begin(e); r < rows.begin(e + 1); ++r) {
         std::copy_n(rows.row(r), model_dim_, x.row(r));
       }
       if (rows.count(e) > 0) {
-        expert(e).forward(of(p, e), part(RowView<const Scalar>(x), rows, e), part(h, rows, e));
+        expert(e).forward(of(p, e), part(RowView<const Scalar>(x), rows, e), part(out, rows, e));
+      }
+      for (Index r = rows.begin(e); keeps && h.rows() != 0 && r < rows.begin(e + 1); ++r) {
+        std::copy_n(h.row(r), model_dim_, detail::half(kept, 1).row(r));
       }
     });
   }
 
-  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& /*workspace*/, const Exec& exec) const {
+  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
+                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace,
+                const Exec& exec) const {
+    const Workspace::Frame frame(workspace);
+    const RowView<Scalar> dh = workspace.matrix<Scalar>(rows.count(), model_dim_);
+    const RowView<const Scalar> h = detail::half(kept, 1);
     exec.parallel_for(experts(), [&](Index e) {
+      for (Index r = rows.begin(e); r < rows.begin(e + 1); ++r) {
+        const Scalar* const dy = dout.row(r);
+        const Scalar weight = dout.factor(r);
+        for (Index j = 0; j < model_dim_; ++j) {
+          dh(r, j) = weight * dy[j];
+        }
+        if (dout.dweight != nullptr) {
+          dout.dweight[r] = kernel::dot(model_dim_, h.row(r), dy);
+        }
+      }
       if (rows.count(e) > 0) {
-        expert(e).backward(of(p, e), part(kept, rows, e), part(dh, rows, e), part(drows, rows, e), of(dp, e));
+        expert(e).backward(of(p, e), part(detail::half(kept, 0), rows, e), part(RowView<const Scalar>(dh), rows, e),
+                           part(drows, rows, e), of(dp, e));
       }
     });
   }

@@ -64,10 +64,12 @@ class GluExperts {
     return {products, {}, exec};
   }
 
-  /// With a = act(g): dhidden = dh Wd, dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ a; drows = dg Wg + du Wu;
-  /// dWd += dhᵀ hidden, dWg += dgᵀ x, dWu += duᵀ x. What was hidden is computed again from g and u.
-  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
+  /// With a = act(g) and w the weight of a row: dhidden = w dy Wd, dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ a;
+  /// drows = dg Wg + du Wu; dWd += dyᵀ (w hidden), dWg += dgᵀ x, dWu += duᵀ x; dw = ⟨hidden, dy Wd⟩. What was hidden is
+  /// computed again from g and u.
+  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
+                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace,
+                const Exec& exec) const {
     expect_equal_distances(p);
     expect_equal_distances(dp);
     const Workspace::Frame frame(workspace);
@@ -75,17 +77,21 @@ class GluExperts {
     const RowView<Element> dgate_up = workspace.spread<Element>(rows.count(), 2 * hidden_dim_);
     const RowView<const Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
+    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, workspace, exec);
+    const detail::RowDots<Scalar> dots(rows.count(), hidden_dim_, dout.dweight, workspace);
     const Differentiate differentiate{rows,
+                                      dout,
+                                      dots,
                                       detail::half(gate_up, 0),
                                       detail::half(gate_up, 1),
                                       detail::Filled<Scalar, Element>(hidden),
                                       detail::Filled<Scalar, Element>(detail::half(dgate_up, 0)),
                                       detail::Filled<Scalar, Element>(detail::half(dgate_up, 1))};
     detail::backward_hidden(
-        x, detail::as_elements<Element>(dh, workspace, exec), hidden, dgate_up, drows,
-        [&](Index e) { return gate_up_weight(p, e); }, [&](Index e) { return kernel::rows_of(down_.of(p, e)); },
-        [&](Index e) { return gate_up_gradient(x, dgate_up, dp, e); },
+        dy_rows, hidden, dgate_up, drows, [&](Index e) { return gate_up_weight(p, e); },
+        [&](Index e) { return kernel::rows_of(down_.of(p, e)); }, [&](Index e) { return gate_up_gradient(x, dgate_up, dp, e); },
         [&](Index e) { return kernel::rows_of(down_.of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), exec);
+    dots.finish([](Index /*r*/) { return Scalar(0); }, exec);
   }
 
  private:
@@ -117,9 +123,11 @@ class GluExperts {
     }
   };
 
-  /// hidden = act(g) ⊙ u, dg = dhidden ⊙ u ⊙ act'(g), du = dhidden ⊙ act(g). The sums are dhidden.
+  /// From the sums s = dy Wd: hidden = w act(g) ⊙ u, dg = w s ⊙ u ⊙ act'(g), du = w s ⊙ act(g), and ⟨act(g) ⊙ u, s⟩.
   struct Differentiate {
     const GroupedRows<Scalar>& rows;
+    const OutputGradient<Scalar>& dout;
+    const detail::RowDots<Scalar>& dots;
     RowView<const Element> gates;
     RowView<const Element> ups;
     detail::Filled<Scalar, Element> hidden;
@@ -129,17 +137,26 @@ class GluExperts {
     void apply(const kernel::TileSums<Scalar>& tile) const {
       for (Index i = 0; i < tile.rows; ++i) {
         const Index r = rows.begin(tile.product) + tile.row + i;
+        const V weight(dout.factor(r));
+        Scalar dot = 0;
         for (Index j = 0; j < tile.cols; j += Index{V::size}) {
           const Index col = tile.col + j;
           const Index n = tile.cols - j;
-          const V dhidden = V::load_aligned(tile.of_row(i) + j);
+          const V sums = V::load_aligned(tile.of_row(i) + j);
           const V gate = kernel::load<V>(gates.row(r) + col, n);
           const V up = kernel::load<V>(ups.row(r) + col, n);
           const V value = Activation::value(gate);
           const V derivative = Activation::derivative(gate);  // before anything is stored: they share what they compute
-          hidden.store(value * up, r, col, n);
+          const V dhidden = sums * weight;
+          if (dots.wanted()) {
+            dot += kernel::sum_of_first(value * up * sums, n);
+          }
+          hidden.store(value * up * weight, r, col, n);
           dgates.store(dhidden * up * derivative, r, col, n);
           dups.store(dhidden * value, r, col, n);
+        }
+        if (dots.wanted()) {
+          dots.set(r, tile.col, dot);
         }
       }
     }
@@ -193,10 +210,11 @@ class GluExperts {
     const RowView<Scalar> dgate = gate_.of(dp, e);
     const RowView<Scalar> dup = up_.of(dp, e);
     if (dgate.data() != nullptr && dup.data() != nullptr) {
-      return detail::weight_gradient<Scalar>(x, dgate_up, kernel::stacked(dgate, dup), e);
+      return detail::weight_gradient<Scalar>(x, detail::regrouped(x, dgate_up), kernel::stacked(dgate, dup), e);
     }
     const bool gate = dgate.data() != nullptr;
-    return detail::weight_gradient<Scalar>(x, detail::half(dgate_up, gate ? 0 : 1), kernel::rows_of(gate ? dgate : dup), e);
+    return detail::weight_gradient<Scalar>(x, detail::regrouped(x, detail::half(dgate_up, gate ? 0 : 1)),
+                                           kernel::rows_of(gate ? dgate : dup), e);
   }
 
   /// Products read an expert's gate_proj and up_proj as one matrix, which the rows of both must lie in at equal distances.

@@ -68,30 +68,80 @@ class LinearExperts {
     return {products, biases, exec};
   }
 
-  /// drows = dh W, dW += dhᵀ x, db += Σ dh.
-  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, RowView<const Scalar> /*kept*/, Workspace& workspace, const Exec& exec) const {
+  /// With w the weight of a row: drows = w dy W, dW += dyᵀ (w x), db += Σ w dy; dw = ⟨x, dy W⟩ + ⟨b, dy⟩.
+  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
+                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> /*kept*/, Workspace& workspace,
+                const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const RowView<const Element> d = detail::as_elements<Element>(dh, workspace, exec);
+    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, workspace, exec);
+    const RowView<Element> weighted = workspace.spread<Element>(rows.count(), model_dim_);
+    const detail::RowDots<Scalar> dots(rows.count(), model_dim_, dout.dweight, workspace);
+    const Differentiate differentiate{x, dout, dots, weighted, drows};
     kernel::TaskGraph<Scalar, Element> graph;
-    graph.add(experts_, [&](Index e) { return detail::weight_gradient<Scalar>(x, d, kernel::rows_of(weight().of(dp, e)), e); });
+    graph.add(
+        experts_,
+        [&](Index e) { return detail::back_through<Scalar>(dy_rows, kernel::rows_of(weight().of(p, e)), model_dim_, e); },
+        kernel::Epilogue<Scalar>::of(differentiate));
     graph.add(experts_, [&](Index e) {
-      return detail::back_through<Scalar>(rows.part(d, e), kernel::rows_of(weight().of(p, e)), model_dim_,
-                                          kernel::stream_to<Scalar>(drows, rows.begin(e)));
+      return detail::weight_gradient<Scalar>(detail::regrouped(x, RowView<const Element>(weighted)), dy_rows,
+                                             kernel::rows_of(weight().of(dp, e)), e);
     });
     graph.run(exec);
     if (bias_) {
-      detail::add_bias_gradient(rows, dh, detail::of(dp, bias()), exec);
+      dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias().of(p, e).data(); }), exec);
+      detail::add_bias_gradient(rows, dout, detail::of(dp, bias()), exec);
+    } else {
+      dots.finish([](Index /*r*/) { return Scalar(0); }, exec);
     }
   }
 
  private:
+  /// From the sums s = dy W: drows = w s, w x, and ⟨x, s⟩.
+  struct Differentiate {
+    using V = kernel::Batch<Scalar>;
+
+    const GroupedRows<Element>& x;
+    const OutputGradient<Scalar>& dout;
+    const detail::RowDots<Scalar>& dots;
+    RowView<Element> weighted;
+    RowView<Scalar> drows;
+
+    void apply(const kernel::TileSums<Scalar>& tile) const {
+      for (Index i = 0; i < tile.rows; ++i) {
+        const Index r = x.begin(tile.product) + tile.row + i;
+        const V weight(dout.factor(r));
+        Scalar dot = 0;
+        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
+          const Index col = tile.col + j;
+          const Index n = tile.cols - j;
+          const V sums = V::load_aligned(tile.of_row(i) + j);
+          const V row = kernel::load<V>(x.row(r) + col, n);
+          if (dots.wanted()) {
+            dot += kernel::sum_of_first(row * sums, n);
+          }
+          kernel::store(row * weight, weighted.row(r) + col, n);
+          kernel::store(sums * weight, drows.row(r) + col, n);
+        }
+        if (dots.wanted()) {
+          dots.set(r, tile.col, dot);
+        }
+      }
+    }
+    void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
+      detail::prefetch_rows(list, x, tile, drows);
+      detail::prefetch_rows(list, x, tile, weighted);
+    }
+  };
+
   template <class ProductOf, class BiasOf>
   void run(const ProductOf& product_of, const BiasOf& bias_of, const GroupedRows<Scalar>& rows, RowView<Scalar> h,
            Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
+    if (h.rows() == 0) {
+      return;  // nothing is kept
+    }
     kernel::TaskGraph<Scalar, Element> graph;
     graph.add(experts_, [&](Index e) {
       auto product = detail::with_rows(product_of(e), x.operand(e), rows.count(e), kernel::stream_to<Scalar>(h, rows.begin(e)));

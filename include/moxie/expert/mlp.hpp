@@ -65,25 +65,34 @@ class MlpExperts {
     return {products, biases, exec};
   }
 
-  /// da = (dh W2) ⊙ act'(a); drows = da W1; dW2 += dhᵀ hidden, db2 += Σ dh, dW1 += daᵀ x, db1 += Σ da. What was hidden is
-  /// computed again from a.
-  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<const Scalar> dh, RowView<Scalar> drows,
-                ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace, const Exec& exec) const {
+  /// With w the weight of a row: da = w (dy W2) ⊙ act'(a); drows = da W1; dW2 += dyᵀ (w hidden), db2 += Σ w dy, dW1 += daᵀ x,
+  /// db1 += Σ da; dw = ⟨hidden, dy W2⟩ + ⟨b2, dy⟩. What was hidden is computed again from a.
+  void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
+                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace,
+                const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
     const RowView<Element> da = workspace.spread<Element>(rows.count(), hidden_dim_);
     const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const Differentiate differentiate{rows, detail::kept_elements<Element>(kept, hidden_dim_),
-                                      detail::Filled<Scalar, Element>(hidden), detail::Filled<Scalar, Element>(da)};
+    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, workspace, exec);
+    const detail::RowDots<Scalar> dots(rows.count(), hidden_dim_, dout.dweight, workspace);
+    const Differentiate differentiate{rows,
+                                      dout,
+                                      dots,
+                                      detail::kept_elements<Element>(kept, hidden_dim_),
+                                      detail::Filled<Scalar, Element>(hidden),
+                                      detail::Filled<Scalar, Element>(da)};
     detail::backward_hidden(
-        x, detail::as_elements<Element>(dh, workspace, exec), hidden, da, drows,
-        [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); }, [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
+        dy_rows, hidden, da, drows, [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); },
+        [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
         [&](Index e) {
-          return detail::weight_gradient<Scalar>(x, RowView<const Element>(da), kernel::rows_of(fc1_.of(dp, e)), e);
+          return detail::weight_gradient<Scalar>(x, detail::regrouped(x, RowView<const Element>(da)),
+                                                 kernel::rows_of(fc1_.of(dp, e)), e);
         },
         [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), exec);
-    detail::add_bias_gradient(rows, da, detail::of(dp, bias1_), exec);
-    detail::add_bias_gradient(rows, dh, detail::of(dp, bias2_), exec);
+    dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias2_.of(p, e).data(); }), exec);
+    detail::add_bias_gradient(rows, OutputGradient<Element>(RowView<const Element>(da)), detail::of(dp, bias1_), exec);
+    detail::add_bias_gradient(rows, dout, detail::of(dp, bias2_), exec);
   }
 
  private:
@@ -117,9 +126,11 @@ class MlpExperts {
     }
   };
 
-  /// hidden = act(a), da = dhidden ⊙ act'(a). The sums are dhidden.
+  /// From the sums s = dy W2: hidden = w act(a), da = w s ⊙ act'(a), and ⟨act(a), s⟩.
   struct Differentiate {
     const GroupedRows<Scalar>& rows;
+    const OutputGradient<Scalar>& dout;
+    const detail::RowDots<Scalar>& dots;
     RowView<const Element> a;
     detail::Filled<Scalar, Element> hidden;
     detail::Filled<Scalar, Element> da;
@@ -127,14 +138,23 @@ class MlpExperts {
     void apply(const kernel::TileSums<Scalar>& tile) const {
       for (Index i = 0; i < tile.rows; ++i) {
         const Index r = rows.begin(tile.product) + tile.row + i;
+        const V weight(dout.factor(r));
+        Scalar dot = 0;
         for (Index j = 0; j < tile.cols; j += Index{V::size}) {
           const Index col = tile.col + j;
           const Index n = tile.cols - j;
+          const V sums = V::load_aligned(tile.of_row(i) + j);
           const V before = kernel::load<V>(a.row(r) + col, n);
           const V value = Activation::value(before);
           const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
-          hidden.store(value, r, col, n);
-          da.store(V::load_aligned(tile.of_row(i) + j) * derivative, r, col, n);
+          if (dots.wanted()) {
+            dot += kernel::sum_of_first(value * sums, n);
+          }
+          hidden.store(value * weight, r, col, n);
+          da.store(sums * weight * derivative, r, col, n);
+        }
+        if (dots.wanted()) {
+          dots.set(r, tile.col, dot);
         }
       }
     }

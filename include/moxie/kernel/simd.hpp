@@ -313,6 +313,18 @@ auto sum_of_lanes(Index n, AddVector add_vector, Add add) {
 
 }  // namespace detail
 
+/// The sum of the first n numbers of a vector, in order; n may be more than a vector holds.
+template <class V>
+MOXIE_INLINE typename V::value_type sum_of_first(const V& v, Index n) {
+  std::array<typename V::value_type, V::size> parts;
+  v.store_unaligned(parts.data());
+  typename V::value_type sum = 0;
+  for (Index j = 0; j < (std::min)(n, Index{V::size}); ++j) {
+    sum += parts[std::size_t(j)];
+  }
+  return sum;
+}
+
 /// Σ a_i b_i of n contiguous elements, one fused multiply-add an element.
 template <class Arch = DefaultArch, class Scalar>
 Scalar dot(Index n, const Scalar* a, const Scalar* b) {

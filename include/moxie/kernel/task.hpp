@@ -113,8 +113,11 @@ class Task {
     const Index first_row = moxie::detail::spread_stride<Scalar>(panels);
     const Index first_sum = first_row + moxie::detail::spread_stride<Scalar>(rows);
     const Index sums = (blocking_.passes > 1 ? tiles_ * group_ : 1) * T::size;
-    // A large page holds all of most tasks, so that it is taken once.
-    memory.resize((std::max)((first_sum + sums) * Index{sizeof(Scalar)}, Index{moxie::detail::large_page}));
+    // Few sizes, so that a thread takes its memory once: small tasks touch little of half a MiB, and a large page holds most
+    // others.
+    const Index bytes = (first_sum + sums) * Index{sizeof(Scalar)};
+    const auto large = Index{moxie::detail::large_page};
+    memory.resize(bytes <= large / 4 ? large / 4 : (bytes + large - 1) / large * large);
     auto* const start = reinterpret_cast<Scalar*>(memory.data());
     packed_panels_ = reinterpret_cast<Unit<Element>*>(start);
     packed_rows_ = reinterpret_cast<Unit<Element>*>(start + first_row);

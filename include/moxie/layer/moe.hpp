@@ -186,15 +186,15 @@ class Moe {
 
   /// A tape. The first step of a shape takes the memory it needs, and later ones reuse it; `max_tokens` is a hint.
   ///
-  /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds R(D + kept_width) numbers, T·kept_width more for a shared expert,
-  /// RD more for the slots of a dense plan; with Keep::inputs and Keep::nothing none of these. What the router keeps comes on
-  /// top, and scratch, which stays on the tape for the next step: with Keep::inputs a backward's scratch has room for all of
-  /// the above. A backward's scratch of top-k has about T·K(2D + 3H) numbers; a model of many layers passes one workspace to
-  /// all.
+  /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds R·kept_width numbers, T·kept_width more for a shared expert, 2RD
+  /// more for the slots and outputs of a dense plan; with Keep::inputs and Keep::nothing none of these. What the router keeps
+  /// comes on top, and scratch, which stays on the tape for the next step: with Keep::inputs a backward's scratch has room for
+  /// all of the above. A backward's scratch of top-k has about T·K(2D + 3H) numbers; a model of many layers passes one
+  /// workspace to all.
   Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
     Tape tape;
     tape.keep_ = keep;
-    if (keep == Keep::activations) {
+    if (keep == Keep::activations && !gathers) {
       tape.h_.matrix(max_tokens, model_dim());
     }
     return tape;
@@ -376,7 +376,8 @@ class Moe {
     if (tape.keep_ == Keep::activations && !std::is_same_v<Weights, Frozen>) {
       const Index rows = tape.plan_.rows();
       run_experts(weights, in, y,
-                  {tape.slots_.matrix(slot_rows(tape), model_dim()), tape.h_.matrix(rows, model_dim()),
+                  {tape.slots_.matrix(slot_rows(tape), model_dim()),
+                   gathers ? workspace.matrix<Scalar>(rows, model_dim()) : tape.h_.matrix(rows, model_dim()),
                    tape.experts_.spread(rows, experts_.kept_width()), tape.shared_.spread(shared_rows(in), shared_width())},
                   tape, workspace, exec);
     } else {
@@ -388,7 +389,7 @@ class Moe {
   template <class T>
   struct Activations {
     RowView<T> slot_rows;  // of a dense plan
-    RowView<T> h;          // what the experts made of the rows
+    RowView<T> h;          // the experts' outputs; only a dense plan's backward reads them
     RowView<T> experts;    // what the banks keep
     RowView<T> shared;
   };
@@ -396,7 +397,9 @@ class Moe {
   /// Room that ends with the caller's frame; for the banks none, where no backward follows.
   Activations<Scalar> scratch(const Tokens<Scalar>& in, const Tape& tape, Workspace& workspace, bool keep) const {
     const auto room = [&](Index rows, Index width) { return keep ? workspace.spread<Scalar>(rows, width) : RowView<Scalar>(); };
-    return {workspace.matrix<Scalar>(slot_rows(tape), model_dim()), workspace.matrix<Scalar>(tape.plan_.rows(), model_dim()),
+    const bool needs_h = !gathers || !keep;  // a backward of a sparse plan does not
+    return {workspace.matrix<Scalar>(slot_rows(tape), model_dim()),
+            needs_h ? workspace.matrix<Scalar>(tape.plan_.rows(), model_dim()) : RowView<Scalar>(),
             room(tape.plan_.rows(), experts_.kept_width()), room(shared_rows(in), shared_width())};
   }
   static Index slot_rows(const Tape& tape) { return gathers ? 0 : tape.plan_.rows(); }
@@ -415,6 +418,16 @@ class Moe {
     combine(tape.plan_, into.h, y, exec, shared_.has_value());
   }
 
+  /// Computes again what a tape with Keep::inputs did not keep.
+  void run_again(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Activations<Scalar>& into, const Tape& tape,
+                 Workspace& workspace, const Exec& exec) const {
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slot_rows, exec);
+    experts_.forward(experts_part(p), rows, into.h, into.experts, workspace, exec);
+    if (shared_) {
+      shared_->forward(shared_part(p), all_rows(in, tape), RowView<Scalar>(), into.shared, workspace, exec);
+    }
+  }
+
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
                     const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, Workspace& workspace,
                     const Exec& exec) const {
@@ -423,12 +436,12 @@ class Moe {
       const Index rows = tape.plan_.rows();
       run_backward(
           p, in, dy, din, grads,
-          {tape.slots_.view(slot_rows(tape), model_dim()), tape.h_.view(rows, model_dim()),
+          {tape.slots_.view(slot_rows(tape), model_dim()), tape.h_.view(gathers ? 0 : rows, model_dim()),
            tape.experts_.spread_view(rows, experts_.kept_width()), tape.shared_.spread_view(shared_rows(in), shared_width())},
           tape, workspace, exec);
     } else {
       const Activations<Scalar> again = scratch(in, tape, workspace, true);
-      run_experts(p, in, din.x, again, tape, workspace, exec);  // dx is written anyway
+      run_again(p, in, again, tape, workspace, exec);
       run_backward(p, in, dy, din, grads, {again.slot_rows, again.h, again.experts, again.shared}, tape, workspace, exec);
     }
   }
@@ -436,10 +449,9 @@ class Moe {
                     const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Activations<const Scalar>& kept,
                     const Tape& tape, Workspace& workspace, const Exec& exec) const {
     const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slot_rows);
-    const RowView<Scalar> dh = workspace.spread<Scalar>(rows.count(), model_dim());
     const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
-    combine_backward(tape.plan_, kept.h, dy, dh, tape.dplan_, exec);
-    experts_.backward(experts_part(p), rows, dh, drows, experts_part(grads), kept.experts, workspace, exec);
+    experts_.backward(experts_part(p), rows, output_gradient(tape, dy, kept.h, workspace, exec), drows, experts_part(grads),
+                      kept.experts, workspace, exec);
     if (shared_) {
       shared_->backward(shared_part(p), all_rows(in, tape), dy, din.x, shared_part(grads), kept.shared, workspace, exec);
     }
@@ -516,6 +528,19 @@ class Moe {
   template <class T>
   ParameterView<T> shared_part(ParameterView<T> p) const {
     return p.part(shared_first_, shared_->layout());
+  }
+
+  /// The gradient of h. Of a sparse plan the bank makes it row by row from dy and answers with the gradient of the weights.
+  static OutputGradient<Scalar> output_gradient(const Tape& tape, RowView<const Scalar> dy, RowView<const Scalar> h,
+                                                Workspace& workspace, const Exec& exec) {
+    if constexpr (gathers) {
+      tape.dplan_.weight.resize(tape.plan_.rows());
+      return {dy, tape.plan_.token().data(), tape.plan_.weights().data(), tape.dplan_.weight.data()};
+    } else {
+      const RowView<Scalar> dh = workspace.spread<Scalar>(h.rows(), h.cols());
+      combine_backward(tape.plan_, h, dy, dh, tape.dplan_, exec);
+      return RowView<const Scalar>(dh);
+    }
   }
 
   /// Whether dispatch gathers tokens by an index, as sparse plans do; else it computes slots.

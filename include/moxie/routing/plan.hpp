@@ -105,6 +105,7 @@ class SparsePlan {
   std::span<const Index> token() const { return token_.span(); }
   Index token(Index row) const { return token_[row]; }
   Scalar weight(Index row) const { return weight_[row]; }
+  std::span<const Scalar> weights() const { return weight_.span(); }
   /// The proposed pair that became this row.
   Index pair(Index row) const { return pair_[row]; }
   /// The rows of token t, in the order in which its pairs were proposed: the order of combine's sum.

@@ -374,6 +374,30 @@ struct BankRun {
   }
 };
 
+/// ‖a - b‖ / ‖b‖.
+template <class Scalar>
+double relative_difference(const Matrix<Scalar>& a, const Matrix<Scalar>& b) {
+  double error = 0;
+  double size = 0;
+  for (Index i = 0; i < b.rows(); ++i) {
+    for (Index j = 0; j < b.cols(); ++j) {
+      error += (double(a(i, j)) - double(b(i, j))) * (double(a(i, j)) - double(b(i, j)));
+      size += double(b(i, j)) * double(b(i, j));
+    }
+  }
+  return error == 0 ? 0 : std::sqrt(error / size);
+}
+
+/// Whether a bank multiplies numbers that are rounded to BFloat16.
+template <class Bank_>
+inline constexpr bool rounds = [] {
+  if constexpr (requires { typename Bank_::Element; }) {
+    return sizeof(typename Bank_::Element) < sizeof(typename Bank_::Scalar);
+  } else {
+    return false;
+  }
+}();
+
 template <class Bank_, class Scalar = typename Bank_::Scalar>
 Parameters<Scalar> random_parameters(const Bank_& bank, const Rng& rng) {
   Parameters<Scalar> p{Layout(bank.layout())};
@@ -410,6 +434,56 @@ LawResult rows_are_independent(const Bank_& bank, const LawOptions& options = {}
   const bool same = detail::same_bits<Scalar>(part.h, detail::rows_at<Scalar>(kept, whole.h)) &&
                     detail::same_bits<Scalar>(part.drows, detail::rows_at<Scalar>(kept, whole.drows));
   return detail::stated("experts: rows are independent", same, "a row has other bits when other rows are missing");
+}
+
+/// From dy of tokens, the rows' tokens and their weights a bank gives what it gives of dh_r = weight_r dy_t, and the gradient
+/// ⟨h_r, dy_t⟩ of each weight.
+template <Bank Bank_>
+LawResult output_gradient_is_weighted(const Bank_& bank, const LawOptions& options = {}) {
+  using Scalar = typename Bank_::Scalar;
+  const auto p = detail::random_parameters(bank, options.rng.split(0));
+  const Index each = 5;
+  const Index rows = bank.experts() * each;
+  const Index tokens = 7;
+  const Matrix<Scalar> x = random_normal<Scalar>(rows, bank.model_dim(), options.rng.split(1));
+  const Matrix<Scalar> dy = random_normal<Scalar>(tokens, bank.model_dim(), options.rng.split(2));
+  const Matrix<Scalar> weight = random_normal<Scalar>(1, rows, options.rng.split(3));
+  std::vector<Index> starts{0};
+  std::vector<Index> token;
+  Matrix<Scalar> dh(rows, dy.cols());
+  for (Index r = 0; r < rows; ++r) {
+    token.push_back(r * 3 % tokens);
+    for (Index j = 0; j < dy.cols(); ++j) {
+      dh(r, j) = weight(0, r) * dy(token.back(), j);
+    }
+    if ((r + 1) % each == 0) {
+      starts.push_back(r + 1);
+    }
+  }
+  const detail::BankRun formed(bank, p, std::vector<Index>(std::size_t(bank.experts()), each), x, dh, options.exec);
+  Matrix<Scalar> h(rows, dy.cols()), drows(rows, dy.cols()), dweight(1, rows), expected(1, rows);
+  auto grads = p.zeros_like();
+  Buffer<Scalar> kept;
+  Workspace workspace;
+  const GroupedRows<Scalar> grouped{starts, x, nullptr};
+  // Without h, as where a tape with Keep::inputs is filled.
+  bank.forward(p, grouped, RowView<Scalar>(), kept.spread(rows, bank.kept_width()), workspace, options.exec);
+  bank.backward(p, grouped, OutputGradient<Scalar>(dy, token.data(), weight.data(), dweight.data()), drows, grads,
+                kept.spread_view(rows, bank.kept_width()), workspace, options.exec);
+  for (Index r = 0; r < rows; ++r) {
+    expected(0, r) = kernel::dot(dy.cols(), formed.h.row(r).data(), dy.data() + token[std::size_t(r)] * dy.cols());
+  }
+  double error = detail::worse(detail::relative_difference<Scalar>(drows, formed.drows),
+                               detail::relative_difference<Scalar>(dweight, expected));
+  auto formed_grads = formed.grads;
+  zip(
+      [&](const TensorInfo&, RowView<Scalar> a, RowView<Scalar> b) {
+        error =
+            detail::worse(error, detail::relative_difference<Scalar>(detail::copy_of<Scalar>(a), detail::copy_of<Scalar>(b)));
+      },
+      grads, formed_grads);
+  const double tolerance = detail::rounds<Bank_> ? 0.02 : detail::tolerance<Scalar>(options);
+  return detail::measured("experts: rows of the output's gradient are weighted", error, tolerance);
 }
 
 /// An expert without tokens gets exactly zero gradient: no element of a gradient comes from the rows of two experts, and
@@ -603,10 +677,12 @@ LawResult steps_allocate_nothing(const Layer& layer, const Tokens<Scalar>& in, R
                         std::to_string(count) + " allocations in two steps");
 }
 
-/// The laws of a bank: rows are independent, and experts without tokens have zero gradient.
+/// The laws of a bank: rows are independent, experts without tokens have zero gradient, and rows of the output's gradient are
+/// weighted.
 template <Bank Bank_>
 std::vector<LawResult> check_bank_laws(const Bank_& bank, const LawOptions& options = {}) {
-  return {rows_are_independent(bank, options), idle_experts_have_zero_gradient(bank, options)};
+  return {rows_are_independent(bank, options), idle_experts_have_zero_gradient(bank, options),
+          output_gradient_is_weighted(bank, options)};
 }
 
 /// The laws of a plan.
