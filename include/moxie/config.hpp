@@ -4,6 +4,12 @@
 #include <cassert>
 #include <moxie/version.hpp>
 
+// The sums and `kernel::exp` depend on the order of floating-point operations, and the checks of logits on NaN. -ffast-math
+// gives up both: values become wrong without a message (docs/numerics.md).
+#if defined(__FAST_MATH__) && !defined(MOXIE_ALLOW_FAST_MATH)
+#error "moxie: -ffast-math makes results wrong; compile without it, or define MOXIE_ALLOW_FAST_MATH to try it all the same"
+#endif
+
 /// Everything lives in an inline namespace, which a user never writes. `MOXIE_VERSION_NAMESPACE` names the version: error types
 /// live there, so that a `catch` sees those of any translation unit. `MOXIE_NAMESPACE` names the version and the instruction
 /// set: all code lives there, since the linker keeps one of several inline functions of the same name. So translation units
