@@ -3,9 +3,10 @@
 
 #include <moxie/kernel/math.hpp>
 
-/// Element-wise functions with their derivatives. An activation is a struct with two static functions, `value(x)` and
-/// `derivative(x)`, which are written once, with the words of `kernel/math.hpp`, for numbers and for vectors of any width. It
-/// serves the banks of the CPU in float, double and BFloat16, frozen or not, and those of the CUDA backend.
+/// Element-wise functions with their derivatives. An activation is a struct with two static
+/// functions, `value(x)` and `derivative(x)`. They use the functions of `kernel/math.hpp`, so one
+/// source serves numbers and vectors of any width: the banks of the CPU in float, double and
+/// BFloat16, frozen or not, and those of the CUDA backend.
 namespace moxie::inline MOXIE_NAMESPACE {
 
 /// x σ(x). Elfwing et al. 2018; the gate of SwiGLU (Shazeer 2020).
@@ -23,7 +24,7 @@ struct Silu {
   }
 };
 
-/// max(x, 0), NaN of NaN. The derivative at 0, where there is none, is defined to be 0.
+/// max(x, 0), NaN of NaN. The derivative at 0 is defined to be 0.
 struct Relu {
   template <class V>
   MOXIE_INLINE static V value(V x) {

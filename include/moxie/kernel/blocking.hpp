@@ -9,11 +9,12 @@
 #include <unistd.h>
 #endif
 
-/// How a product is cut into tasks whose memory fits the L2 cache: kc, mc and nc of Goto and van de Geijn 2008, "Anatomy of
-/// high-performance matrix multiplication".
+/// Blocking: the cut of a product into tasks whose memory fits the L2 cache. kc, mc and nc are
+/// those of Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication".
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
-/// Bytes of the L2 cache of a core, between 128 KiB and 2 MiB; 512 KiB where the system does not say. Asked once.
+/// Bytes of the L2 cache of a core, between 128 KiB and 2 MiB; 512 KiB if the system does not say.
+/// Read once.
 inline Index l2_cache() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const Index bytes = [] {
@@ -32,8 +33,9 @@ bool on_lines(RowView<T> m) {
   constexpr std::size_t line = 64;
   return reinterpret_cast<std::uintptr_t>(m.data()) % line == 0 && std::size_t(m.stride()) * sizeof(T) % line == 0;
 }
-/// Whether non-temporal stores to m pay: all rows start with a line, and m is more than a sixteenth of the L2 cache. By the
-/// time another stage reads so much, other data has displaced it, or another thread reads it.
+/// Whether non-temporal stores to m pay: all rows start with a line, and m is larger than a
+/// sixteenth of the L2 cache. Such a matrix leaves the cache before another stage reads it, or
+/// another thread reads it.
 template <class T>
 bool is_streamed(RowView<T> m) {
   return on_lines(m) && m.size() * Index{sizeof(T)} > l2_cache() / 16;
@@ -57,7 +59,8 @@ struct ProductShape {
   bool prepacked = false;
 };
 
-/// The blocks of a product. Only `kc` touches the bits of a result; it depends on nothing but k and whether A is transposed.
+/// The blocks of a product. Only `kc` touches the bits of a result. It depends only on k and on
+/// whether A is transposed.
 struct Blocking {
   Index passes = 1;  ///< over k
   Index kc = 0;      ///< steps of a pass; the last pass may be shorter
@@ -72,7 +75,8 @@ struct Blocking {
   Index tasks(const ProductShape& p) const { return row_blocks(p) * panel_blocks(p); }
 };
 
-/// n cut into as few parts of at most `most` as possible, all about equal: the size of a part, a multiple of `unit`.
+/// The size of a part, a multiple of `unit`, if n is cut into few and about equal parts of at most
+/// `most`.
 inline Index even_part(Index n, Index most, Index unit) {
   const Index parts = (std::max)(Index{1}, (n + most - 1) / most);
   return (std::max)(unit, ((n + parts - 1) / parts + unit - 1) / unit * unit);
@@ -80,13 +84,15 @@ inline Index even_part(Index n, Index most, Index unit) {
 
 /// The blocks of a product whose tasks have been halved `halvings` times.
 inline Blocking block(const ProductShape& p, const TileShape& tile, Index halvings) {
-  // A pass holds the whole k of most layers. It is short where both factors are packed: many columns then share one copy of A.
+  // A pass holds the whole k of most layers. It is short if both factors are packed: many columns
+  // then share one copy of A.
   const Index longest = p.a_transposed ? 256 : 1536;
   const Index most_rows = 1020 / tile.rows * tile.rows;
   Blocking out;
   out.passes = (std::max)(Index{1}, (p.steps + longest - 1) / longest);
   out.kc = (p.steps + out.passes - 1) / out.passes;
-  // Two fifths of the L2 cache hold the packed panels of a pass, and as much the sums between passes.
+  // Two fifths of the L2 cache hold the packed panels of a pass. Another two fifths hold the sums
+  // between passes.
   const Index budget = l2_cache() * 2 / 5 / tile.scalar;
   out.nc = std::clamp(budget / (std::max)(Index{1}, out.kc * tile.cols), Index{1}, (std::max)(Index{1}, p.panels));
   out.mc = most_rows;

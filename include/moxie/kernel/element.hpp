@@ -15,11 +15,12 @@
 #include <immintrin.h>
 #endif
 
-/// What products multiply: floating-point numbers as they are, or, in pairs, those of half their size.
+/// Elements: the numbers that products multiply. They are floating-point numbers, or pairs of
+/// numbers of half their size.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
-/// What one step of a product takes of a row or a column, so large as a sum of the product: a number, or two BFloat16, the
-/// first one in the low bits.
+/// One step of a product takes one unit of a row or a column. A unit has the size of a sum: it is a
+/// number, or two BFloat16, the first in the low bits.
 template <class Element>
 struct UnitOf {
   using Type = Element;
@@ -42,7 +43,8 @@ MOXIE_INLINE V read(const void* p) {
   return v;
 }
 
-/// The bits of numbers rounded to the nearest BFloat16, to even of two; the lower 16 are to be dropped. NaN stays NaN.
+/// The bits of numbers, rounded to the nearest BFloat16, ties to even. The caller drops the lower
+/// 16. NaN stays NaN.
 template <Index Width>
 MOXIE_INLINE Words<Width> rounded_bits(Floats<Width> v) {
   const auto bits = std::bit_cast<Words<Width>>(v);
@@ -61,7 +63,7 @@ MOXIE_INLINE Words<Width> words(const Source* p) {
   }
 }
 
-/// Units of 2 Width numbers that follow each other.
+/// Units of 2 Width consecutive numbers.
 template <Index Width, class Source, std::size_t... Lanes>
 MOXIE_INLINE Words<Width> pairs_along(const Source* p, std::index_sequence<Lanes...> /*lanes*/) {
   if constexpr (std::is_same_v<Source, BFloat16>) {
@@ -78,7 +80,7 @@ MOXIE_INLINE Words<Width> pairs_along(const Source* p, std::index_sequence<Lanes
   }
 }
 
-/// Width units of a row's numbers from p on: what `transpose_square` takes of it.
+/// Width units of a row from p on, for `transpose_square`.
 template <class Element, class V, class Source>
 MOXIE_INLINE void units_along(const Source* p, V& units) {
   if constexpr (UnitOf<Element>::elements == 1) {
@@ -89,7 +91,7 @@ MOXIE_INLINE void units_along(const Source* p, V& units) {
   }
 }
 
-/// The unit at p, of which there are n >= 1 numbers left; zeros after them.
+/// The unit at p, with n >= 1 numbers left and zeros after them.
 template <class Element, class Source>
 MOXIE_INLINE Unit<Element> unit(const Source* p, Index n) {
   if constexpr (UnitOf<Element>::elements == 1) {
@@ -102,13 +104,13 @@ MOXIE_INLINE Unit<Element> unit(const Source* p, Index n) {
   }
 }
 
-/// Width units, each of one column of the rows that a step takes, columns [0, n) of them; zeros after them. A step beyond the
-/// last row takes zeros for it.
+/// Width units, one for each column of a step's rows: columns [0, n), and zeros after them. A row
+/// beyond the last is zeros.
 template <class Element, Index Width, class Source>
 MOXIE_INLINE void units_across(const std::array<const Source*, UnitOf<Element>::elements>& rows, Index n, Unit<Element>* to) {
   if constexpr (UnitOf<Element>::elements == 1) {
     if (n == Width) {
-      std::memcpy(to, rows[0], Width * sizeof(Source));  // of a known size: a few vector instructions, no call
+      std::memcpy(to, rows[0], Width * sizeof(Source));  // the size is known: a few vector instructions, no call
       return;
     }
     for (Index j = 0; j < Width; ++j) {
@@ -146,8 +148,9 @@ struct Step {
   MOXIE_INLINE static V add(const V& x, const V& b, const V& sum) { return fma(x, b, sum); }
 };
 
-/// Of pairs both products are added, each with one rounding: by one instruction of AVX512-BF16, in the processor's order and
-/// with subnormal numbers taken as zero, or by two multiply-adds.
+/// A step of pairs adds both products, each with one rounding. AVX512-BF16 has one instruction for
+/// it, in the processor's order and with subnormal numbers taken as zero. Otherwise two
+/// multiply-adds compute it.
 template <class Arch>
 struct Step<float, BFloat16, Arch> {
   using V = Batch<float, Arch>;

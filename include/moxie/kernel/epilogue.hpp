@@ -5,12 +5,14 @@
 #include <moxie/kernel/microkernel.hpp>
 #include <moxie/kernel/product.hpp>
 
-/// What happens to the sums of a tile while they are in the L1 cache: a bias, an activation, the store.
+/// The epilogue: a function that ends a tile while its sums are in the L1 cache. It adds a bias,
+/// applies an activation, stores.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
-/// The sums of one tile: `rows` x `cols` of C from (row, col) on, of product `product` of its stage. The sums of a row are
-/// aligned and fill two vectors; those beyond `cols` are padding. Of a gated product the first vector has the sums of the gate
-/// columns, the second those of the up columns.
+/// The sums of one tile: `rows` x `cols` of C from (row, col) on, of product `product` of its
+/// stage. The sums of a row are aligned and fill two vectors; sums beyond `cols` are padding. In a
+/// gated product the first vector has the sums of the gate columns, the second those of the up
+/// columns.
 template <class Scalar>
 struct TileSums {
   Index product;
@@ -24,16 +26,16 @@ struct TileSums {
   const Scalar* of_row(Index r) const { return sums + r * stride; }
 };
 
-/// What ends each tile of a stage: a function and its context, called once a tile by several threads at once. Without a
-/// function, sums (plus the product's bias) go to C.
+/// A function and its context. Threads call it once a tile, several at once. Without a function,
+/// sums plus the product's bias go to C.
 template <class Scalar>
 struct Epilogue {
   void (*apply)(const void* context, const TileSums<Scalar>& tile) = nullptr;
-  /// Adds to `list` what `apply` will read and write. Optional.
+  /// Adds the memory that `apply` reads and writes to `list`. Optional.
   void (*prefetch)(const void* context, detail::PrefetchList& list, const TileSums<Scalar>& tile) = nullptr;
   const void* context = nullptr;
 
-  /// Of an object with `apply(tile)` and `prefetch(list, tile)`, which must outlive the run.
+  /// Calls `apply(tile)` and `prefetch(list, tile)` of an object, which must outlive the run.
   template <class Object>
   static Epilogue of(const Object& object) {
     return {[](const void* self, const TileSums<Scalar>& tile) { static_cast<const Object*>(self)->apply(tile); },
@@ -44,7 +46,7 @@ struct Epilogue {
   }
 };
 
-/// As `replace`, to rows [first, ...) of m; by non-temporal stores where `is_streamed`.
+/// As `replace`, to rows [first, ...) of m, with non-temporal stores if `is_streamed`.
 template <class Scalar, class Arch = DefaultArch>
 Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m, Index first = 0) {
   return {{m.data() + first * m.stride(), m.stride(), nullptr},
@@ -53,14 +55,14 @@ Destination<Scalar> stream_to(RowView<std::type_identity_t<Scalar>> m, Index fir
 
 namespace detail {
 
-/// Where the first of `rows` rows of C goes, where they lie at equal distances; else null.
+/// The first of `rows` rows of C if they lie at equal distances, else null.
 template <class P>
 typename P::Scalar* evenly_spaced_rows(const P& p, Index row, Index rows, Index col) {
   const auto& c = p.c.rows;
   return c.index == nullptr && (row >= c.gap_at || row + rows <= c.gap_at) ? c.row(row) + col : nullptr;
 }
 
-/// What the default epilogue writes.
+/// Prefetches the memory that the default epilogue writes.
 template <class P>
 void prefetch_destination(const P& p, PrefetchList& list, Index row, Index rows, Index col, Index cols) {
   if (p.c.write == Write::stream && col + cols <= p.n) {

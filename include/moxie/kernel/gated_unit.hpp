@@ -6,11 +6,12 @@
 #include <moxie/core/error.hpp>
 #include <moxie/kernel/activation.hpp>
 
-/// Gated units: functions of two arguments, a gate g and an up-projection u, element by element, with their derivatives.
-/// Written once for numbers and for vectors, on the host and on a CUDA device, as the activations are. Options are data of the
-/// object.
+/// Gated units: functions of two arguments, a gate g and an up-projection u, element by element,
+/// with their derivatives. One source serves numbers and vectors, on the host and on a CUDA device,
+/// as for activations. Options are data of the object.
 ///
-/// A gated unit has `value(gate, up)` and `derivatives(gate, up)`, which returns both partial derivatives.
+/// A gated unit has `value(gate, up)` and `derivatives(gate, up)`, which returns both partial
+/// derivatives.
 namespace moxie::inline MOXIE_NAMESPACE {
 
 /// ∂/∂g and ∂/∂u.
@@ -38,7 +39,8 @@ struct Gated {
 ///
 ///     (u' + beta) g' σ(alpha g')
 ///
-/// g has no lower bound. What a limit cuts off has no derivative; at a limit itself it has one, as in PyTorch. NaN stays NaN.
+/// g has no lower bound. Beyond a limit the derivative is 0; at the limit itself it is not, as in
+/// PyTorch. NaN stays NaN.
 ///
 ///     gpt-oss, MiniMax-M3            {.limit = 7, .alpha = 1.702, .beta = 1}
 ///     DeepSeek-V4, GLM-5, HY V4      {.limit = λ}
@@ -88,8 +90,8 @@ struct ClampedSwiGlu {
   }
 };
 
-/// min(silu(g), limit) · u', with u' = u clamped to ±limit: the limit comes after the activation, as in Step-3.7. What a limit
-/// cuts off has no derivative. NaN stays NaN.
+/// min(silu(g), limit) · u', with u' = u clamped to ±limit: the limit comes after the activation,
+/// as in Step-3.7. Beyond a limit the derivative is 0. NaN stays NaN.
 struct SwiGluClampedAfter {
   double limit = std::numeric_limits<double>::infinity();
 

@@ -4,19 +4,19 @@
 #include <moxie/kernel/simd.hpp>
 #include <string_view>
 
-/// A program runs the vector instructions that it was compiled for, and a compiler's default is the oldest set: link
-/// `moxie::native`, or pass -march, and ask here.
+/// A program runs the vector instructions that it was compiled for. A compiler's default is the
+/// oldest set. Link `moxie::native` or pass -march to change it; these functions tell the result.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 struct InstructionSet {
-  std::string_view name;  ///< of a vector's instructions, as xsimd calls them
+  std::string_view name;  ///< xsimd's name
   int vector_bits = 0;
   bool fused_multiply_add = false;
 
   bool operator==(const InstructionSet&) const = default;
 };
 
-/// What the kernels of this program use.
+/// The instruction set of this program's kernels.
 constexpr InstructionSet built_for() {
   constexpr int bits = 8 * int(sizeof(float)) * int(Batch<float>::size);
 #if defined(__FMA__) || defined(__aarch64__)
@@ -26,7 +26,7 @@ constexpr InstructionSet built_for() {
 #endif
 }
 
-/// The best that kernels could use on this machine: what it was built for, or more.
+/// The best instruction set that this machine has: that of the build, or a larger one.
 inline InstructionSet machine_offers() {
 #if defined(__x86_64__) || defined(__i386__)
   const bool fma = __builtin_cpu_supports("fma") != 0;

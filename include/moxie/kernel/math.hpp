@@ -3,19 +3,20 @@
 
 #include <moxie/kernel/number.hpp>
 
-#if !defined(__CUDACC__)  // which has no vectors, and must not see those of the CPU
+#if !defined(__CUDACC__)  // nvcc has no vectors and must not see those of the CPU
 #include <moxie/kernel/simd.hpp>
 #endif
 
-/// Functions over V that are written once: a number of the host, a number of a CUDA device, or a vector of the CPU.
+/// Functions over V, where V is a number on the host, a number on a CUDA device, or a vector of the
+/// CPU.
 ///
-/// Such a function calls these, all as `kernel::NAME`: `constant<V>(1.5)`, `exp`, `tanh`, `erf`, `sigmoid`, `min`, `max`,
-/// `limited` and `select(condition, where it holds, elsewhere)`; beside them + - * / and comparisons. It begins with
-/// MOXIE_INLINE.
+/// A function that serves all three calls these, as `kernel::NAME`: `constant<V>(1.5)`, `exp`,
+/// `tanh`, `erf`, `sigmoid`, `min`, `max`, `limited` and `select(condition, where it holds,
+/// elsewhere)`; and + - * / and comparisons. It is marked MOXIE_INLINE.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
-/// x within ±1000: what smooth functions that have long reached their limits there may compute with. What becomes of
-/// NaN depends on V: -1000, or NaN.
+/// x within ±1000, for smooth functions that are at their limits there. NaN becomes -1000 or stays
+/// NaN, depending on V.
 template <class V>
 MOXIE_INLINE V limited(const V& x) {
   return (kernel::min)(constant<V>(1000), (kernel::max)(constant<V>(-1000), x));

@@ -9,11 +9,12 @@
 #include <type_traits>
 #include <utility>
 
-/// The inner loop: a register tile of sums, over the whole depth of a pass.
+/// The micro-kernel: the inner loop. It computes one register tile of sums over the whole depth of
+/// a pass.
 namespace moxie::inline MOXIE_NAMESPACE::kernel::detail {
 
-/// The register tile: at most `rows` (mr) x 2 vectors (nr) of sums. They and the operands of a step fill the vector registers:
-/// 32 of AVX-512 and 64-bit NEON, 16 elsewhere.
+/// The register tile: at most `rows` (mr) x 2 vectors (nr) of sums. The sums and the operands of a
+/// step fill the vector registers. AVX-512 and 64-bit NEON have 32, other sets 16.
 template <class Scalar, class Arch>
 struct RegisterTile {
   static constexpr Index width = Index{Batch<Scalar, Arch>::size};
@@ -22,12 +23,12 @@ struct RegisterTile {
   static constexpr Index size = rows * cols;
 };
 
-/// Where a tile reads A: the starts of its rows, or one address of packed units, (steps x mr).
+/// A, as a tile reads it: the starts of its rows, or one address of packed units (steps x mr).
 template <bool Packed, class Element>
 using TileRows = const std::conditional_t<Packed, Unit<Element>, Element>* const*;
 
-/// The unit of row i in a step, `left` numbers before the row's end. Packed units of a step lie side by side, Distance apart
-/// from the next step's.
+/// The unit of row i in a step, `left` numbers before the row's end. Packed units of a step are
+/// neighbours; steps are Distance apart.
 template <bool Packed, Index Distance, class Element, class P>
 MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index left) {
   if constexpr (Packed) {
@@ -37,7 +38,7 @@ MOXIE_INLINE Unit<Element> unit_at(const P& rows, Index i, Index step, Index lef
   }
 }
 
-/// Where a tile reads B: a packed panel (steps x nr).
+/// B, as a tile reads it: a packed panel (steps x nr).
 template <class Scalar, class Element, class Arch>
 struct PackedPanel {
   const Unit<Element>* units;
@@ -49,8 +50,8 @@ struct PackedPanel {
   }
 };
 
-/// What becomes of a tile's sums: sums, or sums + before (a dense tile), replace the rows at `rows`, are added to them, or are
-/// streamed to them.
+/// The destination of a tile. Its sums, plus `before` (a dense tile) if there is one, replace the
+/// rows at `rows`, add to them, or stream to them.
 template <class Scalar>
 struct TileEnd {
   Scalar* rows;
@@ -60,10 +61,10 @@ struct TileEnd {
   const Scalar* before = nullptr;
 };
 
-/// (Rows x nr) sums of A B over `depth` numbers. Row i of A starts at a[i]; packed rows start at a[0], the unit of step p and
-/// row i at a[0][p · mr + i]. Step p of B is `b.load(p)`. A sum starts at zero and takes one fused multiply-add a number, in
-/// order: its bits depend only on its row of A and its column of B. Prefetches `runs` on the way, which must not end before the
-/// loop.
+/// (Rows x nr) sums of A B over `depth` numbers. Row i of A starts at a[i]; packed rows start at
+/// a[0], the unit of step p and row i at a[0][p · mr + i]. Step p of B is `b.load(p)`. A sum starts
+/// at zero and takes one fused multiply-add a number, in order. Its bits depend only on its row of
+/// A and its column of B. The loop prefetches `runs`, which must be at least as long.
 template <bool Packed, Index Rows, class Scalar, class Element, class Arch, class PanelOf>
 void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, const TileEnd<Scalar>& end,
                    const PrefetchRun* runs) {
@@ -89,7 +90,7 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
     }
   };
 
-  // All whole steps. Twelve pointers are more than the registers hold; two steps a turn reload them half as often.
+  // All whole steps. Twelve pointers exceed the registers; two steps a turn halve the reloads.
   const Index steps = (depth + elements - 1) / elements;
   const Index whole = (Packed ? steps : depth / elements) / steps_at_once * steps_at_once;
   Index p = 0;
@@ -135,9 +136,10 @@ void multiply_tile(Index depth, TileRows<Packed, Element> a, const PanelOf& b, c
   }
 }
 
-/// The height of the tile that computes `rows` rows. Rows beyond them are computed from readable memory and must not be stored.
-/// Each height is code of its own, so there are few: 1, 2, 4, 6, ..., mr; half of mr and mr where A is packed, whose padding is
-/// there anyway; two thirds of mr (not where A is packed) and mr where the tile also packs its panel.
+/// The height of the tile that computes `rows` rows. The tile computes further rows from readable
+/// memory; they must not be stored. Each height is compiled, so there are few: 1, 2, 4, 6, ..., mr.
+/// If A is packed: half of mr, and mr. If the tile also packs its panel: mr and, for a plain A, two
+/// thirds of mr.
 template <bool Packed, bool Packs, class Scalar, class Arch>
 Index tile_height(Index rows) {
   constexpr Index full = RegisterTile<Scalar, Arch>::rows;

@@ -5,8 +5,8 @@
 #include <moxie/config.hpp>
 #include <type_traits>
 
-/// The words of vectors (`kernel/simd.hpp`) for one float or double, on the host and on a CUDA device. A function written with
-/// them as a template over V works with numbers and with vectors.
+/// The functions of vectors (`kernel/simd.hpp`) for one float or double, on the host and on a CUDA
+/// device. A template over V that uses them works with numbers and with vectors.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 namespace detail {
@@ -32,7 +32,7 @@ MOXIE_INLINE V constant(double value) {
   return V(static_cast<typename detail::ElementOf<V>::Type>(value));
 }
 
-// Not templates: the same names of xsimd's, and those for vectors, then never compete with them.
+// These are no templates, so they never compete with xsimd's functions of the same names.
 MOXIE_INLINE float exp(float x) { return std::exp(x); }
 MOXIE_INLINE double exp(double x) { return std::exp(x); }
 MOXIE_INLINE float tanh(float x) { return std::tanh(x); }
@@ -45,7 +45,7 @@ MOXIE_INLINE double select(bool condition, double holds, double elsewhere) { ret
 
 MOXIE_INLINE float(min)(float a, float b) { return b < a ? b : a; }
 MOXIE_INLINE double(min)(double a, double b) { return b < a ? b : a; }
-/// a, where b is not a number.
+/// a if b is not a number.
 MOXIE_INLINE float(max)(float a, float b) { return b > a ? b : a; }
 MOXIE_INLINE double(max)(double a, double b) { return b > a ? b : a; }
 

@@ -8,12 +8,14 @@
 #include <moxie/kernel/product.hpp>
 #include <utility>
 
-/// Copies factors into the order in which tiles read them: packed panels of B, packed tiles of a transposed A.
+/// Packing: copies of factors in the order in which tiles read them. B becomes packed panels, a
+/// transposed A packed tiles.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 namespace detail {
 
-/// In every 128 bits, their elements of a and b in turn: a0 b0 a1 b1 ...; first the lower halves, then the upper.
+/// In each 128 bits, elements of a and b alternate: a0 b0 a1 b1 ... `low` takes the lower halves,
+/// `high` the upper ones.
 template <Index Lane, class V, std::size_t... Lanes>
 MOXIE_INLINE void interleave(V& low, V& high, const V& a, const V& b, std::index_sequence<Lanes...> /*lanes*/) {
   constexpr int width = sizeof...(Lanes);
@@ -28,7 +30,8 @@ MOXIE_INLINE void join(To& to, const V& a, const V& b, std::index_sequence<Lanes
   to = __builtin_shufflevector(a, b, int(Lanes)...);
 }
 
-/// `Count` units at p of each of the rows from[0], from[every], from[2 every], ..., one after the other.
+/// `Count` units at p from each of the rows from[0], from[every], from[2 every], ..., in this
+/// order.
 template <Index Count, Index Rows, class T>
 MOXIE_INLINE void load_pieces(typename VectorOf<T, Count * Rows>::Type& to, const T* const* from, Index every, Index p) {
   if constexpr (Rows == 1) {
@@ -42,8 +45,9 @@ MOXIE_INLINE void load_pieces(typename VectorOf<T, Count * Rows>::Type& to, cons
   }
 }
 
-/// Units of Width steps, from column p on, of Width rows become rows of `to`. Pieces of 128 bits come to their place when they
-/// are loaded; in them, interleaving the first half of the vectors with the second, log2(lane) times over, transposes.
+/// Transposes units of Width steps, from column p on, of Width rows into rows of `to`. Loading
+/// moves pieces of 128 bits to their places. Within them, interleaving the first half of the
+/// vectors with the second log2(lane) times transposes.
 template <class Element, Index Width, class Source>
 MOXIE_INLINE void transpose_square(const Source* const* from, Index p, Unit<Element>* to, Index stride) {
   using U = Unit<Element>;
@@ -92,7 +96,7 @@ MOXIE_INLINE void transpose_square(const Source* const* from, Index p, Unit<Elem
   }
 }
 
-/// Rows k, k + 1, ... of an operand that one step takes; none from row `end` on.
+/// The rows k, k + 1, ... of one step; null from row `end` on.
 template <class Element, class Source>
 auto rows_of_step(const Operand<Source>& b, Index k, Index end) {
   std::array<const Source*, UnitOf<Element>::elements> rows;
@@ -111,8 +115,8 @@ Rows from_column(Rows rows, Index column) {
 
 }  // namespace detail
 
-/// The columns of a factor B (k,n) in panels of two vectors: one vector after the other, or, where B is gated, a vector of gate
-/// columns beside the vector of the same units' up columns.
+/// The columns of a factor B (k,n) in panels of two vectors. The vectors of a plain B follow each
+/// other. In a gated B, a vector of gate columns stands beside the up columns of the same outputs.
 template <class Scalar, class Arch, class Element = Scalar>
 struct Panels {
   using T = detail::RegisterTile<Scalar, Arch>;
@@ -124,7 +128,7 @@ struct Panels {
   Index outputs() const { return gated ? T::width : T::cols; }  ///< of a panel
   Index count() const { return (n + outputs() - 1) / outputs(); }
   Index outputs_of(Index panel) const { return (std::min)(outputs(), n - panel * outputs()); }
-  /// The column of B that vector v of a panel starts with, and how many of the vector's columns there are.
+  /// The first column of vector v of a panel in B, and the number of its columns that exist.
   std::pair<Index, Index> vector(Index panel, Index v) const {
     const Index first = gated ? panel * T::width : panel * T::cols + v * T::width;
     return {first + (gated ? v * n : 0), std::clamp(n - first, Index{0}, T::width)};
@@ -135,7 +139,8 @@ struct Panels {
     return (std::min)(vector(panel, v).first + lane, (gated ? v * n : 0) + n - 1);
   }
 
-  /// The memory of vector v of a panel in steps [s0, s0 + steps) of B, as far as its lines lie at equal distances.
+  /// The memory of vector v of a panel in steps [s0, s0 + steps) of B, up to where lines stop being
+  /// at equal distances.
   template <class Source>
   detail::PrefetchRun source(const Operand<Source>& b, Index panel, Index v, Index s0, Index steps) const {
     constexpr Index size = sizeof(Source);
@@ -148,7 +153,7 @@ struct Panels {
       return {};
     }
     const auto* const first = reinterpret_cast<const std::byte*>(b.row(row) + from);
-    if (b.transposed()) {  // as much as a step takes, at most a line
+    if (b.transposed()) {  // one step's bytes, at most a line
       constexpr Index pitch = (std::min)(Index{64}, T::width * elements * size);
       return {first, pitch, (columns * steps * elements * size + pitch - 1) / pitch};
     }
@@ -156,9 +161,10 @@ struct Panels {
     return {first, rows.stride * size, row >= rows.gap_at ? lines : (std::min)(lines, rows.gap_at - row)};
   }
 
-  /// Packs rows [k0, k0 + depth) of panels [q0, q0 + panels) of B to `out`, (steps x nr) each, `stride` apart. A column that
-  /// does not exist becomes something that is never stored; the second number of a last step that has none becomes zero. Where
-  /// B is transposed, prefetches the lines of `next` on the way.
+  /// Packs rows [k0, k0 + depth) of panels [q0, q0 + panels) of B to `out`, (steps x nr) each,
+  /// `stride` apart. The sums of columns beyond the last are never stored. A last step with one
+  /// number gets a zero as its second. If B is transposed, prefetches the lines of `next`
+  /// meanwhile.
   template <class Source>
   void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride,
             const detail::PrefetchRun& next = {}) const {
@@ -237,8 +243,8 @@ void pack_transposed_rows(const Operand<Element>& a, Index k0, Index depth, Inde
   }
 }
 
-/// Where a tile reads B and packs it for the tiles after it: whole vectors of B's rows [k0, end), from one column on. The
-/// tile's arithmetic hides the cost of packing.
+/// B, as the first tile reads it: whole vectors of B's rows [k0, end) from one column on. The tile
+/// also packs them for later tiles; its arithmetic hides that cost.
 template <class Scalar, class Element, class Arch, class Source>
 struct PackingPanel {
   const Operand<Source>& b;
@@ -274,13 +280,13 @@ struct PackingPanel {
 
 }  // namespace detail
 
-/// How many units the packed panels of all of B take.
+/// The number of units in the packed panels of B.
 template <class Arch = DefaultArch, class Scalar, class Element>
 Index panels_size(const Product<Scalar, Element>& p) {
   return Panels<Scalar, Arch, Element>{p.n, p.gated}.count() * p.steps() * detail::RegisterTile<Scalar, Arch>::cols;
 }
-/// Packs all of B once, for any number of products with the same B: set `Product::panels` to `out`, which is aligned and holds
-/// `panels_size` units.
+/// Packs all of B once, for any number of products with this B. Set their `Product::panels` to
+/// `out`, which is aligned and holds `panels_size` units.
 template <class Arch = DefaultArch, class Scalar, class Element>
 void prepack(const Product<Scalar, Element>& p, Unit<Element>* out) {
   const Panels<Scalar, Arch, Element> panels{p.n, p.gated};

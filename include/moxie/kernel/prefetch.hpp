@@ -9,38 +9,39 @@
 #include <span>
 #include <type_traits>
 
-/// Which lines of memory are prefetched, and when. A tile prefetches a line or two in every step of its loop: first what will
-/// be read next, in its last steps what its epilogue will write.
+/// Prefetching: which lines, and when. A tile prefetches a line or two in every step of its loop:
+/// first lines that will be read, in its last steps lines that its epilogue will write.
 namespace moxie::inline MOXIE_NAMESPACE::kernel::detail {
 
 inline constexpr Index cache_line = 64;
-/// Steps of a tile that share one turn of the prefetch loop.
+/// Steps of a tile in one turn of the prefetch loop.
 inline constexpr Index steps_at_once = 2;
 
-/// Lines of memory at equal distances, in bytes. Where `second` is not 0, each comes with the line `second` bytes after it.
+/// Lines of memory at equal distances, in bytes. If `second` is not 0, each line comes with the one
+/// `second` bytes after it.
 struct PrefetchRun {
   const std::byte* from = nullptr;
   std::ptrdiff_t pitch = 0;
   Index lines = 0;
   std::ptrdiff_t second = 0;
 
-  /// How many steps of a tile prefetch it: a line, or a pair, a step.
+  /// The number of steps that prefetch it: one line, or one pair, a step.
   Index steps() const { return (lines + steps_at_once - 1) / steps_at_once * steps_at_once; }
 };
 
-/// What one tile prefetches.
+/// The lines that one tile prefetches.
 class PrefetchList {
  public:
   void clear() {
     read_count_ = 0;
     write_count_ = 0;
   }
-  /// n elements at p, to be read where T is const, else to be written.
+  /// Adds n elements at p: to be read if T is const, else to be written.
   template <class T>
   void add(T* p, Index n) {
     add(std::is_const_v<T>, {reinterpret_cast<const std::byte*>(p), cache_line, (n + line<T> - 1) / line<T>});
   }
-  /// n elements of each of `rows` rows, `stride` elements apart.
+  /// Adds n elements of each of `rows` rows, `stride` elements apart.
   template <class T>
   void add(T* p, Index stride, Index rows, Index n) {
     for (Index j = 0; j < n; j += line<T>) {
@@ -51,12 +52,13 @@ class PrefetchList {
 
   std::span<const PrefetchRun> reads() const { return {reads_.data(), read_count_}; }
   std::span<const PrefetchRun> writes() const { return {writes_.data(), write_count_}; }
-  /// Steps that prefetch all of it.
+  /// The number of steps that prefetch all of it.
   Index steps() const { return steps_of(reads()) + steps_of(writes()); }
 
-  /// The order for a tile of so many steps: reads first, writes in the last steps (earlier they would leave the L1 cache
-  /// again), nothing between them. Reads that do not fit are left out. Idle steps prefetch the line at `idle`, which should be
-  /// in the L1 cache: one loop without a branch is faster than two. The last run never ends.
+  /// The order for a tile of `steps` steps: reads first, then idle steps, and writes in the last
+  /// steps. Earlier, lines to write would leave the L1 cache again. Reads that do not fit are left
+  /// out. Idle steps prefetch the line at `idle`, which should be in the L1 cache: one loop without
+  /// a branch is faster than two. The last run never ends.
   const PrefetchRun* ordered(Index steps, const void* idle) {
     Index left = (std::max)(Index{0}, steps / steps_at_once * steps_at_once - steps_of(writes()));
     std::size_t n = 0;
@@ -108,7 +110,7 @@ class PrefetchList {
   std::size_t write_count_ = 0;
 };
 
-/// The panels that are needed after the present ones. The tiles until then prefetch them, a part each.
+/// The panels after the present ones. Each tile until then prefetches a part of them.
 class PrefetchQueue {
  public:
   static constexpr Index most = 32;
@@ -118,7 +120,7 @@ class PrefetchQueue {
     next_ = 0;
     taken_ = 0;
   }
-  /// Appends a run; more than `most` are left out.
+  /// Appends a run, up to `most` of them.
   void add(const PrefetchRun& run) {
     if (count_ < most) {
       runs_[std::size_t(count_++)] = run;
@@ -126,11 +128,12 @@ class PrefetchQueue {
   }
   bool full() const { return count_ == most; }
 
-  /// The next run, all of it.
+  /// Takes the whole next run.
   PrefetchRun take() { return next_ < count_ ? runs_[std::size_t(next_++)] : PrefetchRun{}; }
-  /// The part that the first of `tiles` >= 1 remaining tiles prefetches in up to `steps` steps. Tiles that are not needed
-  /// prefetch nothing, so that the lines are still there when they are read. Where tiles are fewer than runs, a tile takes a
-  /// pair of runs, and the ends of runs are left out.
+  /// Takes the part for the first of `tiles` >= 1 remaining tiles, of up to `steps` steps. If there
+  /// are more tiles than needed, the first ones prefetch nothing, so that lines stay in the cache
+  /// until they are read. If there are fewer tiles than runs, a tile takes a pair of runs, and
+  /// their ends are left out.
   PrefetchRun take(Index tiles, Index steps) {
     if (taken_ > 0 && tiles < count_ - next_) {
       ++next_;

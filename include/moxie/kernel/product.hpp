@@ -6,20 +6,21 @@
 #include <moxie/kernel/element.hpp>
 #include <type_traits>
 
-/// What a matrix product is: sizes, two factors, a destination. A product is a plain value; it computes nothing.
+/// A matrix product as a plain value: sizes, two factors, a destination. It computes nothing.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 enum class Transpose { no, yes };
 
-/// What a product does with the destination.
+/// The effect of a product on its destination.
 enum class Write {
   replace,
   add,     ///< accumulates
   stream,  ///< replaces by non-temporal stores, which bypass the caches; all rows must start with a cache line
 };
 
-/// Rows in memory. Row r starts at `data + stride · (index ? index[r] : r)`, so an index gathers rows without a copy. Rows from
-/// `gap_at` on lie `gap` elements further, so that two matrices of one stride can stand one above the other.
+/// Rows in memory. Row r starts at `data + stride · (index ? index[r] : r)`, so an index gathers
+/// rows without a copy. Rows from `gap_at` on lie `gap` elements further, so that two matrices of
+/// one stride can form one factor.
 template <class T>
 struct Rows {
   T* data = nullptr;
@@ -41,7 +42,7 @@ struct Operand {
   bool transposed() const { return transpose == Transpose::yes; }
 };
 
-/// The right factor B. It holds Elements, or Scalars that packing rounds to Elements.
+/// The right factor B: Elements, or Scalars that packing rounds to Elements.
 template <class Scalar, class Element>
 class Factor {
  public:
@@ -71,7 +72,7 @@ class Factor {
   bool transposed_ = false;
 };
 
-/// Where a product goes.
+/// The destination of a product.
 template <class Scalar>
 struct Destination {
   Rows<Scalar> rows;

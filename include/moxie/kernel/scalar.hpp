@@ -7,12 +7,13 @@
 
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
-/// The instruction set without vectors: for processors that xsimd does not know, and to compare with (MOXIE_SCALAR_KERNELS).
+/// The instruction set without vectors, for processors that xsimd does not know and for comparisons
+/// (MOXIE_SCALAR_KERNELS).
 struct ScalarArch {
   static constexpr const char* name() { return "scalar"; }
 };
 
-/// A vector of one number, with what kernels and activations need of `xsimd::batch`.
+/// A vector of one number, with the part of `xsimd::batch` that kernels and activations use.
 template <class T>
 struct One {
   using value_type = T;  // NOLINT(readability-identifier-naming): xsimd's
@@ -43,7 +44,7 @@ struct One {
   T value;
 };
 
-/// x y + z: fused where the processor does that in one instruction, as a call would take longer than all else.
+/// x y + z, fused if the processor has one instruction for it. A library call would be far slower.
 template <class T>
 MOXIE_INLINE One<T> fma(One<T> x, One<T> y, One<T> z) {
 #if defined(__FMA__) || defined(__aarch64__)
@@ -61,7 +62,7 @@ template <class T>
 MOXIE_INLINE One<T>(min)(One<T> a, One<T> b) {
   return b < a ? b : a;
 }
-/// a, where b is not a number.
+/// a if b is not a number.
 template <class T>
 MOXIE_INLINE One<T>(max)(One<T> a, One<T> b) {
   return b > a ? b : a;

@@ -11,7 +11,8 @@
 #include <utility>
 #include <vector>
 
-/// Which thread computes which task, and when: a task graph of products without barriers.
+/// The scheduler: which thread computes which task, and when. A task graph of products has no
+/// barriers.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 namespace detail {
@@ -26,12 +27,12 @@ struct Part {
   Blocking blocking;
 };
 
-/// Products of one type, behind functions: the scheduler is compiled once for all types.
+/// The type of products, behind functions: the scheduler is compiled once for all types.
 struct ProductType {
   TileShape tile;
   ProductShape (*shape)(const void* product);
   void (*queue_first_panels)(PrefetchQueue& queue, const Part& part, Index task);
-  /// Computes a task, while `next`, unless it is null, is prefetched for after it.
+  /// Computes a task, and prefetches for `next` unless it is null.
   void (*run)(const Part& part, Index task, const Part* next, Index next_task, Buffer<std::byte>& memory);
 };
 
@@ -62,7 +63,8 @@ struct StageOfParts {
   Index halvings = 0;  // of its tasks
 };
 
-/// The memory of one task graph. A thread keeps it, so that later graphs allocate nothing.
+/// The memory of one task graph. A thread keeps it for later graphs, so that these allocate
+/// nothing.
 struct GraphMemory {
   static constexpr std::size_t most_stages = 4;
   std::array<StageOfParts, most_stages> stages;
@@ -71,8 +73,8 @@ struct GraphMemory {
   std::vector<Index> finished;  // of each product
 };
 
-/// What the engine keeps for a thread, for products of every type. It goes when the thread ends; a static destructor that still
-/// computes gets a new one.
+/// The engine's memory of a thread, for products of every type. It is freed when the thread ends. A
+/// static destructor that computes later gets a new one.
 struct ThreadMemory {
   Buffer<std::byte> task;
   std::unique_ptr<GraphMemory> graph;
@@ -89,8 +91,8 @@ struct ThreadMemory {
   return *memory;
 }
 
-/// Halves the tasks of a stage until every thread has enough of them to share evenly. Half the rows cost as much packing as all
-/// of them, so where there is something to pack rows are halved for a few tasks only.
+/// Halves the tasks of a stage until the threads can share them evenly. Half the rows cost as much
+/// packing as all of them. So if B has to be packed, rows are halved for a few tasks only.
 inline void settle(StageOfParts& stage, Index count, std::size_t size, const ProductType& type, Index threads) {
   const Index wanted = threads > 1 ? 16 * threads : 1;
   for (stage.halvings = 0;; ++stage.halvings) {
@@ -110,8 +112,8 @@ inline void settle(StageOfParts& stage, Index count, std::size_t size, const Pro
   }
 }
 
-/// Orders all tasks, each stage one product behind the stage before, so that what a task waits for has been claimed long ago.
-/// Returns their number.
+/// Orders all tasks, each stage one product behind the stage before. So the tasks that a task
+/// depends on were claimed long before it. Returns the number of tasks.
 inline Index order_tasks(GraphMemory& graph, std::size_t stages, Index count, std::size_t size, const ProductType& type) {
   graph.parts.clear();
   graph.tasks.assign(std::size_t(count), 0);
@@ -141,7 +143,8 @@ inline const Part& part_of(const std::vector<Part>& parts, Index task) {
            1);
 }
 
-/// Counts a task as finished even if its epilogue throws: nobody may wait for ever.
+/// Counts a task as finished even if its epilogue throws. Otherwise other threads would wait for
+/// ever.
 struct CountAsFinished {
   std::atomic_ref<Index> finished;
   ~CountAsFinished() {

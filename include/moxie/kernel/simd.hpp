@@ -15,8 +15,8 @@
 #include <immintrin.h>
 #endif
 
-/// The room of vector instructions: nothing outside names xsimd. `Arch` is a template parameter of everything here, so that
-/// translation units built for different instruction sets never share one inline body.
+/// Vectors. Only the module kernel/ names xsimd. `Arch`, the instruction set, is a template
+/// parameter of everything here.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 #if defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
@@ -52,7 +52,7 @@ using DefaultArch = xsimd::default_arch;
 template <class Scalar, class Arch = DefaultArch>
 using Batch = typename detail::BatchOf<Scalar, Arch>::Type;
 
-/// Whether an instruction set with vectors of less than 64 bytes has 32 vector registers, not 16.
+/// Whether an instruction set with vectors below 64 bytes has 32 vector registers, not 16.
 template <class Arch>
 inline constexpr bool has_32_registers = std::is_base_of_v<xsimd::neon64, Arch>;
 
@@ -82,7 +82,7 @@ MOXIE_INLINE xsimd::batch<Scalar, Arch> erf_within_limits(const xsimd::batch<Sca
 
 namespace detail {
 
-/// The compiler's own vectors: for what xsimd has no words.
+/// The compiler's own vectors, for operations that xsimd does not have.
 template <class T, Index Width>
 struct VectorOf {
   using Type [[gnu::vector_size(Width * sizeof(T))]] = T;
@@ -96,8 +96,8 @@ using Halves = typename VectorOf<std::uint16_t, Width>::Type;
 
 }  // namespace detail
 
-/// The same vector, of which the compiler does not know whence it came: clang++ would read a number that two products share
-/// from memory twice, and the second read costs more than a register.
+/// The same vector, with its origin hidden from the compiler. clang++ would otherwise read a number
+/// that two products share from memory twice; the second read costs more than a register.
 template <class V>
 MOXIE_INLINE V in_register(V v) {
 #if defined(__clang__) && defined(__x86_64__)
@@ -108,7 +108,7 @@ MOXIE_INLINE V in_register(V v) {
   return v;
 }
 
-/// Asks for n elements at p, which will be read.
+/// Prefetches n elements at p, to be read.
 template <class Scalar>
 MOXIE_INLINE void prefetch(const Scalar* p, Index n) {
   for (Index j = 0; j < n; j += Index{64 / sizeof(Scalar)}) {
@@ -118,8 +118,8 @@ MOXIE_INLINE void prefetch(const Scalar* p, Index n) {
 
 namespace detail {
 
-/// Copies n elements one by one: a call of memcpy, which is what the compiler would make of the loop, would cost the loops
-/// around it their vector registers.
+/// Copies n elements one by one. The compiler would make a call of memcpy from a plain loop, and a
+/// call costs the surrounding loops their vector registers.
 template <class T>
 MOXIE_INLINE void copy_few(const T* from, Index n, T* to) {
   for (Index i = 0; i < n; ++i) {
@@ -155,7 +155,8 @@ MOXIE_INLINE void store(const V& v, typename V::value_type* p, Index n) {
   detail::copy_few(copy.data(), n, p);
 }
 
-/// Whether so many vectors side by side fill lines of the caches, and the processor can write lines past them.
+/// Whether `Vectors` vectors side by side fill cache lines, and the processor has non-temporal
+/// stores of them.
 template <class V, Index Vectors = 1>
 inline constexpr bool fill_lines =
 #if defined(__AVX__)
@@ -164,9 +165,10 @@ inline constexpr bool fill_lines =
     false;
 #endif
 
-/// A vector to p, which is aligned, past the caches if it can be: nobody has to read the line first, nor to ask other cores for
-/// it. All vectors of a line should follow each other. Other threads see it after `end_streams`, which `run_stages` calls at
-/// the end of every task.
+/// Stores a vector to p, which is aligned, by a non-temporal store if there is one. Such a store
+/// reads no line first and takes none from other cores. All vectors of a line should follow each
+/// other. Other threads see them after `end_streams`, which the scheduler calls at the end of every
+/// task.
 template <class V>
 MOXIE_INLINE void stream(const V& v, typename V::value_type* p) {
 #if defined(__AVX512F__)
@@ -183,7 +185,7 @@ MOXIE_INLINE void stream(const V& v, typename V::value_type* p) {
 #endif
   v.store_aligned(p);
 }
-/// Before what tells other threads that something streamed is there.
+/// Must come before the signal that tells other threads of streamed data.
 MOXIE_INLINE void end_streams() {
 #if defined(__AVX__)
   _mm_sfence();
@@ -192,8 +194,9 @@ MOXIE_INLINE void end_streams() {
 
 namespace detail {
 
-/// f(x) for x within ±1000, where exp, tanh and erf have long reached their limits, the limits beyond, and NaN of NaN: they
-/// convert multiples of x to integers, which has no defined result for the largest floating-point numbers and NaN.
+/// f(x) of x clamped to ±1000, where exp, tanh and erf are at their limits; NaN of NaN. These
+/// functions convert multiples of x to integers, which has no defined result for the largest
+/// floating-point numbers and NaN.
 template <class V, class F>
 MOXIE_INLINE V within_limits(const V& x, F&& f) {
   const auto is_number = x == x;
@@ -201,8 +204,8 @@ MOXIE_INLINE V within_limits(const V& x, F&& f) {
   return select(is_number, f(select(is_number, clamped, constant<V>(0))), x);
 }
 
-/// 2^n (1 + r + r²(...)) with n the integer nearest to x / ln 2, r = x - n ln 2, and the polynomial of Cephes' expf (Moshier):
-/// within a unit in the last place. For x in [-86.6, 88.72].
+/// 2^n (1 + r + r²(...)) with n the integer nearest to x / ln 2, r = x - n ln 2, and the polynomial
+/// of Cephes' expf (Moshier): within one unit in the last place. For x in [-86.6, 88.72].
 template <class V>
 MOXIE_INLINE V exp_of_floats(const V& x) {
   constexpr Index width = Index{V::size};
@@ -224,7 +227,7 @@ MOXIE_INLINE V exp_of_floats(const V& x) {
 
 }  // namespace detail
 
-/// e^x; of floats 0 below -86.6.
+/// e^x. For floats, 0 below -86.6.
 template <class V>
 MOXIE_INLINE V exp(const V& x) {
   if constexpr (std::is_same_v<typename V::value_type, float>) {
@@ -245,9 +248,10 @@ MOXIE_INLINE V erf(const V& x) {
 
 /// Element-wise `out[i]... = f(in[i]...)` over rows of n contiguous elements, one vector at a time.
 ///
-/// `f(a, b, ...)` takes one batch for every input and returns a batch, or `std::array` of as many batches as there are outputs.
-/// The last, partial vector goes through the same instructions in a padded copy, so an element's bits do not depend on where in
-/// the row it stands. An output may be the same memory as an input.
+/// `f(a, b, ...)` takes one batch for every input and returns a batch, or `std::array` of as many
+/// batches as there are outputs. The last, partial vector runs the same instructions in a padded
+/// copy, so an element's bits do not depend on its place in the row. An output may be the same
+/// memory as an input.
 template <class Arch = DefaultArch, std::size_t Outputs, class Scalar, class F, class... In>
 void map(Index n, std::array<Scalar*, Outputs> out, F&& f, const In*... in) {
   using B = Batch<Scalar, Arch>;
@@ -288,8 +292,9 @@ void map(Index n, Scalar* out, F&& f, const In*... in) {
 
 namespace detail {
 
-/// A sum over n elements: one partial sum for each lane, then those in order. `add_vector(i, sums)` adds the elements from i
-/// on, `add(i, sum)` one. The order depends on n alone, not on where the elements lie in memory.
+/// A sum over n elements: one partial sum for each lane, then these in order. `add_vector(i, sums)`
+/// adds a vector of elements from i on, `add(i, sum)` adds one element. The order depends only on
+/// n, not on the place of the elements in memory.
 template <class B, class AddVector, class Add>
 auto sum_of_lanes(Index n, AddVector add_vector, Add add) {
   using Scalar = typename B::value_type;
@@ -343,7 +348,7 @@ Scalar sum(Index n, const Scalar* a) {
       [&](Index i, Scalar sum) { return sum + a[i]; });
 }
 
-/// Whether none of n contiguous elements is infinite or NaN: 0·x is 0 of finite x, and NaN otherwise.
+/// Whether all of n contiguous elements are finite: 0·x is 0 for a finite x, and NaN otherwise.
 template <class Arch = DefaultArch, class Scalar>
 bool all_finite(Index n, const Scalar* a) {
   using B = Batch<Scalar, Arch>;
@@ -352,7 +357,7 @@ bool all_finite(Index n, const Scalar* a) {
              [&](Index i, Scalar sum) { return sum + Scalar(0) * a[i]; }) == Scalar(0);
 }
 
-/// The largest of n >= 1 contiguous elements, of which none is NaN.
+/// The largest of n >= 1 contiguous elements, none of them NaN.
 template <class Arch = DefaultArch, class Scalar>
 Scalar largest(Index n, const Scalar* a) {
   using B = Batch<Scalar, Arch>;
@@ -370,7 +375,7 @@ Scalar largest(Index n, const Scalar* a) {
   return *std::max_element(parts.begin(), parts.end());
 }
 
-/// The first of the elements [i, n) that is above a limit, n if none is.
+/// The index of the first of the elements [i, n) above a limit, or n.
 template <class Arch = DefaultArch, class Scalar>
 Index find_above(Index i, Index n, const Scalar* a, Scalar limit) {
   using B = Batch<Scalar, Arch>;

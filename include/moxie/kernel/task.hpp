@@ -8,7 +8,7 @@
 #include <moxie/kernel/packing.hpp>
 #include <moxie/kernel/prefetch.hpp>
 
-/// One block of one product: what a thread computes without a break.
+/// A task: one block of one product. One thread computes it without a break.
 namespace moxie::inline MOXIE_NAMESPACE::kernel::detail {
 
 template <class Scalar, class Arch>
@@ -23,7 +23,7 @@ ProductShape shape_of(const P& p) {
           p.panels != nullptr};
 }
 
-/// Appends panels [q, q + count) of a product, steps [s0, s0 + steps): two runs a panel.
+/// Appends steps [s0, s0 + steps) of panels [q, q + count) of a product: two runs a panel.
 template <class Arch, class P>
 void queue_panels(PrefetchQueue& queue, const P& p, Index q, Index count, Index s0, Index steps) {
   using T = RegisterTile<typename P::Scalar, Arch>;
@@ -61,7 +61,8 @@ class Task {
   static constexpr Index elements = UnitOf<Element>::elements;
 
  public:
-  /// `memory` is the thread's. `queue_next(queue)` appends the panels of the thread's next task.
+  /// `memory` belongs to the thread. `queue_next(queue)` appends the panels of the thread's next
+  /// task.
   Task(const P& product, Index index, const Epilogue<Scalar>& epilogue, const Blocking& blocking, Index task,
        Buffer<std::byte>& memory)
       : product_(product), epilogue_(epilogue), blocking_(blocking), index_(index), panels_{product.n, product.gated} {
@@ -76,7 +77,8 @@ class Task {
     // Rows that fit the L2 cache meet one panel after the other, while the next panel arrives.
     const bool rows_fit = (m1_ - m0_) * product.k * Index{sizeof(Element)} <= l2_cache() / 2;
     group_ = blocking.passes == 1 && !copy_rows_ && rows_fit ? Index{1} : count_;
-    // Few rows make short steps: the processor itself reads far ahead in prepacked panels, and prefetching is in its way.
+    // Few rows make short steps. The processor's own prefetcher is faster over prepacked panels
+    // then.
     prefetches_ = product.panels == nullptr || m1_ - m0_ > 4;
     take_memory(memory);
   }
@@ -101,7 +103,7 @@ class Task {
   }
 
  private:
-  /// Packed panels, packed rows of A, sums: in this order, each in different sets of the cache.
+  /// Places packed panels, packed rows of A and sums, each in different sets of the cache.
   void take_memory(Buffer<std::byte>& memory) {
     const bool prepacked = product_.panels != nullptr;
     copy_stride_ = moxie::detail::spread_stride<Scalar>(blocking_.kc);
@@ -132,7 +134,7 @@ class Task {
     k0_ = s0 * elements;
     depth_ = (std::max)(Index{0}, (std::min)(blocking_.kc * elements, product_.k - k0_));
     last_pass_ = pass_ + 1 == blocking_.passes;
-    // Such a tile is over before its prefetches arrive: it prefetches the lines of the next one.
+    // A brief tile ends before its prefetches arrive, so it prefetches the lines of the next one.
     brief_ = depth_ < 2 * T::cols * elements;
     const bool prepacked = product_.panels != nullptr;
     panel_ = prepacked ? product_.panels + (first_ * product_.steps() + s0) * T::cols : packed_panels_;
@@ -142,12 +144,13 @@ class Task {
     packing_ = prepacked || !side_by_side ? 0 : std::clamp(product_.n / T::cols - first_, Index{0}, group_);
   }
 
-  /// Packs what the first tile does not.
+  /// Packs the panels that the first tile does not pack.
   void pack_panels() {
     if (product_.panels != nullptr || packing_ == group_) {
       return;
     }
-    // A single tile is over long before all lines of the next panel arrive: packing prefetches half of them.
+    // A single tile ends long before all lines of the next panel arrive, so packing prefetches half
+    // of them.
     const bool share = product_.b.transposed() && group_ == 1 && tiles_ == 1;
     const PrefetchRun next = share ? queue_.take() : PrefetchRun{};
     product_.b.visit([&](const auto& b) {
@@ -214,7 +217,7 @@ class Task {
     }
   }
 
-  /// Where a tile's sums go: to C at once, where nothing else is to be done to them, or to `sums`.
+  /// The destination of a tile's sums: C if nothing else is to be done to them, else `sums`.
   TileEnd<Scalar> end_of(const TileSums<Scalar>& tile, Index height) const {
     auto* const sums = const_cast<Scalar*>(tile.sums);
     TileEnd<Scalar> end{.rows = sums, .stride = T::cols, .before = pass_ > 0 ? sums : nullptr};
@@ -231,7 +234,8 @@ class Task {
     return end;
   }
 
-  /// What a tile prefetches: what its epilogue touches, the next tile's rows of A, and its part of the next panels.
+  /// Lists the memory that a tile prefetches: the memory of its epilogue, the next tile's rows of
+  /// A, and its part of the next panels.
   void list_prefetches(Index part, Index tile, Index q, const TileSums<Scalar>& now) {
     list_.clear();
     const bool last_panel = q + 1 == group_;
@@ -276,7 +280,7 @@ class Task {
   Unit<Element>* packed_panels_;
   Unit<Element>* packed_rows_;
   Scalar* sums_;
-  // Of the present pass and group.
+  // State of the present pass and group:
   Index pass_, first_, k0_, depth_, packing_, panel_stride_;
   bool last_pass_, brief_;
   const Unit<Element>* panel_;
