@@ -10,13 +10,14 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// A number of 16 bits: the upper half of a float, so float's range and 8 bits of precision. Expert banks can multiply such
-/// numbers and add in float; see `GluExperts`.
+/// A number of 16 bits: the upper half of a float. It has float's range and 8 bits of precision.
+/// Expert banks can multiply such numbers and add in float; see `GluExperts`.
 ///
-/// Conversion from a float rounds to the nearest number, ties to even, and has to be asked for: `BFloat16(x)`. Wider numbers
-/// become floats first. A NaN stays one. Conversion to float is exact and implicit. Arithmetic of two such numbers is that of
-/// floats, rounded once. Like a float, it is not initialized unless one asks: `BFloat16()` is 0. The same on a CUDA device,
-/// where cuBLAS reads it as CUDA_R_16BF.
+/// Conversion from a float is explicit, `BFloat16(x)`. It rounds to the nearest number, ties to
+/// even. Wider numbers become floats first. A NaN stays NaN. Conversion to float is exact and
+/// implicit. Arithmetic computes in float and rounds once. A default-initialized number is
+/// undefined, as a float is; `BFloat16()` is 0. The type is the same on a CUDA device, where cuBLAS
+/// reads it as CUDA_R_16BF.
 ///
 /// `Matrix<BFloat16>` works as other matrices do (`core/matrix.hpp`).
 struct BFloat16 {
@@ -24,7 +25,7 @@ struct BFloat16 {
 
   BFloat16() = default;
   MOXIE_HOST_DEVICE explicit BFloat16(float x) : bits(rounded(x)) {}
-  /// From any other number that converts to float, of another library's 16-bit types too.
+  /// From any other number that converts to float, such as another library's 16-bit types.
   template <class T>
   requires(!std::is_same_v<T, float> && !std::is_same_v<T, BFloat16> &&
            requires(const T& x) { static_cast<float>(x); }) MOXIE_HOST_DEVICE explicit BFloat16(const T& x)
@@ -71,7 +72,7 @@ static_assert(sizeof(BFloat16) == 2 && std::is_trivial_v<BFloat16>, "moxie: BFlo
 template <>
 class std::numeric_limits<moxie::BFloat16> : public std::numeric_limits<float> {  // the rest is float's
  public:
-  // In parentheses, since programs may have macros of these names.
+  // Parentheses, since programs may have macros of these names.
   static constexpr int digits = 8;
   static constexpr int digits10 = 2;
   static constexpr int max_digits10 = 4;

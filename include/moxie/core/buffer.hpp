@@ -28,15 +28,16 @@ namespace detail {
 
 inline constexpr std::size_t large_page = std::size_t{2} << 20;
 
-/// Advice to the system, where it takes any.
+/// Advises the system to use large pages, if it takes advice.
 inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   static_cast<void>(madvise(data, bytes, MADV_HUGEPAGE));
 #endif
 }
 
-/// Gives memory back to the system before a large block is freed: an allocator may keep it (glibc keeps blocks of up to 32 MiB
-/// once it has freed one of their size). `data` starts at a large page; the last part of one stays, for others may share it.
+/// Gives memory back to the system before a large block is freed. An allocator may keep it
+/// otherwise: glibc keeps blocks of up to 32 MiB once it has freed one of that size. `data` starts
+/// at a large page. The last, partial page stays, since other blocks may share it.
 inline void give_back([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
 #if defined(MADV_DONTNEED)
   if (bytes >= large_page) {
@@ -45,7 +46,7 @@ inline void give_back([[maybe_unused]] void* data, [[maybe_unused]] std::size_t 
 #endif
 }
 
-/// Copies bytes into memory that is all zeros. Where the source has zeros nothing is written: pages that nobody has touched
+/// Copies bytes into memory that is all zeros. Zeros of the source are not written: untouched pages
 /// cost nothing, and neither do their copies.
 inline void copy_to_zeros(const void* from, void* to, std::size_t bytes) {
   static constexpr std::array<std::byte, 4096> zeros{};
@@ -58,8 +59,8 @@ inline void copy_to_zeros(const void* from, void* to, std::size_t bytes) {
   }
 }
 
-/// A distance between rows of `cols` elements for matrices that products read: whole cache lines, an odd number of them, so
-/// that the rows of a tile do not share sets of a cache.
+/// A stride for rows of `cols` elements that products read. It is an odd number of whole cache
+/// lines, so that the rows of a tile do not share sets of a cache.
 template <class T>
 constexpr Index spread_stride(Index cols) {
   constexpr Index line = Index{alignment / sizeof(T)};
@@ -68,17 +69,19 @@ constexpr Index spread_stride(Index cols) {
 
 }  // namespace detail
 
-/// Aligned memory for `size()` trivially copyable elements. `resize` keeps the capacity, and neither keeps nor clears the
-/// contents: a buffer that every step fills anew is allocated by the first step only.
+/// Aligned memory for `size()` trivially copyable elements. `resize` keeps the capacity. It neither
+/// keeps nor clears the contents. So a buffer that every step fills anew is allocated by the first
+/// step only.
 ///
-/// By default new memory is zero: it comes from the system, a large block that nobody has written to takes none, and neither
-/// does a copy of it. With a memory resource, memory comes from there, and new memory holds whatever it held before.
+/// By default, new memory comes from the system and is zero. An untouched large block takes no
+/// physical memory, and neither does a copy of it. With a memory resource, memory comes from there,
+/// and its contents are undefined.
 ///
-/// A copy has the default memory. Copy assignment keeps the target's resource; moving takes the other's along. The resource
-/// must outlive the buffer.
+/// A copy has the default memory. Copy assignment keeps the target's resource; moving takes the
+/// other's along. The resource must outlive the buffer.
 ///
-/// Where memory is out, `resize`, `reserve`, `assign` and copies throw std::bad_alloc (or what the resource throws), and the
-/// buffer is as it was before.
+/// If memory runs out, `resize`, `reserve`, `assign` and copies throw std::bad_alloc, or the
+/// exception of the resource. The buffer is then as it was before.
 template <class T>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -111,7 +114,7 @@ class Buffer {
     std::swap(capacity_, other.capacity_);
   }
 
-  /// Where the memory comes from; null for the default.
+  /// The source of the memory; null for the default.
   std::pmr::memory_resource* resource() const { return resource_; }
 
   void resize(Index size) {
@@ -180,8 +183,9 @@ class Buffer {
       data_ = static_cast<T*>(block_);
       return;
     }
-    // Zeroed memory: for large blocks the system's own fresh pages, which cost nothing until they are touched. Large blocks
-    // start at a large page, and ask for them: a product strides over more small pages than the processor remembers.
+    // Zeroed memory. Large blocks are fresh pages of the system, which cost nothing until they are
+    // touched. They start at a large page and use large pages: a product strides over more small
+    // pages than the TLB holds.
     const std::size_t start = bytes >= detail::large_page ? detail::large_page : alignment;
     block_ = std::calloc(1, bytes + start);
     if (block_ == nullptr) {

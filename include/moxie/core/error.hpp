@@ -8,7 +8,7 @@
 
 namespace moxie::inline MOXIE_VERSION_NAMESPACE {
 
-/// A matrix has other dimensions than the call needs. Thrown at public entries, before any output is written.
+/// A matrix has the wrong dimensions. Public entries throw it before any output is written.
 struct ShapeError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
@@ -25,7 +25,7 @@ namespace moxie::inline MOXIE_NAMESPACE {
 namespace detail {
 
 inline std::string dimensions(Index rows, Index cols) {
-  std::string text = "(";  // appended to, since g++ 12 warns of a sum that begins with a literal (its bug 105651)
+  std::string text = "(";  // appended to: g++ 12 warns of a sum that begins with a literal (its bug 105651)
   text += std::to_string(rows);
   text += ',';
   text += std::to_string(cols);
@@ -33,7 +33,7 @@ inline std::string dimensions(Index rows, Index cols) {
   return text;
 }
 
-// The calls that throw: out of line, since a check is compiled at every entry and fails almost never.
+// The throwing parts are out of line: a check is compiled at every entry and almost never fails.
 [[noreturn, gnu::cold, gnu::noinline]] inline void throw_shape_error(std::string_view where, std::string_view name, Index rows,
                                                                      Index cols, Index expected_rows, Index expected_cols,
                                                                      std::string_view symbol) {

@@ -20,25 +20,28 @@ namespace moxie::inline MOXIE_NAMESPACE {
 
 /// A user's threads in place of OpenMP's: a thread pool, a task system, a team of a larger program.
 ///
-/// It runs *workers*, not tasks. Each worker claims one task after the other by itself, in order, until none is left, and a
-/// task may wait for lower ones.
+/// An executor runs *workers*, not tasks. Each worker claims one task after the other, in order,
+/// until none is left. A task may wait for lower ones.
 class Executor {
  public:
   virtual ~Executor() = default;
 
-  /// Calls `worker(i)` for i = 0, ..., workers-1, at most once each, on any threads, and returns when all calls have returned.
+  /// Calls `worker(i)` for i = 0, ..., workers-1, at most once each, on any threads, and returns
+  /// when all calls have returned.
   ///
-  /// * It may leave calls out, all of them too: the calling thread then does what is left. So an executor that is called from
-  ///   inside a worker (nested use) and has no free thread simply returns.
-  /// * Workers may run one after the other. A worker that has begun must go on: one that is suspended while another runs (a
-  ///   fiber, a coroutine) holds a task that the other may wait for.
-  /// * The calling thread may run one of them or only wait. In the second case nobody calls `Exec::progress` meanwhile, unless
-  ///   the executor does.
+  /// * It may leave out calls, even all of them: the calling thread then runs the remaining tasks.
+  ///   So an executor that is called inside a worker (nested use) and has no free thread simply
+  ///   returns.
+  /// * Workers may run one after the other. A worker that has begun must go on. A suspended worker
+  ///   (a fiber, a coroutine) holds a task, and another worker may wait for it.
+  /// * The calling thread may run one of them or only wait. If it only waits, `Exec::progress` is
+  ///   not called meanwhile, unless the executor calls it.
   ///
-  /// Workers do not throw. What `run` itself throws goes to the caller of the algorithm; results are then undefined.
+  /// Workers do not throw. An exception of `run` itself goes to the caller of the algorithm;
+  /// results are then undefined.
   virtual void run(int workers, FunctionRef<void(int)> worker) = 0;
 
-  /// How many workers there should be where `Exec::threads` is 0.
+  /// The number of workers if `Exec::threads` is 0.
   virtual int width() const { return 1; }
 
  protected:
@@ -47,20 +50,22 @@ class Executor {
   Executor& operator=(const Executor&) = default;
 };
 
-/// Where work runs: the number of threads, and whose they are. This is the only place that knows OpenMP; compiled without it
-/// and without an executor, everything runs on the calling thread.
+/// The threads of a call: their number, and their owner. Only this header knows OpenMP. Compiled
+/// without OpenMP and without an executor, everything runs on the calling thread.
 ///
-/// Results never depend on the number of threads: tasks are cut so that each output element is computed by one task, in an
-/// order that only the task decides. All threads compute in the calling thread's mode (`FloatMode`).
+/// Results never depend on the number of threads: one task computes each output element, in an
+/// order that only the task decides. All threads compute in the calling thread's mode
+/// (`FloatMode`).
 ///
-/// `Exec{1}` touches neither OpenMP nor the executor. It is safe in a forked child and in destructors of static objects.
+/// `Exec{1}` touches neither OpenMP nor the executor. It is safe in a forked child and in
+/// destructors of static objects.
 struct Exec {
-  /// 0 takes what the runtime offers (OMP_NUM_THREADS, or one thread a core), or the executor's width.
+  /// 0: the runtime's number (OMP_NUM_THREADS, or one thread a core), or the executor's width.
   int threads = 0;
   /// Null: OpenMP's threads.
   Executor* executor = nullptr;
-  /// Called by the calling thread between its tasks, and while it waits for those of OpenMP's other threads; for communication
-  /// that needs a hand (MPI_Test). Must not throw.
+  /// The calling thread calls it between its tasks, and while it waits for tasks of OpenMP's other
+  /// threads. It serves communication without a thread of its own (MPI_Test). It must not throw.
   void (*progress)(void*) = nullptr;
   void* progress_data = nullptr;
 
@@ -82,15 +87,15 @@ struct Exec {
 #endif
   }
 
-  /// Calls `task(i)` for i = 0, ..., n-1, each once, on any thread. Threads claim the next index when they are free, so all
-  /// lower ones have been claimed before: a task may wait for those.
+  /// Calls `task(i)` for i = 0, ..., n-1, each once, on any thread. A free thread claims the next
+  /// index. So all lower indices were claimed before, and a task may wait for them.
   ///
-  /// Of the exceptions of tasks, the one of the lowest index is thrown after all tasks have ended. Inside an OpenMP parallel
-  /// region the calling thread runs everything.
+  /// If tasks throw, the exception of the lowest index is thrown after all tasks have ended. Inside
+  /// an OpenMP parallel region the calling thread runs everything.
   void parallel_for(Index n, FunctionRef<void(Index)> task) const;
 
-  /// The same, and tells a task the number of the worker that runs it, from 0 to thread_count()-1: tasks that run at the same
-  /// time have different ones.
+  /// The same, and a task gets the number of its worker, from 0 to thread_count()-1. Tasks that run
+  /// at the same time have different numbers.
   void parallel_for_workers(Index n, FunctionRef<void(Index, int)> task) const;
 
   /// Calls `range(begin, end)` for pieces of at most `grain` indices that cover [0, n).
@@ -99,7 +104,7 @@ struct Exec {
 
 namespace detail {
 
-/// The tasks of one call: what its workers share.
+/// The tasks of one call, shared by its workers.
 class TaskList {
  public:
   TaskList(const Exec& exec, Index n, FunctionRef<void(Index, int)> task) : exec_(exec), task_(task), n_(n), error_index_(n) {}
@@ -160,7 +165,8 @@ class TaskList {
   std::exception_ptr error_;
 };
 
-// One function for all tasks of a program, by a pointer each: a template would be compiled again for every caller.
+// One function runs all tasks of a program through a pointer. A template would be compiled again
+// for every caller.
 [[gnu::noinline]] inline void run_in_order(const Exec& exec, Index n, FunctionRef<void(Index, int)> task) {
   for (Index i = 0; i < n; ++i) {
     task(i, 0);
@@ -179,7 +185,7 @@ class TaskList {
   if (exec.executor != nullptr) {
     TaskList tasks(exec, n, task);
     exec.executor->run(workers, [&](int worker) { tasks.work(worker); });
-    tasks.work(0);  // what the executor left over; all workers have ended
+    tasks.work(0);  // the remaining tasks; all workers have ended
     tasks.rethrow_error();
     return;
   }

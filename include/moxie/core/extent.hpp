@@ -9,13 +9,15 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// The memory of a matrix, in bytes: rows of equal width at equal distances, from the lowest address up.
+/// The memory of a matrix, in bytes: rows of equal width at equal distances, from the lowest
+/// address up.
 ///
-/// The distance between rows as the matrix has it may be negative (rows in reverse), zero (one row repeated) or smaller than
-/// a row (rows that overlap). An extent describes the same bytes with a distance of at least a row's width.
+/// A matrix's own distance between rows may be negative (rows in reverse), zero (one row repeated)
+/// or smaller than a row (rows that overlap). An extent describes the same bytes with a distance of
+/// at least a row's width.
 struct Extent {
   std::uintptr_t begin = 0;  ///< the first byte
-  Index rows = 0;            ///< 0 where there is no byte
+  Index rows = 0;            ///< 0 if there is no byte
   Index width = 0;
   Index stride = 0;  ///< at least `width`
 
@@ -38,7 +40,7 @@ struct Extent {
   }
 
   bool empty() const { return rows == 0; }
-  /// Behind the last byte.
+  /// One past the last byte.
   std::uintptr_t end() const { return empty() ? begin : begin + std::uintptr_t((rows - 1) * stride + width); }
   Extent row(Index i) const {
     Extent one = *this;
@@ -92,8 +94,8 @@ class ExtentList {
   /// Whether two of the matrices share a byte.
   bool overlap_each_other() const { return overlap_; }
 
-  /// Whether one of the matrices shares a byte with `other`. Cost: O(1) where `other` lies outside of all of them, else a
-  /// binary search and the neighbours.
+  /// Whether one of the matrices shares a byte with `other`. Cost: O(1) if `other` lies outside all
+  /// of them, else a binary search and the neighbours.
   bool overlaps(const Extent& other) const {
     if (other.empty() || empty() || other.begin >= ends_.back() || other.end() <= extents_.front().begin) {
       return false;

@@ -33,8 +33,9 @@ constexpr std::size_t count_fields() {
 
 }  // namespace detail
 
-/// How many fields an aggregate has. Code that must treat every option of a struct says `static_assert(field_count<Config> ==
-/// 13)`, so that a new option does not compile until it is treated there. Fields must not be arrays.
+/// The number of fields of an aggregate. Code that must treat every option of a struct contains
+/// `static_assert(field_count<Config> == 13)`. A new option then does not compile until that code
+/// treats it. Fields must not be arrays.
 template <class T>
 inline constexpr std::size_t field_count = detail::count_fields<T, 0>();
 

@@ -14,8 +14,8 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// How a thread computes with floats and doubles: rounding mode, whether subnormal numbers are kept or flushed to zero, and
-/// traps. Every thread has its own, and the same operations give other bits in another mode.
+/// The floating-point mode of a thread: rounding mode, flushing of subnormal numbers to zero, and
+/// traps. Every thread has its own mode. The same operations give other bits in another mode.
 class FloatMode {
  public:
   /// The mode of the calling thread.
@@ -29,7 +29,7 @@ class FloatMode {
 
  private:
 #if defined(MOXIE_FLOAT_MODE_MXCSR)
-  // The six lowest bits are flags of what has happened, which stay the thread's.
+  // The six lowest bits are exception flags, which belong to the thread.
   static constexpr std::uint32_t flags = 0x3F;
   void read() { word_ = __builtin_ia32_stmxcsr() & ~flags; }
   void write() const { __builtin_ia32_ldmxcsr(word_ | (__builtin_ia32_stmxcsr() & flags)); }
@@ -48,7 +48,8 @@ class FloatMode {
 #endif
 };
 
-/// Puts the calling thread into a mode until the end of a scope. Costs a read of a register where it is in that mode already.
+/// Puts the calling thread into a mode until the end of a scope. Costs a read of a register if the
+/// thread is in that mode already.
 class FloatMode::Scope {
  public:
   explicit Scope(const FloatMode& mode) : before_(current()), differs_(!before_.same(mode)) {

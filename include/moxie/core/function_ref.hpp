@@ -11,8 +11,8 @@ namespace moxie::inline MOXIE_NAMESPACE {
 template <class Signature>
 class FunctionRef;
 
-/// A reference to something callable, as `std::function_ref` of C++26: two pointers, no allocation. What it refers to must live
-/// as long as it is called, so take it as a parameter and do not store it.
+/// A reference to a callable, like `std::function_ref` of C++26: two pointers, no allocation. The
+/// callable must outlive all calls. So use it as a parameter and do not store it.
 template <class R, class... Arguments>
 class FunctionRef<R(Arguments...)> {
  public:

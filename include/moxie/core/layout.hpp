@@ -15,29 +15,29 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// What changes a tensor.
+/// The way in which a tensor is trained.
 enum class Trained {
   by_gradient,
-  elsewhere,  ///< its gradient is zero: a rule of its own (`update_selection_bias`), a fit (centroids), or nothing. An
-              ///< optimizer that decays weights leaves it out.
+  elsewhere,  ///< its gradient is zero: a rule (`update_selection_bias`), a fit (centroids), or nothing trains it. An
+              ///< optimizer with weight decay leaves it out.
 };
 
-/// What a tensor is for. Optimizers choose rates and decay by it.
+/// The use of a tensor. Optimizers choose rates and decay by it.
 enum class Role {
-  weight,     ///< a matrix that inputs are multiplied with
+  weight,     ///< a matrix that multiplies inputs
   bias,       ///< added to an output
-  gate,       ///< a matrix that makes a router's logits
+  gate,       ///< a matrix that computes a router's logits
   scale,      ///< a factor
   norm,       ///< the gain of a normalization
   embedding,  ///< a table of rows that are looked up or added
-  state,      ///< what a router keeps from step to step: a selection bias, centroids, a threshold
+  state,      ///< kept by a router from step to step: a selection bias, centroids, a threshold
 };
 
-/// What a layout knows of a tensor besides its name and shape.
+/// The properties of a tensor besides its name and shape.
 struct TensorOptions {
   Role role = Role::weight;
   Trained trained = Trained::by_gradient;
-  Index expert = -1;  ///< the expert that the tensor belongs to; -1: none, every process of a sharded model has it
+  Index expert = -1;  ///< the tensor's expert; -1: none, every process of a sharded model has the tensor
 };
 
 /// One named tensor of a layout. As a matrix it has shape[0] rows (a vector is one row, a scalar is (1,1)).
@@ -51,17 +51,20 @@ struct TensorInfo {
   Index cols = 1;
 };
 
-/// Names, shapes and places of the parameters of a model. Weights, gradients and optimizer moments are blocks that share one.
+/// Names, shapes and places of the parameters of a model. Weights, gradients and optimizer moments
+/// are blocks that share one layout.
 ///
-/// A tensor has a *position*, in order of adding, and an *offset* in a block. In memory, trained tensors that belong to no
-/// expert come first, then the experts' trained ones, then those that no gradient trains, each group in order of adding:
+/// A tensor has a *position*, in order of adding, and an *offset* in a block. In memory, trained
+/// tensors that belong to no expert come first, then the experts' trained ones, then those that no
+/// gradient trains, each group in order of adding:
 ///
 ///     [0, replicated_size())              trained, of no expert
 ///     [replicated_size(), trained_size()) trained, of experts
 ///     [trained_size(), size())            trained elsewhere
 ///
-/// So what an optimizer changes is one range, and what the processes of a sharded model have in common is another one. Every
-/// tensor starts at a multiple of 16 elements (a cache line of floats); the gaps between tensors are zeros.
+/// So an optimizer changes one range. The tensors that all processes of a sharded model hold are
+/// another range. Every tensor starts at a multiple of 16 elements (a cache line of floats); the
+/// gaps between tensors are zeros.
 class Layout {
  public:
   static constexpr Index granularity = 16;
@@ -82,8 +85,8 @@ class Layout {
     std::swap(sizes_, other.sizes_);
   }
 
-  /// Appends a tensor and returns its position in `tensors()`. Throws ValueError for a name that is taken, a negative size, and
-  /// sizes beyond any memory; the layout is then as before.
+  /// Appends a tensor and returns its position in `tensors()`. Throws ValueError for a name that
+  /// exists, a negative size, and sizes beyond any memory. The layout is then as before.
   Index add(std::string name, std::vector<Index> shape, const TensorOptions& options = {}) {
     if (find(name) >= 0) {
       throw ValueError("Layout::add: there is a tensor '" + name + "' already");
@@ -109,8 +112,9 @@ class Layout {
     return position;
   }
 
-  /// Appends all tensors of `part`, names prefixed, and returns the position of the first: `view.part(first, part)` is the view
-  /// of the part. With an `expert`, the tensors of the part belong to it.
+  /// Appends all tensors of `part`, names prefixed, and returns the position of the first.
+  /// `view.part(first, part)` is the view of the part. With an `expert`, the tensors of the part
+  /// belong to it.
   Index add_part(std::string_view prefix, const Layout& part, Index expert = -1) {
     const auto first = Index(tensors_.size());
     for (const TensorInfo& t : part.tensors_) {
@@ -122,7 +126,7 @@ class Layout {
   const std::vector<TensorInfo>& tensors() const { return tensors_; }
   /// The number of tensors.
   Index count() const { return Index(tensors_.size()); }
-  /// Where the tensor at a position starts in a block, in elements.
+  /// The start of the tensor at a position in a block, in elements.
   Index offset(Index position) const {
     const Place& place = places_[std::size_t(position)];
     return place.in_group + (place.group > 0 ? sizes_[0] : 0) + (place.group > 1 ? sizes_[1] : 0);
@@ -147,7 +151,7 @@ class Layout {
   }
 
  private:
-  // Elements: what an address can count, with room for the gaps.
+  // In elements: the largest number that addresses can count, less the gaps.
   static constexpr Index largest = (std::numeric_limits<Index>::max)() / 32;
 
   struct Place {
@@ -163,7 +167,7 @@ class Layout {
 
 namespace detail {
 
-/// Two layouts that describe the same block.
+/// Whether two layouts describe the same block.
 inline bool same_layout(const Layout& a, const Layout& b) {
   return &a == &b ||
          (a.size() == b.size() && a.trained_size() == b.trained_size() &&

@@ -13,8 +13,9 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// A one-to-one matching of n rows with n columns of least cost, and the proof that no other costs less: u_i + v_j <= c_ij
-/// everywhere, with equality on the matching. So Σ u + Σ v is its cost, and a lower bound of the cost of all others.
+/// A one-to-one matching of n rows with n columns of least cost, and the proof that no other costs
+/// less: u_i + v_j <= c_ij everywhere, with equality on the matching. So Σ u + Σ v is its cost, and
+/// a lower bound of all other costs.
 struct LinearSumAssignment {
   std::vector<Index> column;             ///< n: the column of each row; a permutation
   std::vector<double> row_potential;     ///< n: u
@@ -43,7 +44,7 @@ class HungarianMethod {
   void add_row(Index i) {
     std::fill(distance_.begin(), distance_.end(), infinity);
     std::fill(reached_.begin(), reached_.end(), std::uint8_t{0});
-    // Column n stands for none: the path of the new row begins there.
+    // Column n means no column: the path of the new row begins there.
     Index j = n_;
     at(row_of_, n_) = i;
     while (at(row_of_, j) != none) {
@@ -57,8 +58,9 @@ class HungarianMethod {
     }
   }
 
-  /// Of all optimal matchings, takes the lexicographically smallest. Optimal ones consist of tight pairs. Row by row: the
-  /// lowest column that the row can have while later rows, moving along tight pairs, free it.
+  /// Takes the lexicographically smallest of all optimal matchings. Optimal matchings consist of
+  /// tight pairs. Each row in order takes the lowest column that later rows can free by moves along
+  /// tight pairs.
   void prefer_low_columns() {
     for (Index j = 0; j < n_; ++j) {
       at(column_, at(row_of_, j)) = j;
@@ -124,7 +126,8 @@ class HungarianMethod {
 
   bool is_tight(Index i, Index j) { return at(column_, i) == j || cost_(i, j) - at(u_, i) - at(v_, j) <= 0; }
 
-  /// next[j]: where the row of column j would go to free it for row i; none if it cannot.
+  /// next[j]: the column to which the row of column j moves to free it for row i; none if it
+  /// cannot.
   void find_moves(Index i) {
     const Index left = at(column_, i);
     std::fill(next_.begin(), next_.end(), none);
@@ -142,7 +145,7 @@ class HungarianMethod {
     }
   }
 
-  /// Gives row i column j, and the rows that it displaces their next ones.
+  /// Gives column j to row i, and their next columns to the rows that this displaces.
   void move_rows(Index i, Index j) {
     const Index left = at(column_, i);
     Index row = i;
@@ -172,18 +175,20 @@ class HungarianMethod {
 
 }  // namespace detail
 
-/// Solves the linear sum assignment problem: every row of `cost` (n,n) gets a column of its own,
+/// Solves the linear sum assignment problem. Every row of `cost` (n,n) gets a different column:
 ///
 ///     minimize over permutations π   Σ_i c(i, π_i)
 ///
-/// by the Hungarian method (Kuhn 1955) with potentials. Rows are added one after the other, each by a shortest augmenting path
-/// (Edmonds and Karp 1972; Jonker and Volgenant 1987). Costs may be negative; n = 0 is legal.
+/// by the Hungarian method (Kuhn 1955) with potentials. Rows join one after the other, each by a
+/// shortest augmenting path (Edmonds and Karp 1972; Jonker and Volgenant 1987). Costs may be
+/// negative; n = 0 is legal.
 ///
-/// Ties: of all permutations of least cost, the lexicographically smallest, π_0 first. Integers whose sums stay below 2^53 are
-/// computed exactly. With other costs rounding may make a tie or decide one, and the potentials hold to rounding.
+/// Ties: the result is the lexicographically smallest of all permutations of least cost, π_0 first.
+/// Integers with sums below 2^53 are computed exactly. With other costs, rounding may make or
+/// decide a tie, and the potentials hold up to rounding.
 ///
-/// Throws ShapeError unless `cost` is square, ValueError for a cost that is not finite or so large that 8n times it would not
-/// be finite. Cost: O(n³), on one thread.
+/// Throws ShapeError unless `cost` is square, and ValueError unless 8n times each cost is finite.
+/// Cost: O(n³), on one thread.
 inline LinearSumAssignment linear_sum_assignment(RowView<const double> cost) {
   constexpr std::string_view where = "linear_sum_assignment";
   const Index n = cost.rows();

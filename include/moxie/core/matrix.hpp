@@ -9,7 +9,7 @@
 #include <moxie/core/index.hpp>
 #include <type_traits>
 
-/// What Eigen asks of a number: nothing else of moxie's BFloat16 knows Eigen.
+/// Eigen's requirements of a number. Nothing else of moxie's BFloat16 knows Eigen.
 template <>
 struct Eigen::NumTraits<moxie::BFloat16> : Eigen::GenericNumTraits<moxie::BFloat16> {
   enum { RequireInitialization = 0 };
@@ -20,9 +20,10 @@ namespace moxie::inline MOXIE_NAMESPACE {
 
 static_assert(std::is_same_v<Index, Eigen::Index>, "moxie: Eigen's index is another type: EIGEN_DEFAULT_DENSE_INDEX_TYPE");
 
-/// The matrix of the interface: row-major, one row a token (or one row an output unit, for weights). DontAlign takes memory
-/// from malloc in every instruction set; else Eigen has allocators of its own for AVX, and translation units that were compiled
-/// without it would free what those with it allocated.
+/// The matrix of the interface: row-major, one row a token (or one row an output unit, for
+/// weights). DontAlign takes memory from malloc under every instruction set. Without it Eigen uses
+/// another allocator under AVX, and a translation unit without AVX would free memory of one with
+/// AVX.
 template <class Scalar>
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor | Eigen::DontAlign>;
 
@@ -49,10 +50,12 @@ concept ViewableAs = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<M>>,
 
 }  // namespace detail
 
-/// A view of rows: pointer, size and distance between rows, never a copy. `RowView<const float>` only reads.
+/// A view of rows: pointer, sizes and distance between rows, never a copy. `RowView<const float>`
+/// only reads.
 ///
-/// It converts from a row-major `Eigen::Matrix`, `Map` or block of whole or part rows. Anything else (a column-major matrix,
-/// another scalar, an expression) does not convert, so that nothing is ever copied silently, as `Eigen::Ref<const ...>` would.
+/// It converts from a row-major `Eigen::Matrix`, `Map` or block of whole or part rows. Anything
+/// else (a column-major matrix, another scalar, an expression) does not convert. So nothing is
+/// copied silently, in contrast to `Eigen::Ref<const ...>`.
 template <class T>
 class RowView {
  public:
@@ -103,7 +106,7 @@ bool overlaps(const RowView<A>& a, const RowView<B>& b) {
   return overlaps(extent_of(a), extent_of(b));
 }
 
-/// Whether the rows of a view share elements, so that nothing can be written to it.
+/// Whether the rows of a view share elements. Such a view cannot be an output.
 template <class A>
 bool rows_overlap(const RowView<A>& a) {
   return a.rows() > 1 && (a.stride() < 0 ? -a.stride() : a.stride()) < a.cols();

@@ -19,17 +19,19 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// The tensors of a layout, wherever they are in memory; `ParameterView<const float>` only reads. Some pointers: pass it by
-/// value. What it views (a `Parameters` or a `ParameterTable`) and the layout must outlive it.
+/// The tensors of a layout, anywhere in memory. `ParameterView<const float>` only reads. It is a
+/// few pointers, so pass it by value. Its `Parameters` or `ParameterTable` and the layout must
+/// outlive it.
 ///
-/// A tensor may be absent. Of a gradient, that means that nobody wants it.
+/// A tensor may be absent. An absent gradient is not computed.
 template <class T>
 class ParameterView {
  public:
   using Scalar = std::remove_const_t<T>;
 
   ParameterView() = default;
-  /// Pointers to the tensors, in order of the layout, and the distances of their rows. `extents` are those of all, or of more.
+  /// Takes pointers to the tensors, in order of the layout, and the distances between their rows.
+  /// `extents` cover at least these tensors.
   ParameterView(const Layout& layout, T* const* data, const Index* stride, const ExtentList& extents)
       : layout_(&layout), data_(data), stride_(stride), extents_(&extents) {}
   template <detail::ConstOf<T> U>
@@ -37,11 +39,11 @@ class ParameterView {
       : layout_(other.layout_), data_(other.data_), stride_(other.stride_), extents_(other.extents_) {}
 
   const Layout& layout() const { return *layout_; }
-  /// Whether it views nothing: made without a layout.
+  /// Whether it has no layout, as a default-constructed view.
   bool empty() const { return layout_ == nullptr; }
-  /// Whether the tensor at a position is there. One without elements is.
+  /// Whether the tensor at a position is present. A tensor without elements always is.
   bool has(Index position) const { return data_[position] != nullptr || size_of(position) == 0; }
-  /// Whether all tensors are there.
+  /// Whether all tensors are present.
   bool complete() const {
     for (Index i = 0; i < layout_->count(); ++i) {
       if (!has(i)) {
@@ -51,12 +53,12 @@ class ParameterView {
     return true;
   }
 
-  /// The tensor at a position of the layout; one that is absent has no rows and no address.
+  /// The tensor at a position of the layout. An absent tensor has no rows and no address.
   RowView<T> operator[](Index position) const {
     const TensorInfo& t = layout_->tensors()[std::size_t(position)];
     return {data_[position], has(position) ? t.rows : 0, t.cols, stride_[position]};
   }
-  /// The tensor of that name. Throws ValueError if the layout has none.
+  /// The tensor of this name. Throws ValueError if the layout has none.
   RowView<T> operator[](std::string_view name) const {
     const Index i = layout_->find(name);
     if (i < 0) {
@@ -116,7 +118,7 @@ bool overlaps(const ParameterView<T>& a, const ParameterView<U>& b) {
   return a.overlaps(b);
 }
 
-/// Copies all tensors of a layout. An absent one is left out.
+/// Copies all tensors of a layout, except absent ones.
 template <class T>
 void copy_tensors(ParameterView<const std::type_identity_t<T>> from, ParameterView<T> to) {
   for (Index i = 0; i < to.layout().count(); ++i) {
@@ -138,16 +140,17 @@ void set_zero(ParameterView<T> p) {
   }
 }
 
-/// Where the tensors of a layout are, one by one: tensors of another library, a mapped file, parts of a larger tensor. It owns
-/// no number.
+/// The places of a layout's tensors, one by one: tensors of another library, a mapped file, parts
+/// of a larger tensor. A table owns no numbers.
 ///
 ///     ParameterTable<const float> table(layer.layout(), [&](const TensorInfo& t) -> RowView<const float> {
 ///       return weights.at(t.name);
 ///     });
 ///     layer.forward(table, x, y, tape);
 ///
-/// Rows may be any distance apart. So the gate_proj of an expert can be the first half of the rows of a fused (E,2H,D) tensor,
-/// or every other row of an interleaved one. The layout, which must not be a temporary, and the numbers must outlive the table.
+/// Rows may have any distance. So the gate_proj of an expert can be the first half of the rows of a
+/// fused (E,2H,D) tensor, or every other row of an interleaved one. The layout and the numbers must
+/// outlive the table; the layout must not be a temporary.
 template <class T>
 class ParameterTable {
  public:
@@ -163,10 +166,10 @@ class ParameterTable {
     content.extents = ExtentList({Extent(block, block == nullptr ? 0 : 1, layout.size(), 0)});
     content_ = std::make_shared<const Content>(std::move(content));
   }
-  /// Each where `tensor_of` says; absent where it returns a view without an address.
+  /// Each tensor is `tensor_of(info)`, and absent if that has no address.
   ///
-  /// Throws ShapeError if a tensor has another shape than the layout says, and, if T is not const, ValueError if tensors share
-  /// memory with each other or rows within one do.
+  /// Throws ShapeError if a tensor has another shape than the layout says, and, if T is not const,
+  /// ValueError if tensors share memory with each other or rows within one do.
   ParameterTable(const Layout& layout, FunctionRef<RowView<T>(const TensorInfo&)> tensor_of) : layout_(&layout) {
     constexpr std::string_view where = "ParameterTable";
     Content content(layout.count());
@@ -184,7 +187,7 @@ class ParameterTable {
     expect_value(std::is_const_v<T> || !content.extents.overlap_each_other(), where, "tensors overlap each other");
     content_ = std::make_shared<const Content>(std::move(content));
   }
-  ParameterTable(Layout&&, T*) = delete;  // would refer to what is about to go
+  ParameterTable(Layout&&, T*) = delete;  // would refer to a temporary
   ParameterTable(Layout&&, FunctionRef<RowView<T>(const TensorInfo&)>) = delete;
 
   const Layout& layout() const { return *layout_; }
@@ -198,8 +201,8 @@ class ParameterTable {
   RowView<T> operator[](std::string_view name) const { return view()[name]; }
 
  private:
-  // Copies of a table share it, and views stay valid as long as one of them lives. Two arrays, since one of {T*, stride} would
-  // not convert to one of {const T*, stride}.
+  // Copies of a table share it; views stay valid as long as one copy lives. There are two arrays,
+  // since an array of {T*, stride} does not convert to one of {const T*, stride}.
   struct Content {
     explicit Content(Index count) {
       data.reserve(std::size_t(count));
@@ -220,7 +223,7 @@ class ParameterTable {
 
 namespace detail {
 
-/// What moved-from blocks and layers have. Nothing is allocated.
+/// The layout of moved-from blocks and layers. Nothing is allocated.
 inline std::shared_ptr<const Layout> empty_layout() noexcept {
   static const Layout layout;
   return {std::shared_ptr<const Layout>(), &layout};
@@ -228,8 +231,8 @@ inline std::shared_ptr<const Layout> empty_layout() noexcept {
 
 }  // namespace detail
 
-/// One aligned block of parameters with its layout: weights, gradients or optimizer moments. Copies are deep, the layout is
-/// shared; a moved-from block is one without tensors.
+/// One aligned block of parameters with its layout: weights, gradients or optimizer moments. Copies
+/// are deep and share the layout. A moved-from block has no tensors.
 template <class Scalar_>
 class Parameters {
  public:
@@ -238,8 +241,8 @@ class Parameters {
   using ConstFlat = Eigen::Map<const Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
 
   Parameters() : Parameters(detail::empty_layout()) {}
-  /// All zeros. Memory comes from `resource`, which must outlive the block and what is moved from it; by default as that of a
-  /// `Buffer`.
+  /// All zeros. Memory comes from `resource`, by default as a `Buffer`'s. The resource must outlive
+  /// the block and any block that is moved from it.
   explicit Parameters(Layout layout, std::pmr::memory_resource* resource = nullptr)
       : Parameters(std::make_shared<const Layout>(std::move(layout)), resource) {}
   explicit Parameters(std::shared_ptr<const Layout> layout, std::pmr::memory_resource* resource = nullptr)
@@ -262,7 +265,7 @@ class Parameters {
     std::swap(table_, other.table_);
   }
 
-  /// Zeros of the same layout: what gradients and moments start from.
+  /// Zeros of the same layout: the start of gradients and moments.
   Parameters zeros_like() const { return Parameters(layout_); }
   void set_zero() { std::fill(data_.begin(), data_.end(), Scalar(0)); }
 
@@ -278,7 +281,8 @@ class Parameters {
   /// All elements in a row, gaps included (they are zero).
   Flat flat() { return {data_.data(), data_.size()}; }
   ConstFlat flat() const { return {data_.data(), data_.size()}; }
-  /// Those that gradients train: what an optimizer changes, and weight decay may shrink.
+  /// The elements that gradients train. An optimizer changes them, and weight decay may shrink
+  /// them.
   Flat trained() { return {data_.data(), layout_->trained_size()}; }
   ConstFlat trained() const { return {data_.data(), layout_->trained_size()}; }
 
@@ -309,11 +313,13 @@ ParameterView<const Scalar> as_view(const Parameters<Scalar>& block) {
 
 }  // namespace detail
 
-/// Calls `f(info, tensor of first, tensor of second, ...)` for every tensor of blocks or tables that share a layout:
+/// Calls `f(info, tensor of first, tensor of second, ...)` for every tensor of blocks or tables
+/// that share a layout:
 ///
 ///     zip([&](const auto&, auto w, auto g) { w.eigen() -= rate * g.eigen(); }, layer.parameters(), grads);
 ///
-/// A tensor that is absent from one of them has no rows there. Throws ShapeError if the layouts differ.
+/// A tensor that is absent in one of them has no rows there. Throws ShapeError if the layouts
+/// differ.
 template <class F, class First, class... Rest>
 void zip(F&& f, First&& first, Rest&&... rest) {
   const auto head = detail::as_view(first);

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <moxie/config.hpp>
 
-/// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") as functions of plain numbers, for the
-/// host and the device: `Rng` and `cuda::DeviceRng` are made of them.
+/// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") as functions
+/// of plain numbers, for host and device. `Rng` and `cuda::DeviceRng` use them.
 namespace moxie::inline MOXIE_NAMESPACE::philox {
 
 /// 128 random bits, the first word in the low half of `low`.

@@ -11,9 +11,9 @@ namespace moxie::inline MOXIE_NAMESPACE {
 
 /// Counter-based random numbers: Philox4x32-10 (`core/philox.hpp`).
 ///
-/// A number is a function of (seed, stream, index) alone, so any thread may draw any of them in any order, and a program that
-/// is resumed at step n draws what it would have drawn. `split(key)` gives an independent stream. A value type; nothing
-/// advances.
+/// A number is a function of seed, stream and index only. So any thread may draw any number in any
+/// order, and a program that resumes at step n draws the same numbers as one that did not stop.
+/// `split(key)` gives an independent stream. `Rng` is a value; nothing advances.
 class Rng {
  public:
   using Words = std::array<std::uint32_t, 4>;

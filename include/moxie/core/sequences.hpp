@@ -8,13 +8,14 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// How T tokens divide into B sequences of consecutive rows: equal ones by their length, others by B + 1 offsets. Capacity,
-/// expert choice, Soft MoE and the losses of a sequence all read this one description.
+/// The division of T tokens into B sequences of consecutive rows. A length gives equal sequences, B
+/// + 1 offsets give ragged ones. Capacity, expert choice, Soft MoE and the losses of a sequence all
+/// read this description.
 ///
 ///     layer.forward({x, 16}, y, tape);        T / 16 sequences of 16 tokens
 ///     layer.forward({x, starts}, y, tape);    sequence b is rows [starts[b], starts[b+1]), which may be empty
 ///
-/// A view: the offsets stay the caller's.
+/// It is a view: the offsets must outlive it.
 class Sequences {
  public:
   /// One sequence of all tokens.
@@ -25,7 +26,7 @@ class Sequences {
   Sequences(const std::vector<Index>& starts) : starts_(starts), ragged_(true) {}
   Sequences(std::vector<Index>&&) = delete;  // a view of a temporary would dangle
 
-  /// The same division of that many tokens.
+  /// The same division of `tokens` tokens.
   Sequences over(Index tokens) const {
     Sequences s = *this;
     s.tokens_ = tokens;
@@ -44,7 +45,7 @@ class Sequences {
   Index begin(Index b) const { return ragged_ ? starts_[std::size_t(b)] : b * equal_length(); }
   Index end(Index b) const { return begin(b + 1); }
   Index length(Index b) const { return end(b) - begin(b); }
-  /// The number of sequences that have tokens: what a mean over sequences divides by.
+  /// The number of sequences with tokens. A mean over sequences divides by it.
   Index nonempty() const {
     Index n = 0;
     for (Index b = 0; b < count(); ++b) {
@@ -61,7 +62,8 @@ class Sequences {
     }
   }
 
-  /// Copies the B + 1 offsets. `Sequences(starts.span()).over(T)` is the same division, which then does not need the caller's.
+  /// Copies the B + 1 offsets. `Sequences(starts.span()).over(T)` is then the same division,
+  /// without the caller's offsets.
   template <class Starts>
   void copy_starts(Starts& starts) const {
     starts.resize(count() + 1);
@@ -69,7 +71,7 @@ class Sequences {
     for_each([&](Index b, Index, Index end) { starts[b + 1] = end; });
   }
 
-  /// Whether both divide as many tokens at the same places.
+  /// Whether both divide the same number of tokens at the same places.
   friend bool operator==(const Sequences& a, const Sequences& b) {
     if (a.tokens_ != b.tokens_ || a.count() != b.count()) {
       return false;
@@ -82,7 +84,7 @@ class Sequences {
     return true;
   }
 
-  /// Throws ShapeError unless the tokens divide so.
+  /// Throws ShapeError unless the tokens divide like this.
   void expect_valid(std::string_view where) const {
     if (ragged_) {
       if (starts_.empty() || starts_.front() != 0 || starts_.back() != tokens_ ||

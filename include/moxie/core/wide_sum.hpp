@@ -6,9 +6,9 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// A sum of doubles with twice their precision: value + rest, where the rest is what rounding the value left (Knuth's two-sum;
-/// Dekker 1971). How the terms are grouped changes it by 2^-105 of their size, so sums of micro-batches, added up, round to the
-/// sum of the whole batch.
+/// A sum of doubles with twice their precision: value + rest, where the rest is the rounding error
+/// of the value (Knuth's two-sum; Dekker 1971). The grouping of terms changes it by 2^-105 of their
+/// size. So the sums of micro-batches add up to the sum of the whole batch, after rounding.
 class WideSum {
  public:
   WideSum& operator+=(double x) {

@@ -13,30 +13,33 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// Scratch that anyone may throw away: a stack of aligned blocks.
+/// Scratch memory: a stack of aligned blocks. It holds nothing that has to be kept.
 ///
-/// A `Frame` returns everything that was taken since it was opened. The first step of a shape allocates in pieces, which go
-/// with their frames; when the last frame closes, one block of the size that was needed takes their place, so later steps
-/// allocate nothing. Memory comes from `resource`, which must outlive the workspace; by default as that of a `Buffer`.
+/// A `Frame` gives back everything that was taken since it was opened. The first step of a shape
+/// allocates in pieces, which are freed with their frames. When the last frame closes, one block of
+/// the needed size takes their place, so later steps allocate nothing. Memory comes from
+/// `resource`, by default as a `Buffer`'s. The resource must outlive the workspace.
 ///
-/// It is a memory resource itself, for buffers that live no longer than the frame they are made in: what they give back returns
-/// with the frame.
+/// A workspace is a memory resource itself, for buffers that live no longer than their frame. Their
+/// memory returns with the frame.
 ///
-/// Where memory is out, taking throws std::bad_alloc (or what the resource throws), and nothing is taken. An algorithm that
-/// stops so has closed its frames, but what it has written to its outputs stays written.
+/// If memory runs out, taking throws std::bad_alloc, or the exception of the resource, and takes
+/// nothing. An algorithm that stops this way has closed its frames. Its outputs may be partly
+/// written.
 class Workspace : public std::pmr::memory_resource {
  public:
   Workspace() = default;
   explicit Workspace(std::pmr::memory_resource* resource) : resource_(resource) {}
-  // Scratch is nobody's value: a copy starts empty, with default memory.
+  // Scratch has no value: a copy starts empty, with default memory.
   Workspace(const Workspace& /*other*/) : std::pmr::memory_resource() {}
   Workspace& operator=(const Workspace& /*other*/) { return *this; }
   Workspace(Workspace&&) = default;
   Workspace& operator=(Workspace&&) = default;
   ~Workspace() override = default;
 
-  /// A second stack on the same resource, for what must outlive frames of this one: a tape on which a backward computes a
-  /// forward again, while the parts of that forward open and close frames here.
+  /// A second stack on the same resource, for memory that must outlive frames of this one. A
+  /// backward that computes its forward again has its tape there, while the parts of that forward
+  /// open and close frames here.
   Workspace& tapes() {
     if (tapes_ == nullptr) {
       tapes_ = std::make_unique<Workspace>(resource_);
@@ -57,7 +60,7 @@ class Workspace : public std::pmr::memory_resource {
     std::size_t blocks_;
   };
 
-  /// `rows` x `cols` uninitialised elements, valid until the enclosing frame closes.
+  /// (rows, cols) uninitialised elements, valid until the enclosing frame closes.
   template <class Scalar>
   RowView<Scalar> matrix(Index rows, Index cols) {
     return {take_rows<Scalar>(rows, cols), rows, cols};
