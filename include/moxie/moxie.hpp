@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-/// The whole library but its optional headers (moxie/io, moxie/testing, moxie/cuda). Every header also compiles alone.
+/// The whole library except its optional headers (moxie/io, moxie/testing, moxie/cuda). Every
+/// header also compiles as the only include.
 #include <moxie/core/parameters.hpp>
 #include <moxie/expert/expert_bank.hpp>
 #include <moxie/expert/glu.hpp>

@@ -153,7 +153,7 @@ class GluExperts {
     const DeviceExec::Frame frame(exec);
     run(exec, detail::as_elements<Element>(exec, p, layout_.size()), in, h, tape);
   }
-  /// The same bits. Nothing for a backward: the tape is scratch.
+  /// Bit-identical. Nothing is kept for a backward: the tape is scratch.
   void forward(DeviceExec& exec, const Frozen& frozen, const GroupedRows<Scalar>& in, DeviceRows<Scalar> h, Tape& tape) const {
     run(exec, frozen.weights_.data(), in, h, tape);
   }

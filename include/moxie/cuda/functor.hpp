@@ -5,8 +5,9 @@
 #include <moxie/cuda/product.hpp>
 #include <moxie/kernel/gated_unit.hpp>
 
-/// What the backend does with rows, a small function each: the same on the host and on the device. All are given to
-/// `DeviceExec::for_each_row`, but for those whose operator takes no lanes, which `for_each` calls.
+/// What the backend does with rows, a small function each: the same on the host and on the device.
+/// All are given to `DeviceExec::for_each_row`, except those whose operator takes no lanes, which
+/// `for_each` calls.
 namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 

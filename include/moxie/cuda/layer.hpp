@@ -93,9 +93,10 @@ class DeviceParameters {
 ///
 ///     y = combine(experts(dispatch(x))) [+ shared(x)]
 ///
-/// Parameters, gradients, x, y, dy and dx are the device's; rows may be any distance apart that is at least
-/// their length. `forward` and `backward` queue work
-/// on the stream and return; token choice waits for the device once, in the middle of `forward`. The same bits from run to run.
+/// Parameters, gradients, x, y, dy and dx are the device's; rows may be any distance apart that is
+/// at least their length. `forward` and `backward` queue work on the stream and return; token
+/// choice waits for the device once, in the middle of `forward`. Results are bit-identical from run
+/// to run.
 template <class Router_, class Experts_>
 class Moe {
  public:

@@ -425,7 +425,7 @@ struct ArrivalOf {
     key[i] = b * experts + chosen[p];
   }
 };
-/// A place at the expert for each, and the expert if there is room.
+/// A place at the expert for each, and the expert if its capacity allows.
 struct PlaceOf {
   const int* key;
   const int* pair;
@@ -643,7 +643,8 @@ class TopKRouter {
     return clean;
   }
 
-  /// The room of an expert in each sequence, on the device; sent when it changes. Throws ValueError for a capacity below 1.
+  /// The capacity of an expert in each sequence, on the device; sent when it changes. Throws
+  /// ValueError for a capacity below 1.
   void set_rooms(DeviceExec& exec, const DeviceSequences& sequences, Index k, Tape& tape) const {
     if (!config_.capacity.limited()) {
       return;
@@ -663,7 +664,8 @@ class TopKRouter {
     }
   }
 
-  /// Places by a sort, as `moxie::assign_places` has them: experts that have room keep who came first.
+  /// Places by a sort, as in `moxie::assign_places`: experts keep the first pairs up to their
+  /// capacity.
   const int* assign(DeviceExec& exec, const DeviceSequences& sequences, const TopKRow<Scalar>& row, Tape& tape) const {
     const Index tokens = sequences.tokens();
     const Index pairs = tokens * row.k;

@@ -18,7 +18,7 @@ namespace moxie::inline MOXIE_NAMESPACE {
 /// What a forward keeps for its backward.
 enum class Keep {
   activations,  ///< all that backward needs
-  inputs,       ///< the routing alone: backward computes the experts again, in scratch
+  inputs,       ///< only the routing: backward computes the experts again, in scratch
   nothing,      ///< no backward follows (inference)
 };
 

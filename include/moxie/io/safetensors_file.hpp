@@ -28,14 +28,14 @@ namespace moxie::inline MOXIE_NAMESPACE {
 /// A safetensors file, checked: 8 bytes of header length, a JSON header, the tensors without gaps
 /// (https://github.com/huggingface/safetensors).
 ///
-/// The constructor reads the header; each tensor is read when it is asked for. Memory is that of the
-/// header and of the tensors asked for, whatever the file claims; `SafetensorsLimits` bounds the header.
+/// The constructor reads the header; each call that names a tensor reads it. Memory is that of the
+/// header and of these tensors, whatever the file claims; `SafetensorsLimits` bounds the header.
 /// The file stays open: a new file of the same name does not change what is read. Threads can read
 /// tensors at once, and so can processes after a fork.
 ///
-/// A file that breaks any rule of the format is refused: a duplicate key, an unknown field, a hole. A
-/// tensor in a number format that `DType` does not have is kept as bytes, and refused only when it is
-/// asked for as numbers.
+/// A file that breaks any rule of the format is refused: a duplicate key, an unknown field, a hole.
+/// A tensor in a number format that `DType` does not have is kept as bytes, and refused only when
+/// it is read as numbers.
 ///
 ///     const SafetensorsFile file("model.safetensors");
 ///     const std::vector<float> bias = file.read<float>("layer.0/bias");

@@ -15,8 +15,8 @@ struct TopKMoEConfig {
   Index experts = 0;
   Index top_k = 1;
   ExpertConfig expert = {};
-  /// `SharedExpertMoE` alone: all shared experts together, n of width H' are one feed-forward of hidden_dim n·H' (DiT-MoE:
-  /// 2·D).
+  /// Only for `SharedExpertMoE`. All shared experts together: n of width H' are one feed-forward of
+  /// hidden_dim n·H' (DiT-MoE: 2·D).
   SharedConfig shared = {};
   TopKOrder order = TopKOrder::softmax_top_k;
   bool normalize = false;

@@ -41,7 +41,7 @@ struct Balance {
   double expert_level = 0;    ///< Σ_i f_i P_i over the batch (DeepSeekMoE eq. 12 to 14, DiT-MoE, Switch with K = 1)
   double sequence_level = 0;  ///< the same in every sequence, then the mean over sequences
   double device_level = 0;    ///< Σ_d mean_{i in d} f_i · Σ_{i in d} P_i (DeepSeekMoE eq. 15 to 17)
-  double gshard = 0;          ///< Σ_i f_i P_i of first choices alone (K = 1), in every sequence (GShard, vmoe)
+  double gshard = 0;          ///< Σ_i f_i P_i of first choices only (K = 1), in every sequence (GShard, vmoe)
   double importance = 0;      ///< `importance_loss`, without noise, in every sequence
   double load = 0;            ///< `load_loss` in every sequence; only in training with noise on the logits
   double z = 0;               ///< mean over tokens of `z_loss`, without noise

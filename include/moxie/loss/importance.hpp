@@ -42,10 +42,12 @@ inline void squared_variation_backward(std::span<double> v) {
   }
 }
 
-/// The importance loss of a group of tokens: CV² of Σ_t p_ti over the experts i, `probabilities` (n,E) without noise.
+/// The importance loss of a group of tokens: CV² of Σ_t p_ti over the experts i, `probabilities`
+/// (n,E) without noise.
 ///
-/// Shazeer et al. 2017, equation 7; V-MoE (Riquelme et al. 2021), appendix A.2. 0 for equal importance, E - 1 for one expert
-/// alone. `scratch` holds E numbers; throws ShapeError if it does not.
+/// Shazeer et al. 2017, equation 7; V-MoE (Riquelme et al. 2021), appendix A.2. 0 for equal
+/// importance, E - 1 if one expert has all of it. `scratch` holds E numbers; throws ShapeError if
+/// it does not.
 template <class Scalar>
 double importance_loss(RowView<const Scalar> probabilities, std::span<double> scratch) {
   detail::expect_as_many("importance_loss", "scratch", scratch.size(), std::size_t(probabilities.cols()));

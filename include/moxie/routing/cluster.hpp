@@ -103,7 +103,7 @@ class ClusterRouter {
         where, s, [&](Index i) { return config_.of_tokens ? in.row(i) : i; }, exec, config_.of_tokens ? "token" : "sequence");
     tape.expert_.resize(in.count() * k);
     tape.weight_.resize(in.count() * k);
-    // The K nearest of one feature, and its softmax over them alone, for the tokens [begin, end).
+    // The K nearest of one feature, and its softmax over only these, for the tokens [begin, end).
     const auto assign = [&](Index feature, Index begin, Index end) {
       if (begin == end) {
         return;
@@ -188,7 +188,8 @@ class BalancedKMeans {
     }
   }
 
-  /// Gives each feature its cluster, from the nearest pair to the farthest while there is room. Returns the mean distance.
+  /// Gives each feature its cluster, from the nearest pair to the farthest while clusters have
+  /// capacity. Returns the mean distance.
   double assign(std::vector<Index>& assignment, std::vector<Index>& size) {
     const Index n = features_.rows();
     const Index room = (n + clusters_ - 1) / clusters_;
@@ -254,11 +255,14 @@ class BalancedKMeans {
 
 }  // namespace detail
 
-/// Clusters of equal size: k-means in which no cluster takes more than ⌈N/E⌉ features (c-BTM, section 2.1).
+/// Clusters of equal size: k-means in which no cluster takes more than ⌈N/E⌉ features (c-BTM,
+/// section 2.1).
 ///
-/// Starts from k-means++ (Arthur and Vassilvitskii 2007) drawn with `rng`. Each iteration assigns pairs (feature, cluster) from
-/// the nearest to the farthest while there is room, ties to the lower feature, then the lower cluster, and moves each centroid
-/// to its mean. Greedy, not optimal: c-BTM solves the assignment itself. Distances in double. O(iterations · N E (F + log NE)).
+/// Starts from k-means++ (Arthur and Vassilvitskii 2007) drawn with `rng`. Each iteration assigns
+/// pairs (feature, cluster) from the nearest to the farthest while clusters have capacity, ties to
+/// the lower feature, then the lower cluster, and moves each centroid to its mean. Greedy, not
+/// optimal: c-BTM solves the assignment itself. Distances in double. O(iterations · N E (F + log
+/// NE)).
 ///
 /// Throws ValueError for fewer features than clusters, or one that is not finite.
 template <class Scalar>

@@ -39,7 +39,7 @@ enum class Rounding {
   round,  ///< to the nearest, halves to even
 };
 
-/// Who comes first to an expert that has no room for all.
+/// The order of tokens at an expert whose capacity is too small for all.
 enum class Priority {
   order,   ///< tokens as they stand (Switch, GShard)
   weight,  ///< tokens of larger weight first, ties as they stand: batch priority (V-MoE, section 3.3)
@@ -84,9 +84,10 @@ inline void expect_capacity(std::string_view where, const Capacity& capacity) {
 
 }  // namespace detail
 
-/// C = ⌈n · cf / E⌉, or the nearest integer, then up to a multiple. `n` is what all experts together are asked for by a group
-/// of L tokens: L·K for token choice, L for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1,
-/// and one that is no integer.
+/// C = ⌈n · cf / E⌉, or the nearest integer, then up to a multiple. `n` is the number of
+/// assignments that a group of L tokens proposes to all experts together: L·K for token choice, L
+/// for expert choice. vmoe's `compute_capacity`. Throws ValueError for a capacity below 1, and one
+/// that is no integer.
 inline Index expert_capacity(Index n, Index experts, const Capacity& capacity) {
   const double exact = double(n) * capacity.factor / double(experts);
   detail::expect_value(exact < double((std::numeric_limits<Index>::max)() / 2 - capacity.multiple_of), "expert_capacity",
@@ -107,8 +108,9 @@ enum class GroupScore {
   largest,    ///< its largest score (DeepSeek-V2)
 };
 
-/// Group-limited selection: the experts are G equal groups of consecutive ones, and a token may choose from its best groups
-/// alone (DeepSeek-V2, V3: the groups are devices or nodes). `count = 1` does not limit.
+/// Group-limited selection: the experts are G equal groups of consecutive ones, and a token may
+/// choose only from its best groups (DeepSeek-V2, V3: the groups are devices or nodes). `count = 1`
+/// does not limit.
 struct ExpertGroups {
   Index count = 1;   ///< G, divides E
   Index chosen = 1;  ///< groups that a token may choose from
@@ -156,7 +158,8 @@ struct TopKRouterConfig {
   bool normalize = false;  ///< weights of a token sum to `scale`; those of top_k_softmax always do
   double scale = 1;        ///< factor of all weights (DeepSeek's routed scaling factor)
   Balance balance = {};
-  /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn from the balance loss alone.
+  /// Allows K = 1 with weights that sum to 1: they are constant, and the gate would learn only from
+  /// the balance loss.
   bool allow_constant_weights = false;
   Score score = Score::softmax;
   ExpertGroups groups = {};     ///< a limit on the groups that a token may choose from (DeepSeek-V2, V3)

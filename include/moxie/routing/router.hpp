@@ -39,8 +39,8 @@ concept Router = std::copyable<R> &&
   { done.balance_loss() } -> std::convertible_to<double>;
 };
 
-/// The base of a router without parameters and without a gradient: everything that `Router` asks for but `experts` and `route`.
-/// A tape of one's own derives from its `Tape`.
+/// The base of a router without parameters and without a gradient: everything that `Router`
+/// requires except `experts` and `route`. A tape of one's own derives from its `Tape`.
 template <class Scalar_, class Plan_ = SparsePlan<Scalar_>>
 class FixedRouter {
  public:

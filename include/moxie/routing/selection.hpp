@@ -30,9 +30,9 @@ void select_top_k(const Scalar* score, Index n, Index k, Index* chosen) {
   }
 }
 
-/// The K largest of n scores in decreasing order, ties to the lower index, for a K that is not small: `order` has room for n,
-/// and begins with the K best. O(n log K). Scores must not be NaN. `score(i)` is a function of i. Throws ValueError unless
-/// 0 <= K <= n.
+/// The K largest of n scores in decreasing order, ties to the lower index, for a K that is not
+/// small. `order` holds n indices, and then begins with the K best. O(n log K). Scores must not be
+/// NaN. `score(i)` is a function of i. Throws ValueError unless 0 <= K <= n.
 template <class Score>
 void partial_sort_top_k(const Score& score, Index n, Index k, Index* order) {
   detail::expect_value(k >= 0 && k <= n, "partial_sort_top_k", "k must be between 0 and the number of scores");
@@ -43,7 +43,8 @@ void partial_sort_top_k(const Score& score, Index n, Index k, Index* order) {
                     [&](Index a, Index b) { return score(a) > score(b) || (score(a) == score(b) && a < b); });
 }
 
-/// The K largest of n scores, K <= n, by whichever of the two is faster: `order` has room for n, and begins with the K best.
+/// The K largest of n scores, K <= n, by whichever of the two is faster. `order` holds n indices,
+/// and then begins with the K best.
 template <class Scalar>
 void select_largest(const Scalar* score, Index n, Index k, Index* order) {
   if (k > 0 && k <= 32) {

@@ -107,8 +107,8 @@ struct Tokens {
   const RowView<const Scalar>& gate_input() const { return has_gate_x() ? gate_x : x; }
 };
 
-/// Where the gradient of `Tokens` goes: x always, the others where they are asked for. Converts from a plain matrix. A layer
-/// overwrites all of them; a router adds, to what its layer has set.
+/// Where the gradient of `Tokens` goes: x always, the others if they are present. Converts from a
+/// plain matrix. A layer overwrites all of them; a router adds, to what its layer has set.
 template <class Scalar>
 struct TokensGradient {
   RowView<Scalar> x;               ///< (T,D)
@@ -135,8 +135,9 @@ struct TokensGradient {
   const RowView<Scalar>& of_gate_input(const Tokens<Scalar>& in) const { return in.has_gate_x() ? gate_x : x; }
 };
 
-/// Calls `f(name, field)` for every field that has one row or number a token, but for the mask: what a part of the tokens takes
-/// along. A field that is absent has no columns, or no elements. The one list of them.
+/// Calls `f(name, field)` for every field with one row or number a token, except the mask. A part
+/// of the tokens takes these fields along. An absent field has no columns, or no elements. This is
+/// the only list of them.
 template <class TokensType, class F>
 void for_each_token_field(TokensType&& in, F&& f) {
   f("x", in.x);

@@ -40,7 +40,7 @@ struct LawOptions {
   Rng rng{0};
   /// Largest relative error where sums are taken in another order; 0: a thousand times the scalar's epsilon.
   double tolerance = 0;
-  /// Thread counts that must give the same bits.
+  /// Thread counts whose results must be bit-identical.
   std::vector<int> threads = {1, 2, 7};
   /// False for a router that looks at a token's position.
   bool permute_tokens = true;
@@ -408,7 +408,8 @@ Parameters<Scalar> random_parameters(const Bank_& bank, const Rng& rng) {
 
 }  // namespace detail
 
-/// The row of an expert has the same bits, forward and backward, whatever the other rows are, and R = 0 is legal.
+/// A row of an expert is bit-identical, forward and backward, whatever the other rows are, and R =
+/// 0 is legal.
 template <Bank Bank_>
 LawResult rows_are_independent(const Bank_& bank, const LawOptions& options = {}) {
   using Scalar = typename Bank_::Scalar;
@@ -521,7 +522,8 @@ LawResult idle_experts_have_zero_gradient(const Bank_& bank, const LawOptions& o
   return detail::stated(law, one, "a parameter's gradient comes from two experts");
 }
 
-/// `forward` and `backward` give the same bits for all numbers of threads, and from run to run on one tape.
+/// `forward` and `backward` are bit-identical for all numbers of threads, and from run to run on
+/// one tape.
 template <class Layer, class Scalar = typename Layer::Scalar>
 LawResult bits_do_not_depend_on_threads(const Layer& layer, const Tokens<Scalar>& in,
                                         RowView<const std::type_identity_t<Scalar>> dy, const LawOptions& options = {}) {
@@ -607,8 +609,8 @@ LawResult masked_tokens_change_nothing(const Layer& layer, const Tokens<Scalar>&
   return detail::stated(law, detail::same_bits(found, expected), "something has other bits than without the token's row");
 }
 
-/// Backward is linear in dy, but for the balance losses' part, which does not depend on it:
-/// g(a u + b v) - g(0) = a (g(u) - g(0)) + b (g(v) - g(0)).
+/// Backward is linear in dy, except the balance losses' part, which does not depend on it: g(a u +
+/// b v) - g(0) = a (g(u) - g(0)) + b (g(v) - g(0)).
 template <class Layer, class Scalar = typename Layer::Scalar>
 LawResult backward_is_linear(const Layer& layer, const Tokens<Scalar>& in, const LawOptions& options = {}) {
   const Index rows = in.x.rows();
@@ -697,8 +699,8 @@ std::vector<LawResult> check_plan_laws(const DensePlan<Scalar>& plan, Index dim,
           combine_is_adjoint(plan, dim, options)};
 }
 
-/// The same bits with Keep::inputs, and the same y with Keep::nothing and with frozen weights, after which there is no
-/// backward.
+/// Results are bit-identical with Keep::inputs. So is y with Keep::nothing and with frozen weights,
+/// after which there is no backward.
 template <class Layer, class Scalar = typename Layer::Scalar>
 LawResult keeping_less_changes_nothing(const Layer& layer, const Tokens<Scalar>& in,
                                        RowView<const std::type_identity_t<Scalar>> dy, const LawOptions& options = {}) {
