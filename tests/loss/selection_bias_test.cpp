@@ -46,4 +46,13 @@ TEST_CASE("selection bias: another number of experts is refused") {
   CHECK((bias.array() == 0).all());
 }
 
+TEST_CASE("selection bias: a rate that is no ordinary number of the scalar is refused, and nothing is written") {
+  Matrix<float> bias = moxie::test::untouched<float>(1, 2);
+  const std::vector<std::int64_t> load{1, 3};
+  for (const double rate : {1e300, 1e-300, std::nan("")}) {
+    CHECK_THROWS_AS(moxie::update_selection_bias(RowView<float>(bias), load, rate), moxie::ValueError);
+  }
+  CHECK(moxie::test::is_untouched(bias));
+}
+
 }  // namespace

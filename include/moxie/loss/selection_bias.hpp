@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <moxie/core/matrix.hpp>
 #include <moxie/loss/config.hpp>
 #include <span>
 
