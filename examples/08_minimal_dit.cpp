@@ -305,7 +305,7 @@ Images sample(DiT<float>& model, const Weights& weights, const std::vector<Index
 
 /// samples.png: ten images of each class in a row. routing.png: for the first of them, at t = 1, .88, ..., .04,
 /// the image that the network expects, x_t - t v, each patch in the color of the expert that counts most for
-/// it in the last block.
+/// it in the second block.
 void draw(DiT<float>& model, const Weights& weights, const std::filesystem::path& folder) {
   const Shape& shape = model.shape();
   const Index H = shape.image, g = shape.grid();
@@ -321,7 +321,7 @@ void draw(DiT<float>& model, const Weights& weights, const std::filesystem::path
       for (Index b = 0; b < expected.rows(); b += 10) {
         routing.paint(b / 10, step / 3, &expected(b, 0), H, 2, [&](Index pixel) {
           const Index token = (b * g + pixel / H / shape.patch) * g + pixel % H / shape.patch;
-          return nn::palette(model.block(shape.depth - 1).first_choice(token));
+          return nn::palette(model.block(1).first_choice(token));
         });
       }
     }
@@ -339,7 +339,7 @@ int main(int argc, char** argv) {
   const nn::ImageSet data = nn::fashion_mnist_or_shapes();
   std::printf("%s\n", data.origin.c_str());
   DiT<float> model(Shape{});
-  const Weights weights = train(model, data, argc > 2 ? std::atoi(argv[2]) : 1200);
+  const Weights weights = train(model, data, argc > 2 ? std::atoi(argv[2]) : 1000);
   draw(model, weights, argc > 1 ? argv[1] : "out/minimal_dit");
   return weights.flat().isFinite().all() ? 0 : 1;
 }

@@ -48,19 +48,24 @@ struct Picture {
   }
 
   /// A square gray image of side² pixels in [-1, 1], in place (row, column) of a grid of such images, each pixel `zoom` pixels
-  /// wide. Where it is white, the picture becomes `color(pixel)`; where it is black, black.
+  /// wide. Where it is white, the picture becomes `color(pixel)`; where it is black, `darkest` times that.
   template <class Colors>
-  void paint(Index row, Index column, const float* image, Index side, Index zoom, Colors&& color) {
+  void paint(Index row, Index column, const float* image, Index side, Index zoom, Colors&& color, float darkest = 0.3F) {
     for (Index pixel = 0; pixel < side * side; ++pixel) {
-      const float light = std::clamp(image[pixel] / 2 + 0.5F, 0.0F, 1.0F);
+      const float light = darkest + (1 - darkest) * std::clamp(image[pixel] / 2 + 0.5F, 0.0F, 1.0F);
       Color c = color(pixel);
       std::transform(c.begin(), c.end(), c.begin(), [&](std::uint8_t part) { return std::uint8_t(light * float(part)); });
       fill(zoom * (column * side + pixel % side), zoom * (row * side + pixel / side), zoom, c);
     }
   }
-  /// The same in gray.
+  /// The same in gray, black being black.
   void paint(Index row, Index column, const float* image, Index side, Index zoom) {
-    paint(row, column, image, side, zoom, [](Index) { return Color{255, 255, 255}; });
+    paint(
+        row, column, image, side, zoom,
+        [](Index) {
+          return Color{255, 255, 255};
+        },
+        0);
   }
 };
 

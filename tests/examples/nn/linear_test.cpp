@@ -44,6 +44,8 @@ TEST_CASE("Linear: is x W' + b, and its gradients agree with finite differences"
   CHECK(check_gradient(loss, p["l.weight"], dp["l.weight"]).passes(tolerance));
   CHECK(check_gradient(loss, p["l.bias"], dp["l.bias"]).passes(tolerance));
   const Matrix<double> once = dx;
+  const Parameters<double> dp_once = dp;
   linear.backward(p, x, dy, dx, dp, Exec{1}, true);
   CHECK((dx - 2 * once).cwiseAbs().maxCoeff() < 1e-12);
+  CHECK((dp.flat() - 2 * dp_once.flat()).abs().maxCoeff() < 1e-12);
 }

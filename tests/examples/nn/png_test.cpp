@@ -66,18 +66,22 @@ TEST_CASE("write_png: signature, blocks with their checksums, and rows that deco
 TEST_CASE("Picture: paints an image in its place, white in the color of the pixel") {
   nn::Picture picture(8, 4);
   const std::vector<float> image{-1, 1, 0, 7};
-  picture.paint(0, 1, image.data(), 2, 2, [](moxie::Index pixel) { return nn::palette(pixel + 7); });
+  picture.paint(
+      0, 1, image.data(), 2, 2, [](moxie::Index pixel) { return nn::palette(pixel + 7); }, 0.5F);
   const auto at = [&](std::size_t x, std::size_t y) {
     const std::uint8_t* c = &picture.rgb[3 * (8 * y + x)];
     return nn::Picture::Color{c[0], c[1], c[2]};
   };
   CHECK(at(3, 1) == nn::Picture::Color{255, 255, 255});  // outside
-  CHECK(at(4, 0) == nn::Picture::Color{0, 0, 0});
+  CHECK(at(4, 0) == nn::Picture::Color{112, 112, 112});
   CHECK(at(6, 0) == nn::palette(0));
   CHECK(at(7, 1) == nn::palette(0));
-  CHECK(at(4, 2)[0] == nn::palette(1)[0] / 2);
+  CHECK(at(4, 2)[0] == nn::palette(1)[0] * 3 / 4);
   CHECK(at(6, 3) == nn::palette(2));
   CHECK(nn::palette(0) != nn::palette(1));
+  picture.paint(0, 0, image.data(), 2, 2);
+  CHECK(at(0, 0) == nn::Picture::Color{0, 0, 0});
+  CHECK(at(3, 0) == nn::Picture::Color{255, 255, 255});
 }
 
 TEST_CASE("Picture: refuses sizes that no picture has; write_png: refuses a path that cannot be written") {
