@@ -97,7 +97,7 @@ int sample(const fs::path& checkpoint, const ForeignOptions& foreign, const Draw
   const OutputFolder files(folder);
   expect_another_file(checkpoint, files("samples.safetensors"));
   expect_another_file(checkpoint, files("routing.safetensors"));
-  const auto count = std::uintmax_t(drawing.labels(config.model.classes).size());
+  const std::uintmax_t count = drawing.labels(config.model.classes).size();
   files.expect_room_for("samples.safetensors", count * std::uintmax_t(config.model.image_dim()) * sizeof(float));
   return with_checkpoint(file, config, bfloat16, exec,
                          [&](const auto& model, ParameterView<const float> weights, Index parameters) {

@@ -7,10 +7,10 @@
 #define MOXIE_FLOAT_MODE_FPCR
 #else
 #include <cfenv>
-#include <moxie/config.hpp>
 #endif
 
 #include <cstdint>
+#include <moxie/config.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
