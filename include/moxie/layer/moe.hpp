@@ -6,6 +6,7 @@
 #include <moxie/exchange/combine.hpp>
 #include <moxie/exchange/dispatch.hpp>
 #include <moxie/expert/bank.hpp>
+#include <moxie/layer/cost.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/statistics.hpp>
 #include <optional>
@@ -168,6 +169,18 @@ class Moe {
   const Experts_& experts() const { return experts_; }
   Index model_dim() const { return experts_.model_dim(); }
 
+  /// What T tokens cost that are not masked, with the rows that the router plans: T·K for top-k, E·C of each sequence for
+  /// expert choice, N of each for Soft MoE. Where the tokens decide (top-p, a capacity) it is the most that it can be.
+  ///
+  /// Throws ShapeError if the tokens do not divide so, ValueError for a router that does not tell its rows.
+  Cost multiply_adds(Index tokens, const Sequences& division = {}) const {
+    return detail::mixture_cost(router_, experts_, shared_, division.over(tokens));
+  }
+  /// What the forward of a tape cost, by the rows of its plan; 0 where there was none.
+  Cost multiply_adds(const Tape& tape) const {
+    return detail::mixture_cost(router_, experts_, shared_, tape.plan_, (std::max)(tape.sequence_starts_.size() - 1, Index{0}));
+  }
+
   /// Without tensors where the layer was moved away.
   const Layout& layout() const { return layout_ != nullptr ? *layout_ : *detail::empty_layout(); }
   /// The layer's own block.
@@ -234,7 +247,6 @@ class Moe {
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
     tape.condition_dim_ = in.condition.cols();
-    in.sequences.copy_starts(tape.sequence_starts_);
   }
 
   /// Packs the layer's weights, or those of a block, for any number of forwards without a backward.
@@ -333,6 +345,7 @@ class Moe {
 
     tape.layer_.reset();
     try {
+      in.sequences.copy_starts(tape.sequence_starts_);
       run_unmasked(weights, in, y, tape, workspace, exec);
     } catch (...) {  // a tape without a forward, not one with parts of two
       tape.masked_ = false;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <moxie/core/cost.hpp>
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/score.hpp>
@@ -71,6 +72,12 @@ class ClusterRouter {
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.of_tokens ? config_.feature_dim : -1; }
+  /// R of a call: T·K.
+  Index most_rows(const Sequences& sequences) const { return sequences.tokens() * config_.top_k; }
+  /// Of the distances. There is no backward.
+  Cost multiply_adds(Index tokens, Index sequences) const {
+    return {double(config_.of_tokens ? tokens : sequences) * double(config_.feature_dim) * double(config_.experts), 0};
+  }
   /// Standard normal: a placeholder, until `balanced_k_means` has fitted them.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { rng.fill_normal(p[centroids_]); }
 

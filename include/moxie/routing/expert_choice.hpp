@@ -61,6 +61,13 @@ class ExpertChoiceRouter {
 
   /// C of a group of that many tokens. Throws ValueError for a capacity below 1.
   Index capacity(Index tokens) const { return config_.room(tokens); }
+  /// R of a call: E·C of each group.
+  Index most_rows(const Sequences& sequences) const {
+    Index rows = 0;
+    config_.capacity.groups(sequences).for_each(
+        [&](Index, Index begin, Index end) { rows += config_.experts * config_.room(end - begin); });
+    return rows;
+  }
 
   /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` and choices or weights from
   /// elsewhere, which experts do not have.

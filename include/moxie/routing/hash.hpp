@@ -40,6 +40,8 @@ class HashRouter : public FixedRouter<Scalar_> {
 
   const Config& config() const { return config_; }
   Index experts() const { return config_.experts; }
+  /// R of a call: T.
+  Index most_rows(const Sequences& sequences) const { return sequences.tokens(); }
   /// The expert of an id.
   Index expert_of(std::int64_t id) const {
     return Index(Rng(config_.seed).bits(static_cast<std::uint64_t>(id)) % std::uint64_t(config_.experts));

@@ -47,6 +47,8 @@ class SoftRouter {
   Index model_dim() const { return config_.model_dim; }
   /// N = E·S.
   Index slot_count() const { return config_.slot_count(); }
+  /// R of a call: B·N.
+  Index most_rows(const Sequences& sequences) const { return sequences.count() * slot_count(); }
 
   /// Φ normal with deviation 1/√G, scale `initial_scale`.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {

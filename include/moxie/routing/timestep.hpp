@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/core/cost.hpp>
 #include <moxie/kernel/activation.hpp>
 #include <moxie/kernel/gemm.hpp>
 #include <moxie/kernel/rows.hpp>
@@ -76,6 +77,13 @@ class TimestepRouter {
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return -1; }
+  /// R of a call: T·K.
+  Index most_rows(const Sequences& sequences) const { return sequences.tokens() * config_.top_k; }
+  /// Of the gate, which reads a condition for each sequence.
+  Cost multiply_adds(Index /*tokens*/, Index sequences) const {
+    const double products = double(sequences) * double(config_.condition_dim) * double(config_.experts);
+    return {products, 2 * products};
+  }
 
   /// Weights uniform on ±√(6 / (C + E)), biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {

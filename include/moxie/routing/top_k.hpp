@@ -118,6 +118,18 @@ class TopKRouter {
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
+  /// R of a call: T·K, or with a capacity the most that it can be, min(L·K, E·C) of each group.
+  Index most_rows(const Sequences& sequences) const {
+    if (!config_.capacity.limited()) {
+      return sequences.tokens() * config_.top_k;
+    }
+    Index rows = 0;
+    config_.capacity.groups(sequences).for_each([&](Index, Index begin, Index end) {
+      const Index pairs = (end - begin) * config_.top_k;
+      rows += pairs == 0 ? 0 : (std::min)(pairs, config_.experts * expert_capacity(pairs, config_.experts, config_.capacity));
+    });
+    return rows;
+  }
 
   /// The gate as `Gate` says, the selection bias zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {

@@ -74,6 +74,10 @@ class TopPRouter {
   const Layout& layout() const { return layout_; }
   Index experts() const { return config_.experts; }
   Index model_dim() const { return config_.model_dim; }
+  /// The most that R of a call can be: `most` experts for every token.
+  Index most_rows(const Sequences& sequences) const {
+    return sequences.tokens() * (config_.most > 0 ? (std::min)(config_.most, config_.experts) : config_.experts);
+  }
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
 
   /// `in.top_k` is another `most` for this call. Throws ValueError naming the first token whose logits are not finite, and for
