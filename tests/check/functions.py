@@ -18,7 +18,7 @@ def functions(table):
     """(file, first line, name, lines, complexity, parameters) of each function of a table of lizard."""
     with open(table, newline="") as rows:
         for row in csv.reader(rows):
-            yield row[6], int(row[9]), row[7], int(row[4]), int(row[1]), int(row[3])
+            yield row[6], int(row[9]), row[7].replace("inlineMOXIE_NAMESPACE::", ""), int(row[4]), int(row[1]), int(row[3])
 
 
 def is_public(path, first, name):

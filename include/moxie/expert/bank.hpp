@@ -15,13 +15,6 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// What a forward keeps for its backward.
-enum class Keep {
-  activations,  ///< all that backward needs
-  inputs,       ///< only the routing: backward computes the experts again, in scratch
-  nothing,      ///< no backward follows (inference)
-};
-
 /// E experts over one block of weights: what a layer calls, over all routed rows at once, so that products can be grouped and
 /// fused.
 ///

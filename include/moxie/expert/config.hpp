@@ -6,6 +6,13 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
+/// What a forward keeps for its backward.
+enum class Keep {
+  activations,  ///< all that backward needs
+  inputs,       ///< the routing alone: backward computes the experts again, in scratch
+  nothing,      ///< no backward follows (inference)
+};
+
 /// Options of the expert families with one hidden layer.
 struct HiddenConfig {
   Index hidden_dim = 0;  ///< H

@@ -161,6 +161,18 @@ bool same_selection(const DensePlan<Scalar>& /*a*/, const DensePlan<Scalar>& /*b
   return true;
 }
 
+/// The plan of a tape; of one that shows none, nothing that could differ.
+struct NoPlan {};
+inline bool same_selection(const NoPlan& /*a*/, const NoPlan& /*b*/) { return true; }
+template <class Tape>
+auto plan_of(const Tape& tape) {
+  if constexpr (requires { tape.plan(); }) {
+    return tape.plan();
+  } else {
+    return NoPlan{};
+  }
+}
+
 }  // namespace detail
 
 /// The gradients of a whole layer against differences of loss = ⟨y, dy⟩ + balance_loss: of x, of the condition, the gate's own
@@ -168,7 +180,8 @@ bool same_selection(const DensePlan<Scalar>& /*a*/, const DensePlan<Scalar>& /*b
 ///
 /// The layer's own parameters are used and stay as they are. Backward takes what was selected as constant, so a layer with
 /// top-k is compared only where moving an element by 2h leaves the plan as it is; other elements are counted as skipped (choose
-/// a smaller step or another input). Throws what forward and backward throw.
+/// a smaller step or another input). Where the tape shows no plan (`AnyLayer`, a block around a layer), nothing is skipped, and
+/// a selection that changes is an error. Throws what forward and backward throw.
 template <class Layer>
 std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Tokens<double>& in, RowView<const double> dy,
                                                   const Exec& exec = {}, const GradientOptions& options = {}) {
@@ -195,11 +208,11 @@ std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Toke
   din.weight = dweight;
   layer.backward(parameters, moved, dy, din, grads, tape, exec);
 
-  const auto plan = tape.plan();
+  const auto plan = detail::plan_of(tape);
   const auto loss = [&] {
     layer.forward(parameters, moved, y, tape, exec);
-    return detail::same_selection(plan, tape.plan()) ? detail::inner(y, dy) + tape.balance_loss()
-                                                     : std::numeric_limits<double>::quiet_NaN();
+    return detail::same_selection(plan, detail::plan_of(tape)) ? detail::inner(y, dy) + tape.balance_loss()
+                                                               : std::numeric_limits<double>::quiet_NaN();
   };
   std::vector<GradientReport> reports{check_gradient(loss, x, dx, options, "x")};
   if (condition.rows() != 0) {
