@@ -10,7 +10,11 @@
 #include <moxie/expert/mlp.hpp>
 #include <moxie/expert/upcycle.hpp>
 #include <moxie/kernel/instruction_set.hpp>
+#include <moxie/layer/any_layer.hpp>
+#include <moxie/layer/cost.hpp>
+#include <moxie/layer/dense_feed_forward.hpp>
 #include <moxie/layer/expert_choice_moe.hpp>
+#include <moxie/layer/layer.hpp>
 #include <moxie/layer/moe.hpp>
 #include <moxie/layer/shared_expert_moe.hpp>
 #include <moxie/layer/soft_moe.hpp>

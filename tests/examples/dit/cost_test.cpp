@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <dit/cost.hpp>
+#include <moxie/moxie.hpp>
 
 using dit::Cost;
 using dit::cost_of;
@@ -98,4 +99,41 @@ TEST_CASE("cost_of: refuses what no model is") {
   c = small("soft");
   c.mixture_from = 1;
   CHECK_THROWS_AS(cost_of(c), moxie::ValueError);
+}
+
+TEST_CASE("feed_forward_cost: the multiply-adds that the layers count themselves") {
+  for (const char* feed_forward : {"shared", "top-k", "expert-choice", "soft", "dense"}) {
+    CAPTURE(feed_forward);
+    dit::TrainingConfig c = small(feed_forward);
+    c.slots_per_expert = 3;
+    for (const double capacity : {1., 1.5, 2.}) {
+      c.capacity_factor = capacity;
+      const Index length = c.model.tokens();
+      const double expected = double(length) * dit::feed_forward_cost(c).multiply_adds;
+      const auto check = [&](const auto& layer) {
+        const moxie::Cost cost = layer.multiply_adds(length);
+        CHECK(cost.forward == doctest::Approx(expected).epsilon(1e-15));
+        CHECK(cost.backward == 2 * cost.forward);
+        CHECK(layer.multiply_adds(4 * length, length) == 4 * cost);  // of a batch of images
+      };
+      const Index dim = c.model.dim;
+      if (c.feed_forward == "shared") {
+        check(moxie::SharedExpertMoE<float>({.model_dim = dim,
+                                             .experts = c.experts,
+                                             .top_k = c.top_k,
+                                             .expert = {c.hidden_dim},
+                                             .shared = {c.shared_hidden_dim}}));
+      } else if (c.feed_forward == "top-k") {
+        check(moxie::TopKMoE<float>({.model_dim = dim, .experts = c.experts, .top_k = c.top_k, .expert = {c.hidden_dim}}));
+      } else if (c.feed_forward == "expert-choice") {
+        check(moxie::ExpertChoiceMoE<float>(
+            {.model_dim = dim, .experts = c.experts, .expert = {c.hidden_dim}, .capacity = {.factor = c.capacity_factor}}));
+      } else if (c.feed_forward == "soft") {
+        check(moxie::SoftMoE<float>(
+            {.model_dim = dim, .experts = c.experts, .slots_per_expert = c.slots_per_expert, .expert = {c.hidden_dim}}));
+      } else {
+        check(moxie::DenseFeedForward<moxie::GeluTanhExperts<float>>({.model_dim = dim, .expert = {c.hidden_dim}}));
+      }
+    }
+  }
 }
