@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <allocations.hpp>
+#include <cmath>
 #include <moxie/layer/top_k_moe.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <moxie/testing/laws.hpp>
@@ -290,6 +291,55 @@ TEST_CASE("top-k layer: a logit that is not finite is refused with the token's i
     CAPTURE(message);
     CHECK(moxie::test::contains(message, "token 5 "));
     CHECK(moxie::test::is_untouched(y));
+  }
+}
+
+// With dy = 0 all gradients are those of the balance losses.
+TEST_CASE("top-k moe: the gradient of the balance losses has the caller's factor, masked or not") {
+  for (const moxie::Score score : {moxie::Score::softmax, moxie::Score::sigmoid}) {
+    TopKMoE<double> layer({.model_dim = 6,
+                           .experts = 4,
+                           .top_k = 2,
+                           .expert = {.hidden_dim = 8},
+                           .balance = {.expert_level = 0.3, .sequence_level = 0.2, .importance = 0.1, .z = 0.4},
+                           .score = score});
+    layer.initialize(moxie::Rng{5});
+    const Matrix<double> x = moxie::test::random<double>(12, 6, 771);
+    const Matrix<double> dy = Matrix<double>::Zero(12, 6);
+    std::vector<std::uint8_t> mask(12, 1);
+    for (const bool masked : {false, true}) {
+      mask[3] = masked ? 0 : 1;
+      Tokens<double> in(x, 4);
+      in.mask = mask;
+      auto tape = layer.make_tape();
+      Matrix<double> y(12, 6);
+      layer.forward(in, y, tape);
+      const auto gradient = [&](double factor) {
+        auto grads = layer.parameters().zeros_like();
+        Matrix<double> dx(12, 6);
+        moxie::TokensGradient<double> din(dx);
+        din.loss_factor = factor;
+        layer.backward(in, dy, din, grads, tape);
+        return std::pair(dx, grads);
+      };
+      const auto [dx, grads] = gradient(1);
+      const auto [scaled_dx, scaled_grads] = gradient(1024);
+      const auto [none_dx, none_grads] = gradient(0);
+      CHECK(dx.norm() > 1e-3);
+      CHECK(moxie::test::same_bits(scaled_dx, Matrix<double>(1024 * dx)));  // a power of two rounds nothing
+      CHECK((scaled_grads.flat() == 1024 * grads.flat()).all());
+      CHECK(none_dx.norm() == 0);
+      CHECK((none_grads.flat() == 0).all());
+    }
+    moxie::TokensGradient<double> din;
+    Matrix<double> y(12, 6), dx(12, 6);
+    auto tape = layer.make_tape();
+    layer.forward({x, 4}, y, tape);
+    auto grads = layer.parameters().zeros_like();
+    din.x = dx;
+    din.loss_factor = std::nan("");
+    CHECK_THROWS_AS(layer.backward({x, 4}, dy, din, grads, tape), moxie::ValueError);
+    CHECK((grads.flat() == 0).all());
   }
 }
 

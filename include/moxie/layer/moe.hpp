@@ -222,7 +222,8 @@ class Moe {
   }
 
   /// From a forward's input and tape: overwrites dx (T,D), and the gradient of the condition where `din` has one; adds to the
-  /// gradients of all parameters. The gradient is that of ⟨y, dy⟩ + balance_loss. Rows of dx that are masked become 0.
+  /// gradients of all parameters. The gradient is that of ⟨y, dy⟩ + din.loss_factor · balance_loss.
+  /// Rows of dx that are masked become 0.
   ///
   /// Throws ShapeError for other shapes or a block of another layout, ValueError if the tape holds no forward of this layer
   /// (or a copy of it) and input, or what is written overlaps what is read, before anything is written.
@@ -319,6 +320,7 @@ class Moe {
       std::copy_n(dy.row(tape.unmasked_[i]), model_dim(), dy_part.row(i));
     }
     TokensGradient<Scalar> part(dx_part, din.condition);
+    part.loss_factor = din.loss_factor;
     part.gate_x = workspace.matrix<Scalar>(unmasked.count(), din.gate_x.cols());
     part.weight = workspace.matrix<Scalar>(unmasked.count(), din.weight.cols());
     detail::fill_rows(part.gate_x, Scalar(0));

@@ -57,6 +57,15 @@ struct Balance {
     return expert_level > 0 || sequence_level > 0 || device_level > 0 || gshard > 0 || importance > 0 || mean_entropy > 0 ||
            token_entropy > 0;
   }
+  /// All losses times a factor.
+  Balance times(double factor) const {
+    Balance out = *this;
+    for (double* w : {&out.expert_level, &out.sequence_level, &out.device_level, &out.gshard, &out.importance, &out.load,
+                      &out.z, &out.mean_entropy, &out.token_entropy}) {
+      *w *= factor;
+    }
+    return out;
+  }
   /// Throws ValueError for a weight that is negative, NaN, or no ordinary number of `Scalar`, and devices that do not divide
   /// the experts.
   template <class Scalar = double>

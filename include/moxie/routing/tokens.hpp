@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -115,6 +116,9 @@ struct TokensGradient {
   RowView<Scalar> condition = {};  ///< (B,C), or empty
   RowView<Scalar> gate_x = {};     ///< (T,G), or empty: then the gate's gradient goes nowhere if it has an input of its own
   RowView<Scalar> weight = {};     ///< (T,K), or empty
+  /// The factor of the balance losses: the gradient is that of ⟨y, dy⟩ + loss_factor · balance_loss. It is what dy was scaled
+  /// with: the loss scale of mixed precision, or 1 / N for N micro-batches whose losses are averaged.
+  double loss_factor = 1;
 
   TokensGradient() = default;
   template <class M>
@@ -241,6 +245,7 @@ void expect_tokens_gradient(std::string_view where, const Tokens<Scalar>& in, co
       expect_value(!rows_overlap(d), where, "the rows of " + std::string(name) + " overlap");
     }
   };
+  expect_value(std::isfinite(Scalar(din.loss_factor)), where, "loss_factor is not finite");
   expect("dgate_x", din.gate_x, in.gate_x);
   expect("dweight", din.weight, in.weight);
   const RowView<Scalar> written[] = {din.x, din.condition, din.gate_x, din.weight};

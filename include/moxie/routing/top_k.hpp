@@ -193,7 +193,7 @@ class TopKRouter {
     // What does not pass through the scores on its way to the logits.
     const RowView<Scalar> dlogits = losses ? zeros(tokens, experts, workspace) : RowView<Scalar>();
     if (losses) {
-      add_loss_gradients(in, tape, dz, dlogits, workspace, exec);
+      add_loss_gradients(in, din.loss_factor, tape, dz, dlogits, workspace, exec);
     }
     if (tape.dscores_.size() > 0) {
       detail::add_rows(tape.dscores_.view(tokens, experts), dz);
@@ -377,17 +377,17 @@ class TopKRouter {
     }
   }
 
-  /// Adds the gradients of the losses to ∂/∂scores, and to ∂/∂logits what does not pass through the scores.
-  void add_loss_gradients(const Tokens<Scalar>& in, const Tape& tape, RowView<Scalar> dscores, RowView<Scalar> dlogits,
-                          Workspace& workspace, const Exec& exec) const {
+  /// Adds the gradients of `factor` times the losses to ∂/∂scores, and to ∂/∂logits what does not pass through the scores.
+  void add_loss_gradients(const Tokens<Scalar>& in, double factor, const Tape& tape, RowView<Scalar> dscores,
+                          RowView<Scalar> dlogits, Workspace& workspace, const Exec& exec) const {
     const Workspace::Frame frame(workspace);
     const bool softmax = config_.score == Score::softmax;
     const bool normalizes = !softmax && config_.balance.of_probabilities();
     const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
     const RowView<Scalar> dprobabilities = normalizes ? zeros(tape.tokens_, tape.experts_, workspace) : dscores;
     const RowView<Scalar> dclean = clean ? zeros(tape.tokens_, tape.experts_, workspace) : dprobabilities;
-    balance_backward<Scalar>(config_.balance, losses_of(in, tape), tape.totals_, {dprobabilities, dclean, dlogits, dlogits},
-                             workspace);
+    balance_backward<Scalar>(config_.balance.times(factor), losses_of(in, tape), tape.totals_,
+                             {dprobabilities, dclean, dlogits, dlogits}, workspace);
     if (normalizes) {
       sigmoid_probabilities_backward<Scalar>(tape.probabilities_.view(tape.tokens_, tape.experts_), tape.scores(),
                                              dprobabilities, exec);

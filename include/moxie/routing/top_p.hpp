@@ -136,7 +136,8 @@ class TopPRouter {
       dz(tape.token_[plan.pair(r)], tape.expert_[plan.pair(r)]) = Scalar(config_.scale) * dplan.weight[r];
     }
     for (Index t = 0; t < in.count() && config_.token_entropy > 0; ++t) {
-      entropy_backward(std::span<const Scalar>(s.row(t), std::size_t(s.cols())), config_.token_entropy / double(in.count()),
+      entropy_backward(std::span<const Scalar>(s.row(t), std::size_t(s.cols())),
+                       din.loss_factor * config_.token_entropy / double(in.count()),
                        std::span<Scalar>(dz.row(t), std::size_t(s.cols())));
     }
     softmax_rows_backward(s, dz, exec);
