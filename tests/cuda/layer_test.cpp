@@ -198,6 +198,7 @@ TEST_CASE_TEMPLATE("device: expert choice", S, float, double) {
   SUBCASE("noise") {
     c.noise.logits = 1;
     in.training = true;
+    in.rng = Rng(5);
   }
   check_same_step<moxie::ExpertChoiceMoE<S>>(c, in, tolerance);
 }

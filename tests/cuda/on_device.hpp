@@ -155,8 +155,8 @@ class OnDevice {
                  .sequences = in.sequences,
                  .mask = in.mask,
                  .training = in.training,
-                 .seed = in.rng.seed(),
-                 .stream = in.rng.stream(),
+                 .seed = in.rng.value_or(Rng(0)).seed(),
+                 .stream = in.rng.value_or(Rng(0)).stream(),
                  .noise = noise.size() == 0 ? nullptr : noise.data(),
                  .top_k = in.top_k};
     }
