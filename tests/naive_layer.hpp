@@ -28,6 +28,7 @@ struct Weights {
   std::map<std::string, Rows> tensors;
 
   const Rows& operator[](const std::string& name) const { return tensors.at(name); }
+  bool has(const std::string& name) const { return tensors.count(name) != 0; }
 };
 
 /// A batch without masked tokens: rows, and the tokens of every sequence.
@@ -475,14 +476,19 @@ inline Row plus(Row a, const Row& b) {
   }
   return a;
 }
-inline ExpertFunction glu(Var (*activation)(const Var&)) {
-  return [activation](const Weights& p, const std::string& prefix, const Row& x) {
-    Row hidden = linear(p[prefix + "gate_proj.weight"], x);
-    const Row up = linear(p[prefix + "up_proj.weight"], x);
+/// unit(x Wgᵀ + bg, x Wuᵀ + bu) Wdᵀ + bd, biases where there are tensors of them.
+inline ExpertFunction glu(std::function<Var(const Var& gate, const Var& up)> unit) {
+  return [unit = std::move(unit)](const Weights& p, const std::string& prefix, const Row& x) {
+    const auto projection = [&](const std::string& name, const Row& in) {
+      const Row out = linear(p[prefix + name + ".weight"], in);
+      return p.has(prefix + name + ".bias") ? plus(out, p[prefix + name + ".bias"][0]) : out;
+    };
+    Row hidden = projection("gate_proj", x);
+    const Row up = projection("up_proj", x);
     for (std::size_t i = 0; i < hidden.size(); ++i) {
-      hidden[i] = activation(hidden[i]) * up[i];
+      hidden[i] = unit(hidden[i], up[i]);
     }
-    return linear(p[prefix + "down_proj.weight"], hidden);
+    return projection("down_proj", hidden);
   };
 }
 inline ExpertFunction mlp(Var (*activation)(const Var&)) {

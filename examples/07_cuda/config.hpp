@@ -5,7 +5,7 @@
 #include <moxie/layer/config.hpp>
 
 /// The options of the layer, for both sides.
-inline moxie::SharedExpertMoEConfig<moxie::HiddenConfig> layer_config() {
+inline moxie::SharedExpertMoEConfig<moxie::GluConfig<>> layer_config() {
   return {.model_dim = 64,
           .experts = 8,
           .top_k = 2,

@@ -16,10 +16,10 @@ using moxie::test::message_of;
 using namespace moxie::cuda;
 
 TEST_CASE("device: options that no layer has are refused") {
-  const auto message = [](moxie::TopKMoEConfig<moxie::HiddenConfig> c) {
+  const auto message = [](moxie::TopKMoEConfig<moxie::GluConfig<>> c) {
     return message_of<moxie::ValueError>([&] { TopKMoE<float> layer(c); });
   };
-  moxie::TopKMoEConfig<moxie::HiddenConfig> c{.model_dim = 8, .experts = 4, .top_k = 5, .expert = {.hidden_dim = 8}};
+  moxie::TopKMoEConfig<moxie::GluConfig<>> c{.model_dim = 8, .experts = 4, .top_k = 5, .expert = {.hidden_dim = 8}};
   CHECK(message(c) == "TopKRouter: top_k is 5, expected at most the 4 experts");
   c.top_k = 2;
   CHECK(message(c) == "nothing was thrown");
@@ -135,8 +135,7 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
 TEST_CASE(
     "device: overlapping and repeated rows, other blocks of the same size, and tapes of layers that are gone are refused") {
   DeviceExec exec;
-  const moxie::TopKMoEConfig<moxie::HiddenConfig> config{
-      .model_dim = 4, .experts = 2, .top_k = 1, .expert = {.hidden_dim = 32}};
+  const moxie::TopKMoEConfig<moxie::GluConfig<>> config{.model_dim = 4, .experts = 2, .top_k = 1, .expert = {.hidden_dim = 32}};
   auto layer = std::make_unique<TopKMoE<float>>(config);
   DeviceParameters<float> p(exec, layer->layout());
   Matrix<float> x = Matrix<float>::Ones(6, 4);
@@ -199,12 +198,12 @@ TEST_CASE("device: parts that do not fit, a scale and a selection bias that are 
 
 TEST_CASE("device: the selection bias takes the CPU's step, over micro-batches; what it refuses") {
   DeviceExec exec;
-  const moxie::TopKMoEConfig<moxie::HiddenConfig> config{.model_dim = 8,
-                                                         .experts = 5,
-                                                         .top_k = 2,
-                                                         .expert = {.hidden_dim = 8},
-                                                         .selection_bias = true,
-                                                         .capacity = {.factor = 0.5}};
+  const moxie::TopKMoEConfig<moxie::GluConfig<>> config{.model_dim = 8,
+                                                        .experts = 5,
+                                                        .top_k = 2,
+                                                        .expert = {.hidden_dim = 8},
+                                                        .selection_bias = true,
+                                                        .capacity = {.factor = 0.5}};
   moxie::TopKMoE<float> host(config);
   host.initialize(moxie::Rng(1));
   const TopKMoE<float> layer(config);

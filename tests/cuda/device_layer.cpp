@@ -151,17 +151,22 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
   DeviceCost cost_;
 };
 
+/// Nothing for options of other experts.
 template <class Layer, class Config>
 std::unique_ptr<DeviceLayer<typename Layer::Scalar>> make(const Config& config) {
-  return std::make_unique<Implementation<Layer>>(config);
+  if constexpr (std::is_same_v<Config, typename Layer::Config>) {
+    return std::make_unique<Implementation<Layer>>(config);
+  } else {
+    return nullptr;
+  }
 }
 
 template <class S>
 using Made = std::unique_ptr<DeviceLayer<S>>;
 
 // The combinations that the tests look at: every layer, and every kind of expert once.
-template <class S>
-Made<S> make_one(const TopKMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool bfloat16) {
+template <class S, class Expert>
+Made<S> make_one(const TopKMoEConfig<Expert>& config, DeviceExperts experts, bool bfloat16) {
   if constexpr (std::is_same_v<S, float>) {
     if (bfloat16 && experts == DeviceExperts::swiglu) {
       return make<cuda::TopKMoE<S, cuda::SwiGluExperts<S, BFloat16>>>(config);
@@ -176,13 +181,16 @@ Made<S> make_one(const TopKMoEConfig<HiddenConfig>& config, DeviceExperts expert
   if (experts == DeviceExperts::quick_glu) {
     return make<cuda::TopKMoE<S, cuda::GluExperts<S, QuickGelu>>>(config);
   }
+  if (experts == DeviceExperts::clamped_swiglu) {
+    return make<cuda::TopKMoE<S, cuda::ClampedSwiGluExperts<S>>>(config);
+  }
   if (experts == DeviceExperts::quick_gelu) {
     return make<cuda::TopKMoE<S, cuda::MlpExperts<S, QuickGelu>>>(config);
   }
   return experts == DeviceExperts::gelu_tanh ? make<cuda::TopKMoE<S, cuda::GeluTanhExperts<S>>>(config) : nullptr;
 }
-template <class S>
-Made<S> make_one(const SharedExpertMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool bfloat16) {
+template <class S, class Expert>
+Made<S> make_one(const SharedExpertMoEConfig<Expert>& config, DeviceExperts experts, bool bfloat16) {
   if constexpr (std::is_same_v<S, float>) {
     if (bfloat16 && experts == DeviceExperts::gelu_tanh) {
       return make<cuda::SharedExpertMoE<S, cuda::GeluTanhExperts<S, BFloat16>>>(config);
@@ -204,20 +212,21 @@ Made<S> make_one(const SharedExpertMoEConfig<HiddenConfig>& config, DeviceExpert
     case DeviceExperts::relu_squared:
       return make<cuda::SharedExpertMoE<S, cuda::ReluSquaredExperts<S>>>(config);
     case DeviceExperts::quick_glu:
+    case DeviceExperts::clamped_swiglu:
     case DeviceExperts::quick_gelu:
       break;
   }
   return nullptr;
 }
-template <class S>
-Made<S> make_one(const ExpertChoiceMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool /*bfloat16*/) {
+template <class S, class Expert>
+Made<S> make_one(const ExpertChoiceMoEConfig<Expert>& config, DeviceExperts experts, bool /*bfloat16*/) {
   if (experts == DeviceExperts::swiglu) {
     return make<cuda::ExpertChoiceMoE<S>>(config);
   }
   return experts == DeviceExperts::gelu_tanh ? make<cuda::ExpertChoiceMoE<S, cuda::GeluTanhExperts<S>>>(config) : nullptr;
 }
-template <class S>
-Made<S> make_one(const SoftMoEConfig<HiddenConfig>& config, DeviceExperts experts, bool bfloat16) {
+template <class S, class Expert>
+Made<S> make_one(const SoftMoEConfig<Expert>& config, DeviceExperts experts, bool bfloat16) {
   if constexpr (std::is_same_v<S, float>) {
     if (bfloat16 && experts == DeviceExperts::gelu_tanh) {
       return make<cuda::SoftMoE<S, cuda::GeluTanhExperts<S, BFloat16>>>(config);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <moxie/core/sequences.hpp>
 #include <moxie/expert/config.hpp>
+#include <moxie/kernel/gated_unit.hpp>
 #include <moxie/layer/config.hpp>
 #include <span>
 #include <string>
@@ -15,11 +16,24 @@
 /// host or by nvcc for a device, and the tests, which nvcc could not compile, are the same.
 namespace moxie::test {
 
-enum class DeviceExperts { swiglu, geglu_tanh, geglu_erf, reglu, quick_glu, gelu_tanh, gelu_erf, relu_squared, quick_gelu };
+enum class DeviceExperts {
+  swiglu,
+  geglu_tanh,
+  geglu_erf,
+  reglu,
+  quick_glu,
+  clamped_swiglu,
+  gelu_tanh,
+  gelu_erf,
+  relu_squared,
+  quick_gelu
+};
 
 /// The options of the CPU's layers; the type says which layer.
-using DeviceConfig = std::variant<TopKMoEConfig<HiddenConfig>, SharedExpertMoEConfig<HiddenConfig>,
-                                  ExpertChoiceMoEConfig<HiddenConfig>, SoftMoEConfig<HiddenConfig>>;
+using DeviceConfig =
+    std::variant<TopKMoEConfig<GluConfig<>>, TopKMoEConfig<GluConfig<ClampedSwiGlu>>, TopKMoEConfig<HiddenConfig>,
+                 SharedExpertMoEConfig<GluConfig<>>, SharedExpertMoEConfig<HiddenConfig>, ExpertChoiceMoEConfig<GluConfig<>>,
+                 ExpertChoiceMoEConfig<HiddenConfig>, SoftMoEConfig<GluConfig<>>, SoftMoEConfig<HiddenConfig>>;
 
 /// What a layer is given, in memory of the host.
 template <class Scalar>

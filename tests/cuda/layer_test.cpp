@@ -273,6 +273,19 @@ TEST_CASE_TEMPLATE("device: an activation of one's own is the same on both sides
   }
 }
 
+TEST_CASE_TEMPLATE("device: a gated unit with options is the same on both sides", S, float, double) {
+  const Input<S> input;
+  const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
+  for (const double limit : {0.1, 7.0}) {  // that is met, and that is not
+    check_same_step<moxie::TopKMoE<S, moxie::ClampedSwiGluExperts<S>>>(
+        {.model_dim = 8,
+         .experts = 6,
+         .top_k = 2,
+         .expert = {.hidden_dim = 16, .unit = {.limit = limit, .alpha = 1.702, .beta = 1}}},
+        input.tokens(), tolerance);
+  }
+}
+
 TEST_CASE_TEMPLATE("device: masked tokens take no part, in any layer", S, float, double) {
   const double tolerance = std::is_same_v<S, double> ? 1e-12 : 5e-5;
   Input<S> input;

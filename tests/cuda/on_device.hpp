@@ -32,6 +32,10 @@ struct DeviceBank<GluExperts<S, Relu, Element>> {
   static constexpr DeviceExperts kind = DeviceExperts::reglu;
 };
 template <class S, class Element>
+struct DeviceBank<GluExperts<S, ClampedSwiGlu, Element>> {
+  static constexpr DeviceExperts kind = DeviceExperts::clamped_swiglu;
+};
+template <class S, class Element>
 struct DeviceBank<MlpExperts<S, GeluTanh, Element>> {
   static constexpr DeviceExperts kind = DeviceExperts::gelu_tanh;
 };

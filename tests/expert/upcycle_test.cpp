@@ -82,12 +82,14 @@ void check_equals_dense(const Case& c, const typename Experts::Config& dense_con
 
 template <class S>
 void check_families(const Case& c) {
-  const moxie::HiddenConfig whole{hidden};
-  const moxie::HiddenConfig part{hidden / c.parts};
-  check_equals_dense<moxie::SwiGluExperts<S>>(c, whole, part);
-  check_equals_dense<moxie::ReGluExperts<S>>(c, whole, part);
-  check_equals_dense<moxie::GeluTanhExperts<S>>(c, whole, part);
-  check_equals_dense<moxie::ReluSquaredExperts<S>>(c, whole, part);
+  const Index part = hidden / c.parts;
+  check_equals_dense<moxie::SwiGluExperts<S>>(c, {hidden}, {part});
+  check_equals_dense<moxie::SwiGluExperts<S>>(c, {.hidden_dim = hidden, .bias = true}, {.hidden_dim = part, .bias = true});
+  check_equals_dense<moxie::ReGluExperts<S>>(c, {hidden}, {part});
+  const moxie::ClampedSwiGlu unit{.limit = 0.5, .alpha = 1.702, .beta = 1};
+  check_equals_dense<moxie::ClampedSwiGluExperts<S>>(c, {hidden, true, unit}, {part, true, unit});
+  check_equals_dense<moxie::GeluTanhExperts<S>>(c, {hidden}, {part});
+  check_equals_dense<moxie::ReluSquaredExperts<S>>(c, {hidden}, {part});
 }
 
 // Weights are those of the float bank: only products round.
@@ -108,10 +110,8 @@ void check_same_weights(const typename Plain::Config& dense_config, const typena
 
 TEST_CASE("upcycle: banks of BFloat16 elements get what banks of floats get") {
   using moxie::BFloat16;
-  const moxie::HiddenConfig whole{hidden};
-  const moxie::HiddenConfig half{hidden / 2};
-  check_same_weights<moxie::SwiGluExperts<float, BFloat16>, moxie::SwiGluExperts<float>>(whole, half, 2);
-  check_same_weights<moxie::GeluTanhExperts<float, BFloat16>, moxie::GeluTanhExperts<float>>(whole, half, 2);
+  check_same_weights<moxie::SwiGluExperts<float, BFloat16>, moxie::SwiGluExperts<float>>({hidden}, {hidden / 2}, 2);
+  check_same_weights<moxie::GeluTanhExperts<float, BFloat16>, moxie::GeluTanhExperts<float>>({hidden}, {hidden / 2}, 2);
   check_same_weights<moxie::LinearExperts<float, BFloat16>, moxie::LinearExperts<float>>({}, {}, 1);
 }
 
@@ -258,6 +258,38 @@ TEST_CASE("upcycle: what does not fit is refused before anything is written") {
   CHECK_THROWS_AS(moxie::upcycle(Glu(1, dim, {hidden}), p, copies, p), ValueError);  // expert 0 onto itself
   CHECK((p.flat() == -77).all());
   CHECK((other.flat() == -77).all());
+}
+
+TEST_CASE("upcycle: gated units have the biases of their part, and must have the same biases and options") {
+  using Glu = moxie::ClampedSwiGluExperts<double>;
+  const auto config = [](Index width, bool bias, double limit) { return Glu::Config{width, bias, {.limit = limit}}; };
+  const Glu dense(1, dim, config(hidden, true, 7), shared);
+  const Glu bank(4, dim, config(hidden / 2, true, 7));
+  const auto weights = random_weights(dense);
+  auto p = random_weights(bank);
+  moxie::upcycle(dense, weights, bank, p, {.parts = 2, .weight_sum = 4});
+  for (Index e = 0; e < 4; ++e) {
+    const std::string name = "experts." + std::to_string(e) + ".";
+    const Index first = e % 2 * hidden / 2;
+    for (const char* side : {"gate_proj.bias", "up_proj.bias"}) {
+      CHECK(p[name + side].eigen() == weights[std::string("shared_experts.") + side].eigen().middleCols(first, hidden / 2));
+    }
+    CHECK(p[name + "down_proj.bias"].eigen() == 0.25 * weights["shared_experts.down_proj.bias"].eigen());
+  }
+  for (const bool bias : {true, false}) {
+    const Glu other(4, dim, config(hidden / 2, bias, bias ? 6 : 7));
+    auto q = zeros(other);
+    q.flat() = -77;
+    if (bias) {
+      CHECK_THROWS_WITH_AS(moxie::upcycle(dense, weights, other, q, {.parts = 2}),
+                           "upcycle: the gated unit of the experts has other options than that of the dense feed-forward",
+                           ValueError);
+    } else {
+      CHECK_THROWS_WITH_AS(moxie::upcycle(dense, weights, other, q, {.parts = 2}),
+                           "upcycle: the experts have other tensors than the dense feed-forward (a bias)", ShapeError);
+    }
+    CHECK((q.flat() == -77).all());
+  }
 }
 
 TEST_CASE("upcycle: linear experts have no hidden units to cut, and both have a bias or neither") {

@@ -28,7 +28,7 @@ struct DeepSeekMoe {
   }
 
   Index tokens() const { return batch * length; }
-  moxie::SharedExpertMoEConfig<moxie::HiddenConfig> config(bool count_chosen) const {
+  moxie::SharedExpertMoEConfig<moxie::GluConfig<>> config(bool count_chosen) const {
     return {.model_dim = dim,
             .experts = experts,
             .top_k = top_k,

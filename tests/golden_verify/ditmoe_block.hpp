@@ -43,7 +43,7 @@ struct DitMoeBlock {
 
   Index tokens() const { return batch * length; }
 
-  moxie::TopKMoEConfig<moxie::HiddenConfig> routed_config() const {
+  moxie::TopKMoEConfig<moxie::GluConfig<>> routed_config() const {
     return {.model_dim = dim,
             .experts = experts,
             .top_k = top_k,
@@ -51,7 +51,7 @@ struct DitMoeBlock {
             .normalize = normalize,
             .balance = {.expert_level = per_sequence ? 0 : alpha, .sequence_level = per_sequence ? alpha : 0}};
   }
-  moxie::SharedExpertMoEConfig<moxie::HiddenConfig> config() const {
+  moxie::SharedExpertMoEConfig<moxie::GluConfig<>> config() const {
     const auto routed = routed_config();
     return {.model_dim = routed.model_dim,
             .experts = routed.experts,

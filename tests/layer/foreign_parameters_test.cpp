@@ -126,7 +126,7 @@ void check_foreign(Layer layer) {
 }
 
 template <class S>
-moxie::SharedExpertMoEConfig<moxie::HiddenConfig> shared_config() {
+moxie::SharedExpertMoEConfig<moxie::GluConfig<>> shared_config() {
   return {.model_dim = dim, .experts = 3, .top_k = 2, .expert = {.hidden_dim = hidden}, .shared = {.hidden_dim = 4}};
 }
 
@@ -139,6 +139,14 @@ TEST_CASE("layer: bit-identical over tensors that it does not own, and whichever
       {.model_dim = dim, .experts = 2, .slots_per_expert = 2, .expert = {.hidden_dim = hidden}, .normalize = false}));
   check_foreign(moxie::ExpertChoiceMoE<float>({.model_dim = dim, .experts = 2, .expert = {.hidden_dim = hidden}}));
   check_foreign(moxie::TimestepMoE<float>({.model_dim = dim, .condition_dim = dim, .experts = 3, .top_k = 2, .expert = {}}));
+}
+
+TEST_CASE("layer: bit-identical over tensors that it does not own, with biases and limits of gated units") {
+  check_foreign(moxie::TopKMoE<float, moxie::ClampedSwiGluExperts<float>>(
+      {.model_dim = dim,
+       .experts = 3,
+       .top_k = 2,
+       .expert = {.hidden_dim = hidden, .bias = true, .unit = {.limit = 7, .alpha = 1.702, .beta = 1}}}));
 }
 
 TEST_CASE("layer: bit-identical over tensors that it does not own, in bfloat16") {

@@ -7,7 +7,8 @@
 #include <support.hpp>
 
 /// 20,000 layers drawn at random, each compared with the naive one: outputs, losses, counts, and every gradient; and each again
-/// with what a call may say: gate_x, chosen experts, a capacity factor, groups, scales.
+/// with what a call may say (gate_x, chosen experts, a capacity factor, groups, scales) and with biases and limits of gated
+/// units.
 ///
 /// A failure prints its seed. `MOXIE_SEED=n moxie_tests --test-case='random configurations*'` runs that one again, or `n-m` all
 /// from n to m - 1, which several processes may share; MOXIE_CONFIGURATIONS sets how many are drawn.
@@ -49,6 +50,22 @@ struct Data {
 struct Sizes {
   Index dim, experts, hidden, condition_dim;
 };
+
+/// Options of gated linear units.
+struct Gating {
+  enum class Kind { plain, clamped, clamped_after, soft_capped };
+  Kind kind = Kind::plain;
+  bool bias = false;
+  double limit = 0, alpha = 1, beta = 0;
+};
+Gating draw_gating(Draw& draw) {
+  using enum Gating::Kind;
+  return {.kind = draw.of({plain, clamped, clamped_after, soft_capped}),
+          .bias = draw.one_in(2),
+          .limit = draw.of({0.2, 1.0, 100.0}),
+          .alpha = draw.of({1.0, 1.702}),
+          .beta = draw.of({0.0, 1.0})};
+}
 
 std::vector<Index> draw_lengths(Draw& draw) {
   if (draw.one_in(40)) {
@@ -296,13 +313,51 @@ std::string difference(Draw& draw, const typename Router::Config& config, const 
   return text;
 }
 
+Var at_most(const Var& v, double limit) { return v.value() > limit ? Var(limit) : v; }
+Var within(const Var& v, double limit) { return v.value() < -limit ? Var(-limit) : at_most(v, limit); }
+
+/// Other units than act(g) u with one router only: they know nothing of routers.
+template <class Router>
+std::string with_gated_units(Draw& draw, const typename Router::Config& config, bool shared, const Sizes& sizes,
+                             const Data& data, const Gating& gating) {
+  if constexpr (std::is_same_v<Router, moxie::TopKRouter<double>>) {
+    const double limit = gating.limit;
+    switch (gating.kind) {
+      case Gating::Kind::clamped:
+        return difference<Router, moxie::ClampedSwiGluExperts<double>>(
+            draw, config, {sizes.hidden, gating.bias, {.limit = limit, .alpha = gating.alpha, .beta = gating.beta}},
+            naive::glu([gating](const Var& g, const Var& u) {
+              const Var most = at_most(g, gating.limit);
+              return (within(u, gating.limit) + gating.beta) * most * naive::sigmoid(gating.alpha * most);
+            }),
+            shared, sizes, data);
+      case Gating::Kind::clamped_after:
+        return difference<Router, moxie::SwiGluClampedAfterExperts<double>>(
+            draw, config, {sizes.hidden, gating.bias, {.limit = limit}},
+            naive::glu([limit](const Var& g, const Var& u) { return at_most(naive::silu(g), limit) * within(u, limit); }),
+            shared, sizes, data);
+      case Gating::Kind::soft_capped:
+        return difference<Router, moxie::SoftCappedSwiGluExperts<double>>(
+            draw, config, {sizes.hidden, gating.bias, {.gate_cap = limit, .up_cap = 2 * limit}},
+            naive::glu([limit](const Var& g, const Var& u) {
+              return limit * tanh(g / limit) * naive::sigmoid(g) * (2 * limit * tanh(u / (2 * limit)));
+            }),
+            shared, sizes, data);
+      case Gating::Kind::plain:
+        break;
+    }
+  }
+  return difference<Router, moxie::SwiGluExperts<double>>(
+      draw, config, {sizes.hidden, gating.bias}, naive::glu([](const Var& g, const Var& u) { return naive::silu(g) * u; }),
+      shared, sizes, data);
+}
+
 template <class Router>
 std::string with_any_experts(Draw& draw, const typename Router::Config& config, bool shared, const Sizes& sizes,
-                             const Data& data) {
+                             const Data& data, const Gating& gating) {
   switch (draw.below(4)) {
     case 0:
-      return difference<Router, moxie::SwiGluExperts<double>>(draw, config, {sizes.hidden}, naive::glu(naive::silu), shared,
-                                                              sizes, data);
+      return with_gated_units<Router>(draw, config, shared, sizes, data, gating);
     case 1:
       return difference<Router, moxie::GeluTanhExperts<double>>(draw, config, {sizes.hidden}, naive::mlp(naive::gelu_tanh),
                                                                 shared, sizes, data);
@@ -428,6 +483,8 @@ std::string run(std::uint64_t seed, bool extended = false) {
   Extension extension{extended, Draw{moxie::Rng(seed).split(1)}};
   const Sizes sizes{draw.between(1, 5), draw.of<Index>({1, 2, 3, 4, 5, 6, 8}), draw.between(1, 5), draw.between(1, 4)};
   const bool shared = draw.one_in(3);
+  Draw gating_draw{moxie::Rng(seed).split(2)};
+  const Gating gating = extended ? draw_gating(gating_draw) : Gating();
   Data data;
   const Index drawn = draw.below(8);
   const Index kind = extension.one_in(9) ? 8 : drawn;
@@ -449,7 +506,7 @@ std::string run(std::uint64_t seed, bool extended = false) {
       }
       const Index k = data.in.has_chosen() ? data.in.chosen.cols() : data.in.top_k > 0 ? data.in.top_k : config.top_k;
       expect_refusal = refused(config.capacity, sizes.experts, k, data);
-      text = with_any_experts<moxie::TopKRouter<double>>(draw, config, shared, sizes, data);
+      text = with_any_experts<moxie::TopKRouter<double>>(draw, config, shared, sizes, data, gating);
     } else if (kind == 3) {
       moxie::ExpertChoiceRouterConfig config{
           .model_dim = sizes.dim, .experts = sizes.experts, .capacity = draw_capacity(draw), .noise = draw_noise(draw)};
@@ -461,17 +518,17 @@ std::string run(std::uint64_t seed, bool extended = false) {
       extension.capacity_factor(data);
       extension.gate_x(data, config.gate_dim);
       expect_refusal = refused(config.capacity, sizes.experts, 1, data);
-      text = with_any_experts<moxie::ExpertChoiceRouter<double>>(draw, config, shared, sizes, data);
+      text = with_any_experts<moxie::ExpertChoiceRouter<double>>(draw, config, shared, sizes, data, gating);
     } else if (kind == 4) {
       draw_data(draw, sizes, draw_lengths(draw), true, data);
       const moxie::HashRouterConfig config{.experts = sizes.experts, .seed = draw.bits(), .scale = extension.scale()};
-      text = with_any_experts<moxie::HashRouter<double>>(draw, config, shared, sizes, data);
+      text = with_any_experts<moxie::HashRouter<double>>(draw, config, shared, sizes, data, gating);
     } else if (kind == 5) {
       draw_data(draw, sizes, draw_lengths(draw), true, data);
       const Index k = draw.between(1, sizes.experts);
       text = with_any_experts<moxie::TimestepRouter<double>>(
           draw, {.condition_dim = sizes.condition_dim, .experts = sizes.experts, .top_k = k, .scale = extension.scale()},
-          shared, sizes, data);
+          shared, sizes, data, gating);
     } else if (kind == 6) {
       draw_data(draw, sizes, draw_lengths(draw), true, data);
       const bool of_tokens = draw.one_in(2);
@@ -483,14 +540,14 @@ std::string run(std::uint64_t seed, bool extended = false) {
                                                              .temperature = draw.uniform(0.5, 3),
                                                              .of_tokens = of_tokens,
                                                              .scale = extension.scale()},
-                                                            shared, sizes, data);
+                                                            shared, sizes, data, gating);
     } else if (kind == 8) {
       draw_data(draw, sizes, draw_lengths(draw), true, data);
       const Index k = extension.draw.between(1, std::min<Index>(sizes.experts, 4));
       extension.chosen(data, sizes.experts, k);
       data.weight = moxie::test::random<double>(data.x.rows(), k, extension.draw.bits());
       data.in.weight = data.weight;
-      text = with_any_experts<moxie::GivenRouter<double>>(draw, {.experts = sizes.experts}, shared, sizes, data);
+      text = with_any_experts<moxie::GivenRouter<double>>(draw, {.experts = sizes.experts}, shared, sizes, data, gating);
     } else {
       moxie::SoftRouterConfig config{
           .model_dim = sizes.dim,
@@ -509,7 +566,7 @@ std::string run(std::uint64_t seed, bool extended = false) {
         config.gate_dim = extension.gate_dim();
         extension.gate_x(data, config.gate_dim);
       }
-      text = with_any_experts<moxie::SoftRouter<double>>(draw, config, false, sizes, data);
+      text = with_any_experts<moxie::SoftRouter<double>>(draw, config, false, sizes, data, gating);
     }
   } catch (const std::exception& error) {
     return expect_refusal ? "" : std::string("threw: ") + error.what();

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <moxie/cuda/functor.hpp>
+#include <moxie/cuda/supported.hpp>
 #include <moxie/expert/config.hpp>
+#include <moxie/kernel/gated_unit.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
@@ -111,22 +113,30 @@ DeviceRows<const Element> kept_rows(const GroupedRows<Scalar>& in, const BankTap
 
 }  // namespace detail
 
-/// What `moxie::GluExperts` is on the CPU: f(x) = (act(x Wgᵀ) ⊙ (x Wuᵀ)) Wdᵀ, the same tensors and options. With Element =
-/// BFloat16, rows, weights and hidden values are rounded to it where products read them; sums, parameters, their gradients, x
-/// and y are float.
+/// What `moxie::GluExperts` is on the CPU: f(x) = unit(x Wgᵀ, x Wuᵀ) Wdᵀ, the same tensors and options, but no biases. With
+/// Element = BFloat16, rows, weights and hidden values are rounded to it where products read them; sums, parameters, their
+/// gradients, x and y are float.
 ///
 /// Keeps R(D + 2H) Elements. Forward: a gather, 2 products and a loop (3 where the gate and up matrices of an expert do not
 /// touch, H·D not a multiple of 16); backward 4 products and a loop (6), none of them for an expert alone.
-template <class Scalar_, class Activation, class Element_ = Scalar_>
+template <class Scalar_, class Unit_, class Element_ = Scalar_>
 class GluExperts {
  public:
   using Scalar = Scalar_;
   using Element = Element_;
-  using Config = HiddenConfig;
+  using Unit = GatedUnitOf<Unit_>;
+  using Config = GluConfig<std::conditional_t<std::is_empty_v<Unit>, void, Unit>>;
   using Tape = BankTape<Element>;
 
   GluExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
-      : experts_(experts), hidden_(config.hidden_dim), layout_(glu_layout(experts, model_dim, config, names)) {
+      : experts_(experts),
+        hidden_(config.hidden_dim),
+        layout_(glu_layout(experts, model_dim, {config.hidden_dim, config.bias}, names)) {
+    expect_supported(config);
+    if constexpr (requires { config.unit; }) {
+      unit_ = config.unit;
+      unit_.template expect_valid<Scalar>("GluExperts");
+    }
     gate_ = detail::bank_tensor(layout_, 0, 3);
     up_ = detail::bank_tensor(layout_, 1, 3);
     down_ = detail::bank_tensor(layout_, 2, 3);
@@ -173,7 +183,7 @@ class GluExperts {
     multiply<Element, Sum>(
         exec, in.groups,
         {.m = of_group, .n = hidden_, .k = model_dim(), .a = rows_of(dh), .b = down_.series(weights), .c = rows_of(dhidden)});
-    exec.for_each_row(rows, hidden.cols, GluBackwardRow<Gated<Activation>, Element>{gate_up, dhidden, hidden, dgate_up});
+    exec.for_each_row(rows, hidden.cols, GluBackwardRow<Unit, Element>{gate_up, dhidden, hidden, dgate_up, unit_});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = model_dim(),
                                .n = hidden_,
@@ -222,7 +232,7 @@ class GluExperts {
                                   .c = rows_of(part)});
     });
     const DeviceRows<Element> hidden(exec.scratch<Element>(in.room() * hidden_), rows, hidden_);
-    exec.for_each_row(rows, hidden.cols, GluRow<Gated<Activation>, Element>{gate_up, hidden});
+    exec.for_each_row(rows, hidden.cols, GluRow<Unit, Element>{gate_up, hidden, unit_});
     multiply<Element, Scalar>(exec, in.groups,
                               {.m = of_group,
                                .n = model_dim(),
@@ -245,6 +255,7 @@ class GluExperts {
 
   Index experts_;
   Index hidden_;
+  Unit unit_ = {};
   Layout layout_;
   detail::BankTensor gate_, up_, down_;
 };
@@ -381,6 +392,12 @@ template <class Scalar, class Element = Scalar>
 using GegluErfExperts = GluExperts<Scalar, GeluErf, Element>;
 template <class Scalar, class Element = Scalar>
 using ReGluExperts = GluExperts<Scalar, Relu, Element>;
+template <class Scalar, class Element = Scalar>
+using ClampedSwiGluExperts = GluExperts<Scalar, ClampedSwiGlu, Element>;
+template <class Scalar, class Element = Scalar>
+using SwiGluClampedAfterExperts = GluExperts<Scalar, SwiGluClampedAfter, Element>;
+template <class Scalar, class Element = Scalar>
+using SoftCappedSwiGluExperts = GluExperts<Scalar, SoftCappedSwiGlu, Element>;
 template <class Scalar, class Element = Scalar>
 using GeluTanhExperts = MlpExperts<Scalar, GeluTanh, Element>;
 template <class Scalar, class Element = Scalar>

@@ -51,8 +51,14 @@ inline void expect_supported(const SoftRouterConfig& config) {
   detail::refuse(config.gate_dim != 0, "gate_dim");
   detail::refuse(config.scale != 1, "scale");
 }
-/// Of `GluExperts` and `MlpExperts`. Refuses nothing.
+/// Of `MlpExperts`. Refuses nothing.
 inline void expect_supported(const HiddenConfig& /*config*/) { static_assert(field_count<HiddenConfig> == 1); }
+/// Of `GluExperts`, with any gated unit. Refuses `bias`.
+template <class Unit>
+void expect_supported(const GluConfig<Unit>& config) {
+  static_assert(field_count<GluConfig<Unit>> == (std::is_void_v<Unit> ? 2 : 3));
+  detail::refuse(config.bias, "bias");
+}
 /// In the place of shared experts.
 inline void expect_supported(const NoSharedExperts& /*config*/) {}
 

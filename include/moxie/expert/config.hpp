@@ -13,9 +13,25 @@ enum class Keep {
   nothing,      ///< no backward follows (inference)
 };
 
-/// Options of the expert families with one hidden layer.
+/// Options of perceptrons with one hidden layer.
 struct HiddenConfig {
   Index hidden_dim = 0;  ///< H
+};
+
+/// Options of gated linear units whose gated unit has options itself:
+///
+///     {.hidden_dim = 64, .bias = true, .unit = {.limit = 7, .alpha = 1.702, .beta = 1}}
+template <class Unit = void>
+struct GluConfig {
+  Index hidden_dim = 0;  ///< H
+  bool bias = false;     ///< of gate_proj, up_proj and down_proj
+  Unit unit = {};        ///< limits and factors
+};
+/// Of gated linear units that are an activation times the up-projection: one type for all activations.
+template <>
+struct GluConfig<void> {
+  Index hidden_dim = 0;
+  bool bias = false;
 };
 
 /// How the tensors of a bank are called: "experts.3." for E numbered experts, "shared_experts." for one that has no number.
@@ -40,9 +56,9 @@ inline void expect_hidden_bank(std::string_view where, Index experts, Index mode
 
 }  // namespace detail
 
-/// The tensors of E gated linear units: `gate_proj.weight` (H,D), `up_proj.weight` (H,D) and `down_proj.weight` (D,H) of each.
-/// Throws ValueError for sizes below 1.
-inline Layout glu_layout(Index experts, Index model_dim, const HiddenConfig& config, const BankNames& names = {}) {
+/// The tensors of E gated linear units: `gate_proj.weight` (H,D), `up_proj.weight` (H,D) and `down_proj.weight` (D,H) of each,
+/// then, with `bias`, `gate_proj.bias` (H), `up_proj.bias` (H) and `down_proj.bias` (D). Throws ValueError for sizes below 1.
+inline Layout glu_layout(Index experts, Index model_dim, const GluConfig<>& config, const BankNames& names = {}) {
   detail::expect_hidden_bank("GluExperts", experts, model_dim, config.hidden_dim);
   Layout layout;
   for (Index e = 0; e < experts; ++e) {
@@ -50,6 +66,11 @@ inline Layout glu_layout(Index experts, Index model_dim, const HiddenConfig& con
     layout.add(name + "gate_proj.weight", {config.hidden_dim, model_dim}, names.options(e));
     layout.add(name + "up_proj.weight", {config.hidden_dim, model_dim}, names.options(e));
     layout.add(name + "down_proj.weight", {model_dim, config.hidden_dim}, names.options(e));
+    if (config.bias) {
+      layout.add(name + "gate_proj.bias", {config.hidden_dim}, names.options(e, Role::bias));
+      layout.add(name + "up_proj.bias", {config.hidden_dim}, names.options(e, Role::bias));
+      layout.add(name + "down_proj.bias", {model_dim}, names.options(e, Role::bias));
+    }
   }
   return layout;
 }

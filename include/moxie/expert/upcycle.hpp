@@ -29,9 +29,12 @@ struct UpcycledTensor {
   bool output;    // whether the expert's output is linear in it
 };
 
-template <class Scalar, class Activation, class Element>
-std::vector<UpcycledTensor> upcycled_tensors(const GluExperts<Scalar, Activation, Element>& /*bank*/) {
+template <class Scalar, class Unit, class Element>
+std::vector<UpcycledTensor> upcycled_tensors(const GluExperts<Scalar, Unit, Element>& bank) {
   using enum UpcycledTensor::Hidden;
+  if (bank.has_bias()) {
+    return {{rows, false}, {rows, false}, {cols, true}, {cols, false}, {cols, false}, {none, true}};
+  }
   return {{rows, false}, {rows, false}, {cols, true}};
 }
 template <class Scalar, class Activation, class Element>
@@ -82,9 +85,9 @@ double standard_deviation(RowView<const Scalar> w) {
 /// Sparse upcycling: overwrites the weights of a bank of E experts with those of a dense feed-forward, which is a bank of one
 /// expert. With m = `parts` there are E/m copies; expert c·m + s gets the s-th of m equal parts of the hidden units of copy c:
 ///
-///     input side (gate_proj, up_proj, fc1)        the part's rows
-///     output projection (down_proj, fc2.weight)   the part's columns, times m / weight_sum
-///     output bias (fc2.bias)                      1 / weight_sum
+///     input side (gate_proj, up_proj, fc1)               the part's rows
+///     output projection (down_proj.weight, fc2.weight)   the part's columns, times m / weight_sum
+///     output bias (down_proj.bias, fc2.bias)             1 / weight_sum
 ///
 /// so that a layer computes what the dense feed-forward computes wherever a token chooses complete copies, the m experts of a
 /// copy with equal weights; `tie_gate` makes top-k choose so. With `noise`, every tensor w of an expert is drawn around the
@@ -96,10 +99,10 @@ double standard_deviation(RowView<const Scalar> w) {
 ///
 /// `dense_weights` and `weights` are blocks that have the tensors of `dense` and `bank` under the same names: a bank's own
 /// block, or a layer's (`layer.experts()` with `layer.parameters()`). Throws ValueError if `dense` is not one expert, E or the
-/// dense hidden_dim is no multiple of m, the experts have no hidden units to cut, weight_sum is not positive, noise is negative
-/// (or either is not finite), or the weights overlap; ShapeError if the widths do not fit (hidden_dim of the dense one is not
-/// m·H, another model_dim, a bias that only one has) or a block lacks a tensor. All before anything is written. Cost: one pass
-/// over the weights, in one thread.
+/// dense hidden_dim is no multiple of m, the experts have no hidden units to cut, the gated units have other options,
+/// weight_sum is not positive, noise is negative (or either is not finite), or the weights overlap; ShapeError if the widths do
+/// not fit (hidden_dim of the dense one is not m·H, another model_dim, a bias that only one has) or a block lacks a tensor. All
+/// before anything is written. Cost: one pass over the weights, in one thread.
 template <Bank Bank_>
 void upcycle(const Bank_& dense, ParameterView<const std::type_identity_t<typename Bank_::Scalar>> dense_weights,
              const Bank_& bank, ParameterView<std::type_identity_t<typename Bank_::Scalar>> weights,
@@ -116,6 +119,10 @@ void upcycle(const Bank_& dense, ParameterView<const std::type_identity_t<typena
   detail::expect_value(std::isfinite(options.weight_sum) && options.weight_sum > 0, "upcycle",
                        "weight_sum must be finite and positive");
   detail::expect_value(std::isfinite(options.noise) && options.noise >= 0, "upcycle", "noise must be finite and not negative");
+  if constexpr (requires(const typename Bank_::Config& config) { config.unit; }) {
+    detail::expect_value(dense.unit() == bank.unit(), "upcycle",
+                         "the gated unit of the experts has other options than that of the dense feed-forward");
+  }
   const std::vector<detail::UpcycledTensor> kinds = detail::upcycled_tensors(dense);
   const std::vector<TensorInfo>& from_infos = dense.layout().tensors();
   const std::vector<TensorInfo>& to_infos = bank.layout().tensors();

@@ -2,16 +2,19 @@
 #pragma once
 
 #include <cmath>
+#include <concepts>
 #include <limits>
 #include <moxie/core/error.hpp>
 #include <moxie/kernel/activation.hpp>
+#include <type_traits>
 
 /// Gated units: functions of two arguments, a gate g and an up-projection u, element by element,
 /// with their derivatives. One source serves numbers and vectors, on the host and on a CUDA device,
 /// as for activations. Options are data of the object.
 ///
 /// A gated unit has `value(gate, up)` and `derivatives(gate, up)`, which returns both partial
-/// derivatives.
+/// derivatives. One with options also has `expect_valid<Scalar>(where)`, which refuses options that
+/// make no function, and `==`.
 namespace moxie::inline MOXIE_NAMESPACE {
 
 /// ∂/∂g and ∂/∂u.
@@ -19,6 +22,12 @@ template <class V>
 struct GateUp {
   V gate;
   V up;
+};
+
+template <class U>
+concept GatedUnit = requires(const U& unit, float v) {
+  { unit.value(v, v) } -> std::same_as<float>;
+  { unit.derivatives(v, v) } -> std::same_as<GateUp<float>>;
 };
 
 /// act(g) u. Shazeer 2020, "GLU variants improve transformer", equation 6.
@@ -35,6 +44,10 @@ struct Gated {
   }
 };
 
+/// The gated unit that a template argument names: itself, or act(g) u of an activation.
+template <class T>
+using GatedUnitOf = std::conditional_t<GatedUnit<T>, T, Gated<T>>;
+
 /// With g' = min(g, limit) and u' = u clamped to ±limit:
 ///
 ///     (u' + beta) g' σ(alpha g')
@@ -49,6 +62,8 @@ struct ClampedSwiGlu {
   double limit = std::numeric_limits<double>::infinity();
   double alpha = 1;
   double beta = 0;
+
+  bool operator==(const ClampedSwiGlu&) const = default;
 
   /// Throws ValueError for a limit that is not positive in Scalar, and for alpha or beta that are not finite there.
   template <class Scalar>
@@ -95,6 +110,8 @@ struct ClampedSwiGlu {
 struct SwiGluClampedAfter {
   double limit = std::numeric_limits<double>::infinity();
 
+  bool operator==(const SwiGluClampedAfter&) const = default;
+
   /// Throws ValueError for a limit that is not positive in Scalar.
   template <class Scalar>
   void expect_valid(std::string_view where) const {
@@ -125,6 +142,8 @@ struct SwiGluClampedAfter {
 struct SoftCappedSwiGlu {
   double gate_cap = 0;
   double up_cap = 0;
+
+  bool operator==(const SoftCappedSwiGlu&) const = default;
 
   /// Throws ValueError for caps that are not positive and finite in Scalar.
   template <class Scalar>
