@@ -3,6 +3,7 @@
 
 #include <allocations.hpp>
 #include <moxie/expert/linear.hpp>
+#include <moxie/layer/any_layer.hpp>
 #include <moxie/layer/soft_moe.hpp>
 #include <moxie/layer/top_k_moe.hpp>
 #include <moxie/testing/laws.hpp>
@@ -315,6 +316,17 @@ TEST_CASE("laws: the check of a layer runs all of them, and finds the one that i
     broken += law.holds ? 0 : 1;
   }
   CHECK(broken == 1);
+}
+
+TEST_CASE("laws: of the whole are checked where a layer shows neither plan nor bank") {
+  const Matrix<double> x = moxie::test::random<double>(tokens, dim, 1006);
+  moxie::TopKMoE<double> layer({.model_dim = dim, .experts = 3, .top_k = 2, .expert = {.hidden_dim = 5}});
+  moxie::test::randomize(layer.parameters(), 1007);
+  const auto laws = moxie::testing::check_layer_laws(moxie::AnyLayer<double>(layer), Tokens<double>{x});
+  CHECK(laws.size() == 6);
+  for (const LawResult& law : laws) {
+    holds(law);
+  }
 }
 
 TEST_CASE("laws: hold for a batch without tokens") {
