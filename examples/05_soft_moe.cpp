@@ -9,8 +9,8 @@
 //     A = softmax over tokens (the paper's D),  C = softmax over slots
 //     Y = C f(Aᵀ X)
 //
-// So the arithmetic depends on the number of slots, not of experts, no expert is ever idle, and everything has a gradient. It is
-// not causal: every output depends on all tokens of its sequence, and on none of another sequence.
+// So the arithmetic depends on the number of slots, not of experts, no expert is ever idle, and everything has a gradient. It
+// is not causal: every output depends on all tokens of its sequence, and on none of another sequence.
 #include <cstdio>
 #include <moxie/moxie.hpp>
 

@@ -64,7 +64,12 @@ struct Attention {
                       length, moxie::kernel::transposed<S>(of(prob, i)),
                       outer,  {{head(dqkv, first + i, 2, d), dqkv.stride()}}};
             }
-            return {length, length, d, outer, operand(qkv, first + i, 2, d, Transpose::yes), {{of(dz, i).data(), length}}};  // (L,d)(d,L)
+            return {length,
+                    length,
+                    d,
+                    outer,
+                    operand(qkv, first + i, 2, d, Transpose::yes),
+                    {{of(dz, i).data(), length}}};  // (L,d)(d,L)
           },
           exec);
       moxie::softmax_rows_backward(RowView<const S>(prob), dz, exec);
