@@ -105,6 +105,8 @@ TEST_CASE_TEMPLATE("dense feed-forward: keeps the laws of layers", S, float, dou
     };
     check(make<moxie::SwiGluExperts<S>>());
     check(make<moxie::GeluTanhExperts<S>>());
+    check(DenseFeedForward<moxie::LinearExperts<S>>({.model_dim = dim}));
+    check(DenseFeedForward(moxie::ExpertBank<moxie::IdentityExpert<S>>(1, dim, {})));
   }
 }
 

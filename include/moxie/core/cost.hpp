@@ -9,7 +9,7 @@ namespace moxie::inline MOXIE_NAMESPACE {
 /// operations.
 ///
 /// Sums over rows (the combine of a sparse plan), activations, softmaxes, norms and biases are left out. With `Keep::inputs` a
-/// backward also repeats the products of the experts' forward; a gradient that is absent saves a product.
+/// backward also repeats products of the experts' forward; a gradient that is absent saves a product.
 struct Cost {
   double forward = 0;
   double backward = 0;

@@ -175,23 +175,20 @@ class DenseFeedForward {
     }
     const Workspace::Frame frame(workspace);
     const Index rows = tape.starts_[1];
-    const Index dim = model_dim();
     RowView<const Scalar> kept = tape.kept_.spread_view(tape.keep_ == Keep::activations ? rows : 0, bank_.kept_width());
     if (tape.keep_ != Keep::activations) {
       const RowView<Scalar> again = workspace.spread<Scalar>(rows, bank_.kept_width());
-      bank_.forward(p, rows_of(tape, in), workspace.matrix<Scalar>(rows, dim), again, workspace, exec);
+      bank_.forward(p, rows_of(tape, in), {}, again, workspace, exec);  // no h: only what is kept
       kept = again;
     }
+    const GroupedRows<Scalar> x = rows_of(tape, in);
+    const OutputGradient<Scalar> dout(dy, x.index);
     if (!tape.masked_) {
-      bank_.backward(p, rows_of(tape, in), dy, din.x, grads, kept, workspace, exec);
+      bank_.backward(p, x, dout, din.x, grads, kept, workspace, exec);
       return;
     }
-    const RowView<Scalar> dh = workspace.matrix<Scalar>(rows, dim);
-    const RowView<Scalar> drows = workspace.matrix<Scalar>(rows, dim);
-    for (Index r = 0; r < rows; ++r) {
-      std::copy_n(dy.row(tape.unmasked_[r]), dim, dh.row(r));
-    }
-    bank_.backward(p, rows_of(tape, in), dh, drows, grads, kept, workspace, exec);
+    const RowView<Scalar> drows = workspace.matrix<Scalar>(rows, model_dim());
+    bank_.backward(p, x, dout, drows, grads, kept, workspace, exec);
     scatter(drows, din.x, tape);
   }
 
