@@ -3,6 +3,7 @@
 
 #include <zlib.h>
 
+#include <contains.hpp>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -54,7 +55,5 @@ std::string complaint_of(Read&& read) {
     return e.what();
   }
 }
-
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 }  // namespace moxie::test

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <contains.hpp>
 #include <cstring>
 #include <limits>
 #include <moxie/core/matrix.hpp>
@@ -97,8 +98,6 @@ std::string message_of(F&& f) {
   }
   return "nothing was thrown";
 }
-
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 /// A matrix that says whether anything was written to it.
 template <class Scalar>

@@ -2,7 +2,8 @@
 #include "device_layer.hpp"
 
 #include <moxie/cuda/cuda.hpp>
-#include <quick_gelu.hpp>
+
+#include "../quick_gelu.hpp"
 
 namespace moxie::test {
 namespace {

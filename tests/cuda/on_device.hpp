@@ -5,8 +5,8 @@
 #include <moxie/layer/shared_expert_moe.hpp>
 #include <moxie/layer/soft_moe.hpp>
 #include <moxie/layer/top_k_moe.hpp>
-#include <quick_gelu.hpp>
 
+#include "../quick_gelu.hpp"
 #include "device_layer.hpp"
 
 namespace moxie::test {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <contains.hpp>
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
@@ -45,8 +46,6 @@ std::string message_of(F&& f) {
   }
   return "no FileError";
 }
-
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 inline Layout small_layout() {
   Layout layout;
