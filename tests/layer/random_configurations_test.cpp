@@ -454,7 +454,7 @@ struct Extension {
   }
   /// Rows that a masked token has are not numbers.
   void gate_x(Data& data, Index dim) {
-    data.in.first = one_in(2) ? std::int64_t(draw.below(1000)) : 0;
+    data.in.first = one_in(2) ? draw.below(1000) : 0;
     if (dim > 0) {
       data.gate_x = moxie::test::random<double>(data.x.rows(), dim, draw.bits());
       for (Index t = 0; t < Index(data.mask.size()); ++t) {
