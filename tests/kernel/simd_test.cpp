@@ -149,4 +149,22 @@ TEST_CASE_TEMPLATE("sum, largest, find_above, all_finite: of every length", S, f
   }
 }
 
+TEST_CASE_TEMPLATE("simd: the first numbers of a vector, and the sum of all", S, float, double) {
+  using V = kernel::Batch<S>;
+  constexpr moxie::Index width{V::size};
+  std::array<S, V::size> numbers{};
+  for (std::size_t i = 0; i < V::size; ++i) {
+    numbers[i] = S(i + 1);
+  }
+  const V v = V::load_unaligned(numbers.data());
+  for (moxie::Index n = 0; n <= width + 3; ++n) {
+    std::array<S, V::size> first{};
+    kernel::first_of(v, n).store_unaligned(first.data());
+    for (moxie::Index i = 0; i < width; ++i) {
+      CHECK(first[std::size_t(i)] == (i < n ? S(i + 1) : S(0)));
+    }
+  }
+  CHECK(kernel::sum_of(v) == S(width * (width + 1) / 2));
+}
+
 }  // namespace

@@ -210,7 +210,7 @@ class GluExperts {
       for (Index i = 0; i < tile.rows; ++i) {
         const Index r = rows.begin(tile.product) + tile.row + i;
         const V weight(dout.factor(r));
-        Scalar dot = 0;
+        V dot(Scalar(0));
         for (Index j = 0; j < tile.cols; j += Index{V::size}) {
           const Index col = tile.col + j;
           const Index n = tile.cols - j;
@@ -220,14 +220,14 @@ class GluExperts {
           const V value = f.value(g, u);
           const GateUp<V> d = times_derivatives(f, sums * weight, g, u);  // before anything is stored: they share work
           if (dots.wanted()) {
-            dot += kernel::sum_of_first(value * sums, n);
+            dot = dot + kernel::first_of(value * sums, n);
           }
           hidden.store(value * weight, r, col, n);
           dgates.store(d.gate, r, col, n);
           dups.store(d.up, r, col, n);
         }
         if (dots.wanted()) {
-          dots.set(r, tile.col, dot);
+          dots.set(r, tile.col, kernel::sum_of(dot));
         }
       }
     }

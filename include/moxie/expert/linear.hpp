@@ -111,20 +111,20 @@ class LinearExperts {
       for (Index i = 0; i < tile.rows; ++i) {
         const Index r = x.begin(tile.product) + tile.row + i;
         const V weight(dout.factor(r));
-        Scalar dot = 0;
+        V dot(Scalar(0));
         for (Index j = 0; j < tile.cols; j += Index{V::size}) {
           const Index col = tile.col + j;
           const Index n = tile.cols - j;
           const V sums = V::load_aligned(tile.of_row(i) + j);
           const V row = kernel::load<V>(x.row(r) + col, n);
           if (dots.wanted()) {
-            dot += kernel::sum_of_first(row * sums, n);
+            dot = dot + kernel::first_of(row * sums, n);
           }
           kernel::store(row * weight, weighted.row(r) + col, n);
           kernel::store(sums * weight, drows.row(r) + col, n);
         }
         if (dots.wanted()) {
-          dots.set(r, tile.col, dot);
+          dots.set(r, tile.col, kernel::sum_of(dot));
         }
       }
     }

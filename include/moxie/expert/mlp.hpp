@@ -139,7 +139,7 @@ class MlpExperts {
       for (Index i = 0; i < tile.rows; ++i) {
         const Index r = rows.begin(tile.product) + tile.row + i;
         const V weight(dout.factor(r));
-        Scalar dot = 0;
+        V dot(Scalar(0));
         for (Index j = 0; j < tile.cols; j += Index{V::size}) {
           const Index col = tile.col + j;
           const Index n = tile.cols - j;
@@ -148,13 +148,13 @@ class MlpExperts {
           const V value = Activation::value(before);
           const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
           if (dots.wanted()) {
-            dot += kernel::sum_of_first(value * sums, n);
+            dot = dot + kernel::first_of(value * sums, n);
           }
           hidden.store(value * weight, r, col, n);
           da.store(sums * weight * derivative, r, col, n);
         }
         if (dots.wanted()) {
-          dots.set(r, tile.col, dot);
+          dots.set(r, tile.col, kernel::sum_of(dot));
         }
       }
     }

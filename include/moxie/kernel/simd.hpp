@@ -318,16 +318,28 @@ auto sum_of_lanes(Index n, AddVector add_vector, Add add) {
 
 }  // namespace detail
 
-/// The sum of the first n numbers of a vector, in order; n may be more than a vector holds.
+/// The first n numbers of a vector, zeros after them; n may be more than a vector holds.
 template <class V>
-MOXIE_INLINE typename V::value_type sum_of_first(const V& v, Index n) {
+MOXIE_INLINE V first_of(const V& v, Index n) {
+  if (n >= Index{V::size}) {
+    return v;
+  }
   std::array<typename V::value_type, V::size> parts;
   v.store_unaligned(parts.data());
-  typename V::value_type sum = 0;
-  for (Index j = 0; j < (std::min)(n, Index{V::size}); ++j) {
-    sum += parts[std::size_t(j)];
+  return load<V>(parts.data(), n);
+}
+
+/// The sum of a vector's numbers: halves, then halves of these.
+template <class V>
+MOXIE_INLINE typename V::value_type sum_of(const V& v) {
+  std::array<typename V::value_type, V::size> parts;
+  v.store_unaligned(parts.data());
+  for (std::size_t half = V::size / 2; half > 0; half /= 2) {
+    for (std::size_t j = 0; j < half; ++j) {
+      parts[j] += parts[j + half];
+    }
   }
-  return sum;
+  return parts[0];
 }
 
 /// Σ a_i b_i of n contiguous elements, one fused multiply-add an element.

@@ -196,7 +196,7 @@ class SoftRouter {
       const RowView<Scalar> scaled = workspace.matrix<Scalar>(slot_count(), config_.gate_input_dim());
       detail::copy_rows(normalized(phi, tape.phi_, tape.phi_factor_, exec), scaled);
       for (Index n = 0; n < slot_count(); ++n) {
-        multiply(p[scale_](0, 0), scaled.cols(), scaled.row(n));
+        multiply(double(p[scale_](0, 0)), scaled.cols(), scaled.row(n));
       }
       phi = scaled;
     }
