@@ -24,10 +24,10 @@ inline void expect_experts(std::string_view where, Index experts) {
   }
 }
 
-/// Throws ValueError unless the factor of all weights is an ordinary number of `Scalar`, and not 0.
+/// Throws ValueError unless the factor of all weights is an ordinary number of `Scalar`. 0 is one: it switches routed experts
+/// off.
 template <class Scalar>
 void expect_scale(std::string_view where, double scale) {
-  expect_value(scale != 0, where, "scale is 0: all weights would be 0");
   expect_in_scalar<Scalar>(where, "scale", scale);
 }
 
