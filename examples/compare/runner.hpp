@@ -274,7 +274,7 @@ class BlockRouting {
         blocks.push_back({{"block", block},
                           {"max_violation", of_block.maxCoeff() * double(most_) - 1},
                           {"entropy", bits.load / std::log2(double(most_))},
-                          {"dead_experts", Index((of_block.array() == 0).count())},
+                          {"dead_experts", (of_block.array() == 0).count()},
                           {"dropped", dropped_[block] / double(parts_)},
                           {"unserved", unserved_[block] / double(parts_)},
                           {"bits_of_class", bits.of_class},
