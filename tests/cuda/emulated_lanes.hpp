@@ -35,7 +35,7 @@ class EmulatedLanes {
     return x;
   }
   template <class T>
-  T max(T x) const {
+  T largest(T x) const {
     for (int other = count / 2; other > 0; other /= 2) {
       const T y = exchanged(x, other);
       x = y > x ? y : x;

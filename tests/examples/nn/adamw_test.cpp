@@ -117,7 +117,7 @@ TEST_CASE("AdamW: rate, decay and schedule are a function of the tensor") {
 TEST_CASE("AdamW: a tensor that no gradient trains is neither moved nor decayed, and its average follows it") {
   moxie::Layout l;
   l.add("w", {3});
-  l.add("bias", {3}, moxie::Trained::elsewhere);
+  l.add("bias", {3}, {.role = moxie::Role::state, .trained = moxie::Trained::elsewhere});
   Parameters<float> w(l);
   Parameters<float> g = w.zeros_like();
   w["w"].eigen().setConstant(1);
