@@ -92,7 +92,7 @@ std::function<void()> tiles(Factors& f) {
   return [&f, wt = Matrix<float>(f.w.transpose())] {
     for (Index j = 0; j + 2 * width <= f.y.cols(); j += 2 * width) {
       for (Index i = 0; i + Rows <= f.y.rows(); i += Rows) {
-        V sum[Rows][2];
+        V sum[std::size_t(Rows)][2];
 #pragma GCC unroll 16
         for (auto& row : sum) {
           row[0] = V(0.0F);

@@ -99,7 +99,7 @@ TEST_CASE("BFloat16: matrices of it are cast, compared, added and multiplied") {
   CHECK((m + m).cast<float>() == 2 * back);
   CHECK((m - m).isZero());
   CHECK(float(m.cwiseAbs().maxCoeff()) == back.cwiseAbs().maxCoeff());
-  CHECK(float(m.sum()) == doctest::Approx(back.sum()).epsilon(0.1));
+  CHECK(float(m.sum()) == doctest::Approx(double(back.sum())).epsilon(0.1));
   const Matrix<BFloat16> square = m * m.transpose();
   const Matrix<float> expected = back * back.transpose();
   CHECK((square.cast<float>() - expected).cwiseAbs().maxCoeff() <= 0.05F * expected.cwiseAbs().maxCoeff());

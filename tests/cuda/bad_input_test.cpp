@@ -232,7 +232,7 @@ TEST_CASE("device: the selection bias takes the CPU's step, over micro-batches; 
     moxie::update_selection_bias(bias, std::span<const std::int64_t>(expected), 0.125, recentre);
     const float* found = p.data() + moxie::cuda::detail::device_offset(layer.layout(), 1);
     for (Index e = 0; e < 5; ++e) {
-      CHECK(found[e] == doctest::Approx(bias(0, e)).epsilon(1e-6));
+      CHECK(found[e] == doctest::Approx(double(bias(0, e))).epsilon(1e-6));
     }
     CHECK(bias.eigen().cwiseAbs().maxCoeff() > 0);
   }

@@ -129,7 +129,7 @@ TEST_CASE("product: BFloat16 is added in float, and the sum rounded where it bec
   CHECK(moxie::test::relative_error(c, expected) <= 1e-6);
   run(short_c.data());
   for (Index i = 0; i < c.size(); ++i) {
-    CHECK(float(short_c[std::size_t(i)]) == doctest::Approx(c.data()[i]).epsilon(0.004));
+    CHECK(float(short_c[std::size_t(i)]) == doctest::Approx(double(c.data()[i])).epsilon(0.004));
   }
 }
 

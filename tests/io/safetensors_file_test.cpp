@@ -110,7 +110,7 @@ TEST_CASE("SafetensorsFile: a file of the Python package is read") {
   CHECK(file.info("none").shape == std::vector<Index>{0, 4});
 
   CHECK(file.read<float>("layer.0/w") == std::vector<float>{1, 2, 3, -0.5F, 0.25F, infinity});
-  CHECK(file.read<double>("layer.0/w") == std::vector<double>{1, 2, 3, -0.5, 0.25, infinity});
+  CHECK(file.read<double>("layer.0/w") == std::vector<double>{1, 2, 3, -0.5, 0.25, double(infinity)});
   CHECK(file.read<float>("half") == std::vector<float>{1, -3.125F});
   CHECK(file.read<double>("half") == std::vector<double>{1, -3.125});
   CHECK(file.read<double>("lr") == std::vector<double>{0.1});

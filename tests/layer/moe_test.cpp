@@ -545,8 +545,8 @@ TEST_CASE("layer: initialize draws the same numbers for the same seed, others fo
   // No two tensors begin alike: each has a stream of its own.
   for (const auto& s : a.layout().tensors()) {
     for (const auto& t : a.layout().tensors()) {
-      CHECK((s.name == t.name || a.parameters()[s.name](0, 0) / a.parameters()[t.name](0, 0) !=
-                                     doctest::Approx(a.parameters()[s.name](0, 1) / a.parameters()[t.name](0, 1))));
+      CHECK((s.name == t.name || double(a.parameters()[s.name](0, 0) / a.parameters()[t.name](0, 0)) !=
+                                     doctest::Approx(double(a.parameters()[s.name](0, 1) / a.parameters()[t.name](0, 1)))));
     }
   }
 }
