@@ -52,7 +52,7 @@ struct BFloat16 {
   MOXIE_HOST_DEVICE BFloat16& operator-=(BFloat16 b) { return *this = *this - b; }
   MOXIE_HOST_DEVICE BFloat16& operator*=(BFloat16 b) { return *this = *this * b; }
   MOXIE_HOST_DEVICE BFloat16& operator/=(BFloat16 b) { return *this = *this / b; }
-  MOXIE_HOST_DEVICE friend BFloat16 abs(BFloat16 a) { return from_bits(std::uint16_t(a.bits & 0x7fffU)); }
+  MOXIE_HOST_DEVICE friend BFloat16(abs)(BFloat16 a) { return from_bits(std::uint16_t(a.bits & 0x7fffU)); }
   friend BFloat16 sqrt(BFloat16 a) { return BFloat16(std::sqrt(float(a))); }
 
  private:

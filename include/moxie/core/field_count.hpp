@@ -16,9 +16,9 @@ struct AnyField {
   operator T() const;
 };
 
-template <class T, std::size_t... I>
-constexpr bool takes_fields(std::index_sequence<I...> /*fields*/) {
-  return requires { T{(static_cast<void>(I), AnyField{})...}; };
+template <class T, std::size_t... Fields>
+constexpr bool takes_fields(std::index_sequence<Fields...> /*fields*/) {
+  return requires { T{(static_cast<void>(Fields), AnyField{})...}; };
 }
 
 template <class T, std::size_t N>

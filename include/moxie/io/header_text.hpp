@@ -48,7 +48,7 @@ class HeaderText {
   char current() const { return piece_[next_]; }
   void advance() {
     const bool space = is_space(current());
-    check(current());
+    expect_allowed(current());
     step();
     while (space && !in_string_ && !at_end() && is_space(current())) {
       step();
@@ -75,7 +75,7 @@ class HeaderText {
     }
   }
 
-  void check(char c) {
+  void expect_allowed(char c) {
     if (c == '\0') {
       throw HeaderExcess("the header is not JSON: it has a zero byte");
     }

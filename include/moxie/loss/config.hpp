@@ -24,7 +24,7 @@ template <class Scalar>
 void expect_in_scalar(std::string_view where, std::string_view name, double value) {
   using Limits = std::numeric_limits<Scalar>;
   const double size = (std::abs)(value);
-  if (size == 0 || (size >= std::sqrt(double(Limits::min())) && size <= std::sqrt(double(Limits::max())))) {
+  if (size == 0 || (size >= std::sqrt(double((Limits::min)())) && size <= std::sqrt(double((Limits::max)())))) {
     return;
   }
   const std::string range = std::is_same_v<Scalar, float> ? "float (1.1e-19 to 1.8e19)" : "double (1.5e-154 to 1.3e154)";
