@@ -257,9 +257,28 @@ class RowDots {
     }
   }
 
-  bool wanted() const { return dweight_ != nullptr; }
-  /// The sum of a row's columns [col, ...) of one panel.
-  void set(Index row, Index col, Scalar sum) const { parts_(row, col / panel) = sum; }
+  /// Calls `f(row, col, n, sums, weight)` for every vector of a tile's sums: its row, its first column, how many of its numbers
+  /// there are, and the row's weight in every lane. `f` returns the vector that is multiplied by the sums: their products add
+  /// up to the row's ⟨h, dy⟩.
+  template <class Rows, class F>
+  MOXIE_INLINE void for_each_vector(const kernel::TileSums<Scalar>& tile, const Rows& rows, const OutputGradient<Scalar>& dout,
+                                    const F& f) const {
+    for (Index i = 0; i < tile.rows; ++i) {
+      const Index row = rows.begin(tile.product) + tile.row + i;
+      const V weight(dout.factor(row));
+      V dot(Scalar(0));
+      for (Index j = 0; j < tile.cols; j += Index{V::size}) {
+        const V sums = V::load_aligned(tile.of_row(i) + j);
+        const V factor = f(row, tile.col + j, tile.cols - j, sums, weight);
+        if (dweight_ != nullptr) {
+          dot = dot + kernel::first_of(factor * sums, tile.cols - j);
+        }
+      }
+      if (dweight_ != nullptr) {
+        parts_(row, tile.col / panel) = kernel::sum_of(dot);
+      }
+    }
+  }
 
   /// dweight_r = Σ of the panels of row r, plus `rest(r)`.
   template <class Rest>

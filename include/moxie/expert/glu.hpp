@@ -207,29 +207,16 @@ class GluExperts {
 
     void apply(const kernel::TileSums<Scalar>& tile) const {
       const Unit f = unit;  // stores might otherwise change its options
-      for (Index i = 0; i < tile.rows; ++i) {
-        const Index r = rows.begin(tile.product) + tile.row + i;
-        const V weight(dout.factor(r));
-        V dot(Scalar(0));
-        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
-          const Index col = tile.col + j;
-          const Index n = tile.cols - j;
-          const V sums = V::load_aligned(tile.of_row(i) + j);
-          const V g = kernel::load<V>(gates.row(r) + col, n);
-          const V u = kernel::load<V>(ups.row(r) + col, n);
-          const V value = f.value(g, u);
-          const GateUp<V> d = times_derivatives(f, sums * weight, g, u);  // before anything is stored: they share work
-          if (dots.wanted()) {
-            dot = dot + kernel::first_of(value * sums, n);
-          }
-          hidden.store(value * weight, r, col, n);
-          dgates.store(d.gate, r, col, n);
-          dups.store(d.up, r, col, n);
-        }
-        if (dots.wanted()) {
-          dots.set(r, tile.col, kernel::sum_of(dot));
-        }
-      }
+      dots.for_each_vector(tile, rows, dout, [&](Index r, Index col, Index n, const V& sums, const V& weight) {
+        const V g = kernel::load<V>(gates.row(r) + col, n);
+        const V u = kernel::load<V>(ups.row(r) + col, n);
+        const V value = f.value(g, u);
+        const GateUp<V> d = times_derivatives(f, sums * weight, g, u);  // before anything is stored: they share work
+        hidden.store(value * weight, r, col, n);
+        dgates.store(d.gate, r, col, n);
+        dups.store(d.up, r, col, n);
+        return value;
+      });
     }
     void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
       detail::prefetch_rows(list, rows, tile, gates);

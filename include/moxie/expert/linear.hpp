@@ -108,25 +108,12 @@ class LinearExperts {
     RowView<Scalar> drows;
 
     void apply(const kernel::TileSums<Scalar>& tile) const {
-      for (Index i = 0; i < tile.rows; ++i) {
-        const Index r = x.begin(tile.product) + tile.row + i;
-        const V weight(dout.factor(r));
-        V dot(Scalar(0));
-        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
-          const Index col = tile.col + j;
-          const Index n = tile.cols - j;
-          const V sums = V::load_aligned(tile.of_row(i) + j);
-          const V row = kernel::load<V>(x.row(r) + col, n);
-          if (dots.wanted()) {
-            dot = dot + kernel::first_of(row * sums, n);
-          }
-          kernel::store(row * weight, weighted.row(r) + col, n);
-          kernel::store(sums * weight, drows.row(r) + col, n);
-        }
-        if (dots.wanted()) {
-          dots.set(r, tile.col, kernel::sum_of(dot));
-        }
-      }
+      dots.for_each_vector(tile, x, dout, [&](Index r, Index col, Index n, const V& sums, const V& weight) {
+        const V row = kernel::load<V>(x.row(r) + col, n);
+        kernel::store(row * weight, weighted.row(r) + col, n);
+        kernel::store(sums * weight, drows.row(r) + col, n);
+        return row;
+      });
     }
     void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
       detail::prefetch_rows(list, x, tile, drows);

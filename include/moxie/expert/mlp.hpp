@@ -136,27 +136,14 @@ class MlpExperts {
     detail::Filled<Scalar, Element> da;
 
     void apply(const kernel::TileSums<Scalar>& tile) const {
-      for (Index i = 0; i < tile.rows; ++i) {
-        const Index r = rows.begin(tile.product) + tile.row + i;
-        const V weight(dout.factor(r));
-        V dot(Scalar(0));
-        for (Index j = 0; j < tile.cols; j += Index{V::size}) {
-          const Index col = tile.col + j;
-          const Index n = tile.cols - j;
-          const V sums = V::load_aligned(tile.of_row(i) + j);
-          const V before = kernel::load<V>(a.row(r) + col, n);
-          const V value = Activation::value(before);
-          const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
-          if (dots.wanted()) {
-            dot = dot + kernel::first_of(value * sums, n);
-          }
-          hidden.store(value * weight, r, col, n);
-          da.store(sums * weight * derivative, r, col, n);
-        }
-        if (dots.wanted()) {
-          dots.set(r, tile.col, kernel::sum_of(dot));
-        }
-      }
+      dots.for_each_vector(tile, rows, dout, [&](Index r, Index col, Index n, const V& sums, const V& weight) {
+        const V before = kernel::load<V>(a.row(r) + col, n);
+        const V value = Activation::value(before);
+        const V derivative = Activation::derivative(before);  // before anything is stored: they share what they compute
+        hidden.store(value * weight, r, col, n);
+        da.store(sums * weight * derivative, r, col, n);
+        return value;
+      });
     }
     void prefetch(kernel::detail::PrefetchList& list, const kernel::TileSums<Scalar>& tile) const {
       detail::prefetch_rows(list, rows, tile, a);
