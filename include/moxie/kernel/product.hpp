@@ -47,13 +47,12 @@ template <class Scalar, class Element>
 class Factor {
  public:
   Factor() = default;
-  Factor(const Operand<Element>& elements) : elements_(elements), transposed_(elements.transposed()) {}
+  Factor(const Operand<Element>& elements) : elements_(elements) {}
   Factor(const Operand<Scalar>& scalars) requires(!std::is_same_v<Scalar, Element>)
       : elements_{{nullptr, scalars.rows.stride, scalars.rows.index, scalars.rows.gap_at, scalars.rows.gap}, scalars.transpose},
-        scalars_(scalars.rows.data),
-        transposed_(scalars.transposed()) {}
+        scalars_(scalars.rows.data) {}
 
-  bool transposed() const { return transposed_; }
+  bool transposed() const { return elements_.transposed(); }
   /// Calls `f` with the operand, of Elements or of Scalars.
   template <class F>
   decltype(auto) visit(F&& f) const {
@@ -69,7 +68,6 @@ class Factor {
  private:
   Operand<Element> elements_;
   const Scalar* scalars_ = nullptr;
-  bool transposed_ = false;
 };
 
 /// The destination of a product.

@@ -61,8 +61,7 @@ class Task {
   static constexpr Index elements = UnitOf<Element>::elements;
 
  public:
-  /// `memory` belongs to the thread. `queue_next(queue)` appends the panels of the thread's next
-  /// task.
+  /// `memory` belongs to the thread.
   Task(const P& product, Index index, const Epilogue<Scalar>& epilogue, const Blocking& blocking, Index task,
        Buffer<std::byte>& memory)
       : product_(product), epilogue_(epilogue), blocking_(blocking), index_(index), panels_{product.n, product.gated} {
@@ -83,6 +82,7 @@ class Task {
     take_memory(memory);
   }
 
+  /// `queue_next(queue)` appends the panels of the thread's next task.
   template <class QueueNext>
   void run(const QueueNext& queue_next) {
     for (Index part = 0; part < count_ * blocking_.passes; part += group_) {
