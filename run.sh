@@ -123,7 +123,7 @@ case ${1:-} in
     parts=(functions portable fuzz presets configurations compilers versions planted sets)
     shift
     if [ "${1:-}" = --list ]; then
-      for part in "${parts[@]}"; do printf '%-15s %s\n%-15s takes %s on 2 quiet cores\n' "$part" "$(about what "$part")" '' "$(about takes "$part")"; done
+      for part in "${parts[@]}"; do printf '%-15s %s\n%-15s takes about %s on 2 quiet cores (an estimate)\n' "$part" "$(about what "$part")" '' "$(about takes "$part")"; done
       exit
     fi
     [ $# -eq 0 ] || parts=("$@")
@@ -132,7 +132,7 @@ case ${1:-} in
     done
     not_done=()
     for part in "${parts[@]}"; do
-      say "check: $part: $(about what "$part") ($(about takes "$part") on 2 quiet cores)"
+      say "check: $part: $(about what "$part") (about $(about takes "$part") on 2 quiet cores, an estimate)"
       status=0
       ./run.sh check-part "$part" || status=$?
       case $status in

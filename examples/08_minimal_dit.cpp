@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 //
-// Lesson 8: a whole diffusion transformer with mixtures of experts. It learns to draw clothes in three minutes.
+// Lesson 8: a whole diffusion transformer with mixtures of experts. It learns to draw clothes in minutes.
 //
 // Rectified flow (Liu et al. 2022). A straight path leads from an image x at t = 0 to noise z at t = 1. A
 // network v learns the velocity along the path. Drawing walks the path back, from noise to an image:
