@@ -195,7 +195,7 @@ void verify_ditmoe_model(GoldenCase& golden) {
                      .top_k = golden.integer("top_k", 1, experts),
                      .expert = {.hidden_dim = golden.integer("routed_intermediate", 1, 1 << 20)},
                      .shared = {.hidden_dim = golden.integer("shared_intermediate", 1, 1 << 20)},
-                     .balance = {.expert_level = Scalar(golden.number("aux_loss_alpha"))}});
+                     .balance = {.expert_level = golden.number("aux_loss_alpha")}});
   const dit::Model<Layer> model(config, layer, "moe.");
   if (golden.file().metadata().count("params_file") != 0) {
     const moxie::SafetensorsFile file(golden.beside(golden.text("params_file")));
