@@ -21,7 +21,7 @@ class LargestFeatureRouter : public moxie::FixedRouter<float> {
   Index experts() const { return experts_; }
 
   void route(moxie::ParameterView<const float> /*p*/, const moxie::Tokens<float>& in, Plan& plan, Tape& /*tape*/,
-             moxie::Workspace& /*workspace*/, const moxie::Exec& /*exec*/) const {
+             const moxie::Context& /*context*/) const {
     std::vector<Index> expert;  // pair t·K + k: the k-th choice of token t
     std::vector<float> weight(std::size_t(in.count() * top_k_), 1.0F / float(top_k_));
     for (Index t = 0; t < in.count(); ++t) {

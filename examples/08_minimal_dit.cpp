@@ -108,7 +108,7 @@ class Block {
     const auto dm = [&](Index i) { return modulation<S>(dm_, i, D); };
 
     nn::add_gated_backward<S>(m(5), mixed_, d, df, dm(5));
-    moe_.backward(moe_part(p), h2_, df, RowView<S>(dh), moe_part(dp), moe_tape_, scratch_);
+    moe_.backward(moe_part(p), h2_, df, {dh, moe_part(dp)}, moe_tape_, scratch_);
     norm_.backward(m(4), dh, dm(3), dm(4), d, norm2_);  // adds to d, which the residual path has
 
     nn::add_gated_backward<S>(m(2), attended_, d, df, dm(2));

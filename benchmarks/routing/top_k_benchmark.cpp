@@ -28,7 +28,7 @@ void add(Index dim, Index experts, Index top_k, Index tokens, const Exec& exec) 
       Router::Plan plan;
       Router::Tape tape;
       moxie::Workspace workspace;
-      const auto route = [&] { router.route(p.view(), moxie::Tokens<float>(x), plan, tape, workspace, exec); };
+      const auto route = [&] { router.route(p.view(), moxie::Tokens<float>(x), plan, tape, {workspace, exec}); };
       const auto combine = [&] { moxie::combine(plan, RowView<const float>(h), y, exec); };
       route();
       const double flops = 2.0 * double(tokens) * double(dim);

@@ -26,8 +26,8 @@ class FrozenFeedForward {
   const Layer& layer() const { return layer_; }
   Tape make_tape(Index /*max_tokens*/, moxie::Keep /*keep*/) const { return {{}, layer_.make_tape(0, moxie::Keep::nothing)}; }
   void forward(ParameterView<const Scalar> /*p*/, const moxie::Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
-               Workspace& /*workspace*/, const Exec& exec) const {
-    layer_.forward(*tape.weights, in, y, tape.tape, exec);
+               const moxie::Context& context) const {
+    layer_.forward(*tape.weights, in, y, tape.tape, context);
   }
 
  private:

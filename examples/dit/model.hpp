@@ -18,6 +18,7 @@
 namespace dit {
 
 using moxie::Buffer;
+using moxie::Context;
 using moxie::Exec;
 using moxie::Index;
 using moxie::Layout;
@@ -29,56 +30,18 @@ using moxie::Workspace;
 using nn::Attention;
 using nn::position_embedding;
 
-/// The plain feed-forward of a dense DiT in the interface of a moxie layer: a bank of one expert, the reference's a GELU MLP,
-/// that every token passes.
+/// The plain feed-forward of a dense DiT, the reference's a GELU MLP, with the reference's names of tensors.
 template <class S, class Experts = moxie::GeluTanhExperts<S>>
-class DenseFeedForward {
+class DenseFeedForward : public moxie::DenseFeedForward<Experts> {
  public:
-  using Scalar = S;
   struct Config {
     Index model_dim = 0;
     Index hidden_dim = 0;
   };
-  class Tape {
-   public:
-    double balance_loss() const { return 0; }
 
-   private:
-    friend class DenseFeedForward;
-    moxie::Keep keep_ = moxie::Keep::activations;
-    std::array<Index, 2> starts_{};
-    Buffer<S> kept_;
-  };
-
-  explicit DenseFeedForward(const Config& config)
-      : bank_(1, config.model_dim, {.hidden_dim = config.hidden_dim}, moxie::BankNames{"mlp", false}) {}
-
-  const Layout& layout() const { return bank_.layout(); }
-  const Experts& experts() const { return bank_; }
-  /// `Keep::nothing`, or everything.
-  Tape make_tape(Index /*max_tokens*/ = 0, moxie::Keep keep = moxie::Keep::activations) const {
-    Tape tape;
-    tape.keep_ = keep;
-    return tape;
-  }
-  void initialize(ParameterView<S> p, const Rng& rng) const { bank_.initialize(p, rng); }
-  void forward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<S> y, Tape& tape, Workspace& workspace,
-               const Exec& exec) const {
-    tape.starts_ = {0, in.count()};
-    const bool keeps = tape.keep_ != moxie::Keep::nothing;
-    bank_.forward(p, {tape.starts_, in.x}, y, keeps ? tape.kept_.spread(in.count(), bank_.kept_width()) : RowView<S>(),
-                  workspace, exec);
-  }
-  void backward(ParameterView<const S> p, const moxie::Tokens<S>& in, RowView<const S> dy, RowView<S> dx, ParameterView<S> dp,
-                const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    moxie::detail::expect_value(tape.keep_ != moxie::Keep::nothing, "DenseFeedForward",
-                                "the tape was made to keep nothing for a backward");
-    bank_.backward(p, {tape.starts_, in.x}, dy, dx, dp, tape.kept_.spread_view(in.count(), bank_.kept_width()), workspace,
-                   exec);
-  }
-
- private:
-  Experts bank_;
+  explicit DenseFeedForward(const Config& c)
+      : moxie::DenseFeedForward<Experts>(
+            {.model_dim = c.model_dim, .expert = {.hidden_dim = c.hidden_dim}, .names = {"mlp", false}}) {}
 };
 
 /// out -= a ⊙ b.
@@ -160,6 +123,7 @@ class Model {
     typename FeedForward::Tape feed_forward;
     typename moxie::TimestepMoE<S>::Tape gated;  // Switch-DiT's layer, its output and what it lets through
     Buffer<S> gated_y, masked;
+    Buffer<S> dgated_logits;  // of the prior loss
   };
   struct Tape {
     Index batch = 0;
@@ -168,7 +132,7 @@ class Model {
     std::vector<Index> labels;
     std::vector<BlockTape> blocks;
     typename nn::ModulatedNorm<S>::Tape final_norm;
-    mutable Workspace workspace;
+    Workspace workspace;
     // Of Switch-DiT: the embedding of t, and for the prior the unit of it that each expert plays (none: no prior loss).
     Buffer<S> time_embedding;
     std::vector<Index> prior_of_unit;
@@ -266,7 +230,7 @@ class Model {
     Matrix<std::uint8_t> chosen(steps, prior_.cols());
     auto gates = switch_->make_tape();
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      switch_->forward(p.part(blocks_[i].gated, switch_->layout()), in, no_output, gates, tape.workspace, exec);
+      switch_->forward(p.part(blocks_[i].gated, switch_->layout()), in, no_output, gates, {tape.workspace, exec});
       moxie::mark_chosen_units(gates.router().choices(), config_.switch_experts, Index(i) * config_.switch_experts, chosen);
     }
     tape.prior_of_unit = moxie::match_units(chosen, prior_).column;
@@ -321,9 +285,12 @@ class Model {
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
       BlockTape& block = tape.blocks[i];
       in = switch_ ? masked_forward(blocks_[i], p, in, active, tape, block, exec)
-                   : block_forward(blocks_[i], p, in, active, block, tape.workspace, exec);
+                   : block_forward(blocks_[i], p, in, active, block, {tape.workspace, exec});
     }
     tape.prior_loss = 0;
+    for (BlockTape& block : tape.blocks) {
+      block.dgated_logits.resize(0);
+    }
     if (!tape.prior_of_unit.empty() && config_.prior > 0) {
       add_prior_loss(t, tape);
     }
@@ -339,7 +306,7 @@ class Model {
 
   /// From the forward's tape: adds to the gradients the gradient of ⟨v, dv⟩ + balance_loss. Images get no gradient unless dx
   /// (B, C·H·W) is given; it is overwritten.
-  void backward(ParameterView<const S> p, RowView<const S> dv, ParameterView<S> grads, const Tape& tape, const Exec& exec,
+  void backward(ParameterView<const S> p, RowView<const S> dv, ParameterView<S> grads, Tape& tape, const Exec& exec,
                 RowView<S> dx = {}) const {
     const Index batch = tape.batch;
     const Index length = config_.tokens();
@@ -369,7 +336,7 @@ class Model {
       if (switch_) {
         masked_backward(blocks_[i], p, in, active, d, dactive, dembedding, grads, tape, tape.blocks[i], exec);
       } else {
-        block_backward(blocks_[i], p, in, active, d, dactive, grads, tape.blocks[i], tape.workspace, exec);
+        block_backward(blocks_[i], p, in, active, d, dactive, grads, tape.blocks[i], {tape.workspace, exec});
       }
     }
 
@@ -385,7 +352,7 @@ class Model {
     if (switch_) {
       dactive.eigen() += dembedding.eigen();
     }
-    time_.backward(p, dactive, grads, tape.time, tape.workspace, exec);
+    time_.backward(p, dactive, grads, tape.time, {tape.workspace, exec});
   }
 
  private:
@@ -418,7 +385,7 @@ class Model {
   moxie::Tokens<S> sequences(RowView<const S> x) const { return {x, config_.tokens()}; }
 
   RowView<const S> block_forward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
-                                 BlockTape& tape, Workspace& workspace, const Exec& exec) const {
+                                 BlockTape& tape, const Context& context) const {
     const Index rows = x.rows();
     const Index dim = config_.dim;
     const RowView<S> modulation = tape.modulation.matrix(condition.rows(), 6 * dim);
@@ -429,14 +396,13 @@ class Model {
     const RowView<S> h2 = tape.h2.matrix(rows, dim);
     const RowView<S> mixed = tape.mixed.matrix(rows, dim);
     const RowView<S> out = tape.out.matrix(rows, dim);
-    block.modulation.forward(p, condition, modulation, exec);
-    norm().forward(x, columns(m, 0), columns(m, 1), h1, tape.norm1, exec);
-    block.attention.forward(p, h1, projected, tape.attention, workspace, exec);
-    nn::add_gated<S>(x, columns(m, 2), projected, middle, exec);
-    norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, exec);
-    feed_forward(block.number)
-        .forward(feed_forward_part(p, block.number), sequences(h2), mixed, tape.feed_forward, workspace, exec);
-    nn::add_gated<S>(middle, columns(m, 5), mixed, out, exec);
+    block.modulation.forward(p, condition, modulation, context.exec);
+    norm().forward(x, columns(m, 0), columns(m, 1), h1, tape.norm1, context.exec);
+    block.attention.forward(p, h1, projected, tape.attention, context);
+    nn::add_gated<S>(x, columns(m, 2), projected, middle, context.exec);
+    norm().forward(middle, columns(m, 3), columns(m, 4), h2, tape.norm2, context.exec);
+    feed_forward(block.number).forward(feed_forward_part(p, block.number), sequences(h2), mixed, tape.feed_forward, context);
+    nn::add_gated<S>(middle, columns(m, 5), mixed, out, context.exec);
     return out;
   }
 
@@ -445,17 +411,17 @@ class Model {
                                   Tape& whole, BlockTape& tape, const Exec& exec) const {
     const RowView<S> y = tape.gated_y.matrix(x.rows(), x.cols());
     const RowView<S> masked = tape.masked.matrix(x.rows(), x.cols());
-    switch_->forward(p.part(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, whole.workspace, exec);
+    switch_->forward(p.part(block.gated, switch_->layout()), timed_sequences(x, whole), y, tape.gated, {whole.workspace, exec});
     moxie::timestep_mask<S>(x, y, masked, exec);
-    block_forward(block, p, masked, condition, tape, whole.workspace, exec);
+    block_forward(block, p, masked, condition, tape, {whole.workspace, exec});
     const RowView<S> out = tape.out.matrix(x.rows(), x.cols());
     subtract_product<S>(x, y, out, exec);
     return out;
   }
 
   void masked_backward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
-                       RowView<S> d, RowView<S> dcondition, RowView<S> dembedding, ParameterView<S> grads, const Tape& whole,
-                       const BlockTape& tape, const Exec& exec) const {
+                       RowView<S> d, RowView<S> dcondition, RowView<S> dembedding, ParameterView<S> grads, Tape& whole,
+                       BlockTape& tape, const Exec& exec) const {
     Workspace& workspace = whole.workspace;
     const Workspace::Frame frame(workspace);
     const auto scratch = [&] { return workspace.matrix<S>(x.rows(), x.cols()); };
@@ -465,12 +431,14 @@ class Model {
     const RowView<S> dy = scratch();
     const RowView<S> dcondition_part = workspace.matrix<S>(dembedding.rows(), dembedding.cols());
     dout.eigen() = d.eigen();
-    block_backward(block, p, tape.masked.view(x.rows(), x.cols()), condition, d, dcondition, grads, tape, workspace, exec);
+    block_backward(block, p, tape.masked.view(x.rows(), x.cols()), condition, d, dcondition, grads, tape, {workspace, exec});
     moxie::timestep_mask_backward<S>(x, y, d, dx, dy, exec);
     subtract_product<S>(dout, y, dx, exec);
     subtract_product<S>(dout, x, dy, exec);
-    switch_->backward(p.part(block.gated, switch_->layout()), timed_sequences(x, whole), dy, {d, dcondition_part},
-                      grads.part(block.gated, switch_->layout()), tape.gated, workspace, exec);
+    const bool prior = tape.dgated_logits.size() != 0;
+    const RowView<const S> dlogits = prior ? tape.dgated_logits.view(whole.batch, config_.switch_experts) : RowView<S>();
+    switch_->backward(p.part(block.gated, switch_->layout()), timed_sequences(x, whole), {dy, dlogits},
+                      {{d, dcondition_part}, grads.part(block.gated, switch_->layout())}, tape.gated, {workspace, exec});
     dembedding.eigen() += dcondition_part.eigen();
     d.eigen() += dx.eigen();
   }
@@ -480,7 +448,7 @@ class Model {
     return in;
   }
 
-  /// Computes the prior loss, and leaves its gradient with the gates.
+  /// Computes the prior loss, and leaves its gradient of the gates' logits.
   void add_prior_loss(const std::vector<S>& t, Tape& tape) const {
     const Index experts = config_.switch_experts;
     Matrix<S> scores(tape.batch, prior_.cols());
@@ -497,33 +465,35 @@ class Model {
     Matrix<S> dscores = Matrix<S>::Zero(scores.rows(), scores.cols());
     moxie::diffusion_prior_loss_backward<S>(scores, timesteps, prior, config_.prior, dscores);
     for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      const Matrix<S> part = dscores.middleCols(Index(i) * experts, experts);
-      tape.blocks[i].gated.router().add_score_gradient(part);
+      BlockTape& block = tape.blocks[i];
+      const RowView<S> dlogits = block.dgated_logits.matrix(tape.batch, experts);
+      dlogits.eigen() = dscores.middleCols(Index(i) * experts, experts);
+      moxie::softmax_rows_backward(block.gated.router().scores(), dlogits, {});
     }
   }
 
   /// d: gradient of the block's output in, of its input out. Adds to dcondition.
   void block_backward(const Block& block, ParameterView<const S> p, RowView<const S> x, RowView<const S> condition,
-                      RowView<S> d, RowView<S> dcondition, ParameterView<S> grads, const BlockTape& tape, Workspace& workspace,
-                      const Exec& exec) const {
+                      RowView<S> d, RowView<S> dcondition, ParameterView<S> grads, BlockTape& tape,
+                      const Context& context) const {
     const Index rows = x.rows();
     const Index dim = config_.dim;
-    const Workspace::Frame frame(workspace);
+    const Workspace::Frame frame(context.workspace);
     const RowView<const S> m = tape.modulation.view(condition.rows(), 6 * dim);
-    const RowView<S> dm = workspace.matrix<S>(condition.rows(), 6 * dim);
-    const RowView<S> df = workspace.matrix<S>(rows, dim);
-    const RowView<S> dh = workspace.matrix<S>(rows, dim);
+    const RowView<S> dm = context.workspace.matrix<S>(condition.rows(), 6 * dim);
+    const RowView<S> df = context.workspace.matrix<S>(rows, dim);
+    const RowView<S> dh = context.workspace.matrix<S>(rows, dim);
 
-    nn::add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), exec);
+    nn::add_gated_backward<S>(columns(m, 5), tape.mixed.view(rows, dim), d, df, columns(dm, 5), context.exec);
     feed_forward(block.number)
-        .backward(feed_forward_part(p, block.number), sequences(tape.h2.view(rows, dim)), df, dh,
-                  feed_forward_part(grads, block.number), tape.feed_forward, workspace, exec);
-    norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, exec);
+        .backward(feed_forward_part(p, block.number), sequences(tape.h2.view(rows, dim)), df,
+                  {dh, feed_forward_part(grads, block.number)}, tape.feed_forward, context);
+    norm().backward(columns(m, 4), dh, columns(dm, 3), columns(dm, 4), d, tape.norm2, context.exec);
 
-    nn::add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), exec);
-    block.attention.backward(p, tape.h1.view(rows, dim), df, dh, grads, tape.attention, workspace, exec);
-    norm().backward(columns(m, 1), dh, columns(dm, 0), columns(dm, 1), d, tape.norm1, exec);
-    block.modulation.backward(p, condition, dm, dcondition, grads, exec, true);
+    nn::add_gated_backward<S>(columns(m, 2), tape.projected.view(rows, dim), d, df, columns(dm, 2), context.exec);
+    block.attention.backward(p, tape.h1.view(rows, dim), df, dh, grads, tape.attention, context);
+    norm().backward(columns(m, 1), dh, columns(dm, 0), columns(dm, 1), d, tape.norm1, context.exec);
+    block.modulation.backward(p, condition, dm, dcondition, grads, context.exec, true);
   }
 
   /// f(row of tokens, feature of a patch, image, pixel of the image): features go in as (c,ph,pw), and come out as (ph,pw,c).

@@ -10,6 +10,7 @@
 
 namespace nn {
 
+using moxie::Context;
 using moxie::Workspace;
 
 /// Multi-head attention inside each sequence, from projected q, k, v to the heads' outputs:
@@ -26,10 +27,10 @@ struct Attention {
   using Transpose = moxie::kernel::Transpose;
   static constexpr Index scratch = Index{1} << 22;
 
-  void forward(RowView<const S> qkv, RowView<S> out, Workspace& workspace, const Exec& exec = {}) const {
+  void forward(RowView<const S> qkv, RowView<S> out, const Context& context) const {
     const Index d = out.cols() / heads;
-    for_each_part(qkv.rows() / length, workspace, [&](Index first, Index pairs, RowView<S> prob) {
-      probabilities(qkv, first, pairs, d, prob, exec);
+    for_each_part(qkv.rows() / length, context.workspace, [&](Index first, Index pairs, RowView<S> prob) {
+      probabilities(qkv, first, pairs, d, prob, context.exec);
       moxie::kernel::grouped_gemm<S>(
           pairs,
           [&](Index i) -> moxie::kernel::Product<S> {  // (L,L)(L,d) -> (L,d)
@@ -40,20 +41,19 @@ struct Attention {
                     operand(qkv, first + i, 2, d, Transpose::no),
                     {{head(out, first + i, 0, d), out.stride()}}};
           },
-          exec);
+          context.exec);
     });
   }
 
   /// dv = Pᵀ dout, dP = dout vᵀ, dZ = softmax'(dP), dq = dZ k / √d, dk = dZᵀ q / √d; dqkv (T,3D) overwritten.
-  void backward(RowView<const S> qkv, RowView<const S> dout, RowView<S> dqkv, Workspace& workspace,
-                const Exec& exec = {}) const {
+  void backward(RowView<const S> qkv, RowView<const S> dout, RowView<S> dqkv, const Context& context) const {
     using moxie::kernel::Operand;
     using moxie::kernel::Product;
     const Index d = dout.cols() / heads;
-    for_each_part(qkv.rows() / length, workspace, [&](Index first, Index pairs, RowView<S> prob) {
-      const Workspace::Frame frame(workspace);
-      const RowView<S> dz = workspace.matrix<S>(prob.rows(), length);
-      probabilities(qkv, first, pairs, d, prob, exec);
+    for_each_part(qkv.rows() / length, context.workspace, [&](Index first, Index pairs, RowView<S> prob) {
+      const Workspace::Frame frame(context.workspace);
+      const RowView<S> dz = context.workspace.matrix<S>(prob.rows(), length);
+      probabilities(qkv, first, pairs, d, prob, context.exec);
       moxie::kernel::grouped_gemm<S>(
           2 * pairs,
           [&](Index j) -> Product<S> {
@@ -71,9 +71,9 @@ struct Attention {
                     operand(qkv, first + i, 2, d, Transpose::yes),
                     {{of(dz, i).data(), length}}};  // (L,d)(d,L)
           },
-          exec);
-      moxie::softmax_rows_backward(RowView<const S>(prob), dz, exec);
-      scale(dz, d, pairs, exec);
+          context.exec);
+      moxie::softmax_rows_backward(RowView<const S>(prob), dz, context.exec);
+      scale(dz, d, pairs, context.exec);
       moxie::kernel::grouped_gemm<S>(
           2 * pairs,
           [&](Index j) -> Product<S> {
@@ -87,7 +87,7 @@ struct Attention {
                     operand(qkv, first + i, other, d, Transpose::no),
                     {{head(dqkv, first + i, 1 - other, d), dqkv.stride()}}};
           },
-          exec);
+          context.exec);
     });
   }
 
@@ -170,33 +170,32 @@ class SelfAttention {
     }
   }
 
-  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> out, Tape& tape, Workspace& workspace,
-               const Exec& exec = {}) const {
+  void forward(ParameterView<const S> p, RowView<const S> x, RowView<S> out, Tape& tape, const Context& context) const {
     const Index dim = x.cols();
     const RowView<S> qkv = tape.qkv.matrix(x.rows(), 3 * dim);
     const RowView<S> attended = tape.attended.matrix(x.rows(), dim);
-    qkv_.forward(p, x, qkv, exec);
+    qkv_.forward(p, x, qkv, context.exec);
     if (q_norm_) {
-      q_norm_->forward(p, part(qkv, 0, dim), part(qkv, 0, dim), tape.q, exec);
-      k_norm_->forward(p, part(qkv, 1, dim), part(qkv, 1, dim), tape.k, exec);
+      q_norm_->forward(p, part(qkv, 0, dim), part(qkv, 0, dim), tape.q, context.exec);
+      k_norm_->forward(p, part(qkv, 1, dim), part(qkv, 1, dim), tape.k, context.exec);
     }
-    attention_.forward(qkv, attended, workspace, exec);
-    projection_.forward(p, attended, out, exec);
+    attention_.forward(qkv, attended, context);
+    projection_.forward(p, attended, out, context.exec);
   }
 
   /// dx overwritten, parameter gradients added to.
   void backward(ParameterView<const S> p, RowView<const S> x, RowView<const S> dout, RowView<S> dx, ParameterView<S> dp,
-                const Tape& tape, Workspace& workspace, const Exec& exec = {}) const {
+                const Tape& tape, const Context& context) const {
     const Index dim = x.cols();
-    const Workspace::Frame frame(workspace);
-    const RowView<S> dqkv = workspace.matrix<S>(x.rows(), 3 * dim);
-    projection_.backward(p, tape.attended.view(x.rows(), dim), dout, dx, dp, exec);
-    attention_.backward(tape.qkv.view(x.rows(), 3 * dim), dx, dqkv, workspace, exec);
+    const Workspace::Frame frame(context.workspace);
+    const RowView<S> dqkv = context.workspace.matrix<S>(x.rows(), 3 * dim);
+    projection_.backward(p, tape.attended.view(x.rows(), dim), dout, dx, dp, context.exec);
+    attention_.backward(tape.qkv.view(x.rows(), 3 * dim), dx, dqkv, context);
     if (q_norm_) {
-      q_norm_->backward(p, part(dqkv, 0, dim), part(dqkv, 0, dim), dp, tape.q, exec);
-      k_norm_->backward(p, part(dqkv, 1, dim), part(dqkv, 1, dim), dp, tape.k, exec);
+      q_norm_->backward(p, part(dqkv, 0, dim), part(dqkv, 0, dim), dp, tape.q, context.exec);
+      k_norm_->backward(p, part(dqkv, 1, dim), part(dqkv, 1, dim), dp, tape.k, context.exec);
     }
-    qkv_.backward(p, x, dqkv, dx, dp, exec);
+    qkv_.backward(p, x, dqkv, dx, dp, context.exec);
   }
 
  private:

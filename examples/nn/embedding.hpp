@@ -12,6 +12,7 @@
 namespace nn {
 
 using moxie::Buffer;
+using moxie::Context;
 using moxie::Matrix;
 using moxie::Workspace;
 
@@ -86,15 +87,15 @@ class TimestepEmbedding {
   }
 
   /// Times get no gradient.
-  void backward(ParameterView<const S> p, RowView<const S> dout, ParameterView<S> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec = {}) const {
+  void backward(ParameterView<const S> p, RowView<const S> dout, ParameterView<S> dp, const Tape& tape,
+                const Context& context) const {
     const Index batch = dout.rows();
     const Index dim = dout.cols();
-    const Workspace::Frame frame(workspace);
-    const RowView<S> dhidden = workspace.matrix<S>(batch, dim);
-    second_.backward(p, tape.active.view(batch, dim), dout, dhidden, dp, exec);
+    const Workspace::Frame frame(context.workspace);
+    const RowView<S> dhidden = context.workspace.matrix<S>(batch, dim);
+    second_.backward(p, tape.active.view(batch, dim), dout, dhidden, dp, context.exec);
     activate_backward<moxie::Silu, S>(tape.hidden.view(batch, dim), dhidden);
-    first_.backward(tape.frequencies.view(batch, frequencies), dhidden, dp, exec);
+    first_.backward(tape.frequencies.view(batch, frequencies), dhidden, dp, context.exec);
   }
 
  private:

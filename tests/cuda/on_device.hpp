@@ -128,11 +128,12 @@ class OnDevice {
 
   void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, const TokensGradient<Scalar>& din,
                 ParameterView<Scalar> grads, const Tape& tape, const Exec& exec = {}) const {
-    backward(parameters(), in, dy, din, grads, tape, exec);
+    backward(parameters(), in, dy, {din, grads}, tape, exec);
   }
   void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape,
-                const Exec& /*exec*/ = {}) const {
+                const Gradients<Scalar>& into, const Tape& tape, const Exec& /*exec*/ = {}) const {
+    const TokensGradient<Scalar>& din = into.tokens;
+    const ParameterView<Scalar> grads = into.parameters;
     const Input input(in);
     const Matrix<Scalar> from = dy.eigen();
     Matrix<Scalar> dx = din.x.eigen();

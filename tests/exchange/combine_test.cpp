@@ -51,7 +51,7 @@ TEST_CASE_TEMPLATE("combine: of a sparse plan adds the weighted rows of each tok
   for (Index r = 0; r < plan.rows(); ++r) {
     expected.row(plan.token(r)) += double(plan.weight(r)) * h.row(r).template cast<double>();
   }
-  moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{});
+  moxie::combine(plan, RowView<const S>(h), moxie::kernel::add_to<S>(y), Exec{});
   CHECK(moxie::test::relative_error(y, expected) < Tolerance<S>::sum);
 }
 
@@ -72,7 +72,7 @@ TEST_CASE_TEMPLATE("combine: a term is one fused multiply-add, in the order of t
       }
     }
   }
-  moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{});
+  moxie::combine(plan, RowView<const S>(h), moxie::kernel::add_to<S>(y), Exec{});
   CHECK(moxie::test::same_bits(y, expected));
 }
 
@@ -83,7 +83,7 @@ TEST_CASE("combine: leaves tokens without an assignment as they are") {
   plan.build(3, 1, 1, expert, weight);
   const Matrix<double> h = Matrix<double>::Ones(1, 4);
   Matrix<double> y = moxie::test::untouched<double>(3, 4);
-  moxie::combine(plan, RowView<const double>(h), RowView<double>(y), Exec{});
+  moxie::combine(plan, RowView<const double>(h), moxie::kernel::add_to<double>(y), Exec{});
   CHECK((y.row(0).array() == -77).all());
   CHECK((y.row(1).array() == -76).all());
   CHECK((y.row(2).array() == -77).all());
@@ -93,9 +93,9 @@ TEST_CASE_TEMPLATE("combine: replaces y where it does not add, of tokens without
   const auto check = [](const auto& plan) {
     const Matrix<S> h = moxie::test::random<S>(plan.rows(), 5, 854);
     Matrix<S> sum = Matrix<S>::Zero(plan.tokens(), 5);
-    moxie::combine(plan, RowView<const S>(h), RowView<S>(sum), Exec{});
+    moxie::combine(plan, RowView<const S>(h), moxie::kernel::add_to<S>(sum), Exec{});
     Matrix<S> y = Matrix<S>::Constant(plan.tokens(), 5, std::numeric_limits<S>::quiet_NaN());
-    moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{}, false);
+    moxie::combine(plan, RowView<const S>(h), moxie::kernel::replace<S>(y), Exec{});
     CHECK(moxie::testing::detail::same_bits<S>(y, sum));
   };
   const Index expert[] = {-1, 0, -1};
@@ -121,7 +121,7 @@ TEST_CASE_TEMPLATE("combine: of a dense plan mixes the slots of each sequence in
       }
     }
   }
-  moxie::combine(plan, RowView<const S>(h), RowView<S>(y), Exec{});
+  moxie::combine(plan, RowView<const S>(h), moxie::kernel::add_to<S>(y), Exec{});
   CHECK(moxie::test::relative_error(y, expected) < Tolerance<S>::sum);
 }
 
@@ -144,7 +144,7 @@ TEST_CASE("combine: backward matches central differences in the rows, and in the
   const Index dim = 3;
   const auto loss_of = [&](const auto& plan, const Matrix<double>& h, const Matrix<double>& dy) {
     Matrix<double> y = Matrix<double>::Zero(plan.tokens(), dim);
-    moxie::combine(plan, RowView<const double>(h), RowView<double>(y), Exec{.threads = 1});
+    moxie::combine(plan, RowView<const double>(h), moxie::kernel::add_to<double>(y), Exec{.threads = 1});
     return y.cwiseProduct(dy).sum();
   };
   const auto passes = [](const moxie::testing::GradientReport& report) {
@@ -196,7 +196,7 @@ TEST_CASE_TEMPLATE("combine: the same bits for any number of threads", S, float,
       typename std::remove_cvref_t<decltype(plan)>::Gradient dplan;
       y.push_back(dy);
       dh.push_back(h);
-      moxie::combine(plan, RowView<const S>(h), RowView<S>(y.back()), Exec{threads});
+      moxie::combine(plan, RowView<const S>(h), moxie::kernel::add_to<S>(y.back()), Exec{threads});
       moxie::combine_backward(plan, RowView<const S>(h), RowView<const S>(dy), RowView<S>(dh.back()), dplan, Exec{threads});
       CHECK(moxie::test::same_bits(y.front(), y.back()));
       CHECK(moxie::test::same_bits(dh.front(), dh.back()));

@@ -94,9 +94,9 @@ TEST_CASE_TEMPLATE("dispatch: its backward replaces dx where it does not add", S
     const Matrix<S> drows = moxie::test::random<S>(plan.rows(), 5, 825);
     typename std::remove_cvref_t<decltype(plan)>::Gradient dplan;
     Matrix<S> sum = Matrix<S>::Zero(plan.tokens(), 5);
-    moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(drows), RowView<S>(sum), dplan, Exec{});
+    moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(drows), moxie::kernel::add_to<S>(sum), dplan, Exec{});
     Matrix<S> dx = Matrix<S>::Constant(plan.tokens(), 5, std::numeric_limits<S>::quiet_NaN());
-    moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(drows), RowView<S>(dx), dplan, Exec{}, false);
+    moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(drows), moxie::kernel::replace<S>(dx), dplan, Exec{});
     CHECK(moxie::testing::detail::same_bits<S>(dx, sum));
   };
   const Index expert[] = {-1, 0, -1};
@@ -116,7 +116,8 @@ TEST_CASE("dispatch: backward matches central differences in x and in D") {
     Matrix<double> dx = Matrix<double>::Zero(plan.tokens(), dim);
     typename decltype(plan)::Gradient dplan;
     Matrix<double> slots(plan.rows(), dim);
-    moxie::dispatch_backward(plan, RowView<const double>(x), RowView<const double>(dr), RowView<double>(dx), dplan, Exec{});
+    moxie::dispatch_backward(plan, RowView<const double>(x), RowView<const double>(dr), moxie::kernel::add_to<double>(dx),
+                             dplan, Exec{});
     const auto loss = [&] {
       const auto rows = moxie::dispatch(plan, RowView<const double>(x), slots, Exec{.threads = 1});
       return moxie::testing::detail::gathered(rows).cwiseProduct(dr).sum();
@@ -145,7 +146,8 @@ TEST_CASE_TEMPLATE("dispatch: the same bits for any number of threads", S, float
     for (const int threads : {1, 2, 7}) {
       rows.push_back(moxie::testing::detail::gathered(moxie::dispatch(plan, RowView<const S>(x), slots, Exec{threads})));
       dx.push_back(x);
-      moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(dr), RowView<S>(dx.back()), dplan, Exec{threads});
+      moxie::dispatch_backward(plan, RowView<const S>(x), RowView<const S>(dr), moxie::kernel::add_to<S>(dx.back()), dplan,
+                               Exec{threads});
       CHECK(moxie::test::same_bits(rows.front(), rows.back()));
       CHECK(moxie::test::same_bits(dx.front(), dx.back()));
     }

@@ -36,7 +36,7 @@ void check_forward(const Bank_& bank, F&& f) {
   for (const bool gathered : {true, false}) {
     Matrix<S> h = test::untouched<S>(rows, dim);
     Workspace workspace;
-    bank.forward(p.view(), GroupedRows<S>{starts, x, gathered ? gather : nullptr}, h, {}, workspace, Exec{});
+    bank.forward(p.view(), GroupedRows<S>{starts, x, gathered ? gather : nullptr}, h, nullptr, workspace);
     Matrix<double> expected(rows, dim);
     for (Index e = 0; e < experts; ++e) {
       for (Index r = starts[e]; r < starts[e + 1]; ++r) {
@@ -59,8 +59,7 @@ void check_backward(const Bank_& bank) {
   }
   const Matrix<double> dh = test::random<double>(rows, dim, 904);
   Matrix<double> h(rows, dim);
-  Buffer<double> buffer;
-  const RowView<double> kept = buffer.spread(rows, bank.kept_width());
+  typename Bank_::Tape kept;
   Workspace workspace;
   for (const bool gathered : {true, false}) {
     const GroupedRows<double> in{starts, gathered ? RowView<const double>(x) : RowView<const double>(x_rows),
@@ -68,11 +67,11 @@ void check_backward(const Bank_& bank) {
     Matrix<double> drows = test::untouched<double>(rows, dim);
     auto grads = random_parameters(bank);
     const auto before = grads;
-    bank.forward(p.view(), in, h, kept, workspace, Exec{});
-    bank.backward(p.view(), in, dh, drows, grads.view(), kept, workspace, Exec{});
+    bank.forward(p.view(), in, h, &kept, workspace);
+    bank.backward(p.view(), in, dh, {drows, grads}, kept, workspace);
     grads.flat() -= before.flat();
     const auto loss = [&] {
-      bank.forward(p.view(), in, h, kept, workspace, Exec{.threads = 1});
+      bank.forward(p.view(), in, h, &kept, {workspace, Exec{.threads = 1}});
       return h.cwiseProduct(dh).sum();
     };
     std::vector<testing::GradientReport> reports;
@@ -110,11 +109,10 @@ void check_bfloat16(const Rounded& rounded, const Exact& exact) {
       Parameters<S> grads;
     } out{Matrix<S>(rows, width), Matrix<S>(rows, width), q.zeros_like()};
     Workspace workspace;
-    Buffer<S> buffer;
-    const RowView<S> kept = buffer.spread(rows, bank.kept_width());
+    typename B::Tape kept;
     const GroupedRows<S> grouped{starts, in, gather};
-    bank.forward(q.view(), grouped, out.h, kept, workspace, Exec{});
-    bank.backward(q.view(), grouped, d, out.drows, out.grads.view(), kept, workspace, Exec{});
+    bank.forward(q.view(), grouped, out.h, &kept, workspace);
+    bank.backward(q.view(), grouped, d, {out.drows, out.grads}, kept, workspace);
     return out;
   };
   const auto a = run(rounded, p, x, dh);
@@ -138,7 +136,7 @@ void check_bfloat16(const Rounded& rounded, const Exact& exact) {
 
   Matrix<float> frozen(rows, width);
   Workspace workspace;
-  rounded.forward(rounded.freeze(p.view(), Exec{}), GroupedRows<float>{starts, x, gather}, frozen, {}, workspace, Exec{});
+  rounded.forward(rounded.freeze(p.view(), Exec{}), GroupedRows<float>{starts, x, gather}, frozen, nullptr, workspace);
   CHECK(test::same_bits(frozen, a.h));
 }
 
@@ -158,7 +156,8 @@ void check_many_rows(const Bank_& bank) {
       Matrix<S> h, drows;
       Parameters<S> grads;
     } out{{}, {}, p.zeros_like()};
-    Buffer<S> h_buffer, drows_buffer, kept_buffer;
+    Buffer<S> h_buffer, drows_buffer;
+    typename Bank_::Tape kept;
     const RowView<S> h = h_buffer.spread(count, width);
     const RowView<S> drows = drows_buffer.spread(count, width);
     CHECK(kernel::is_streamed(h));
@@ -169,11 +168,10 @@ void check_many_rows(const Bank_& bank) {
       const auto part = [&](auto m) { return m.middle_rows(first, n); };
       const Index ends[] = {0, std::clamp(count / 2 - first, Index{0}, n), n};  // half of all rows are the first expert's
       const GroupedRows<S> grouped{ends, part(RowView<const S>(x)), nullptr};
-      const RowView<S> kept = kept_buffer.spread(n, bank.kept_width());
       CHECK(kernel::is_streamed(part(h)) == (step == count));
       const Exec exec{.threads = 2};
-      bank.forward(p.view(), grouped, part(h), kept, workspace, exec);
-      bank.backward(p.view(), grouped, part(RowView<const S>(dh)), part(drows), out.grads.view(), kept, workspace, exec);
+      bank.forward(p.view(), grouped, part(h), &kept, {workspace, exec});
+      bank.backward(p.view(), grouped, part(RowView<const S>(dh)), {part(drows), out.grads}, kept, {workspace, exec});
     }
     out.h = h.eigen();
     out.drows = drows.eigen();

@@ -205,7 +205,7 @@ TEST_CASE("expert bank: computes each row with the parameters of its expert") {
   const Index index[] = {5, 0, 3, 3};  // rows are gathered
   Matrix<double> h(4, model_dim);
   moxie::Workspace workspace;
-  bank.forward(p.view(), moxie::GroupedRows<double>{starts, x, index}, h, {}, workspace, one_thread);
+  bank.forward(p.view(), moxie::GroupedRows<double>{starts, x, index}, h, nullptr, {workspace, one_thread});
   for (Index r = 0; r < 4; ++r) {
     const std::string name = "experts." + std::to_string(r / 2) + ".";
     for (Index j = 0; j < model_dim; ++j) {

@@ -231,11 +231,10 @@ void check_same_bits(const A& a, const B& b) {
       moxie::Parameters<S> grads;
     } out{moxie::Matrix<S>(rows, dim), moxie::Matrix<S>(rows, dim), p.zeros_like()};
     moxie::Workspace workspace;
-    moxie::Buffer<S> buffer;
-    const RowView<S> kept = buffer.spread(rows, bank.kept_width());
+    typename std::decay_t<decltype(bank)>::Tape kept;
     const moxie::GroupedRows<S> in{starts, x, gather};
-    bank.forward(p.view(), in, out.h, kept, workspace, moxie::Exec{});
-    bank.backward(p.view(), in, dh, out.drows, out.grads.view(), kept, workspace, moxie::Exec{});
+    bank.forward(p.view(), in, out.h, &kept, workspace);
+    bank.backward(p.view(), in, dh, {out.drows, out.grads}, kept, workspace);
     return out;
   };
   const auto of_a = run(a);
@@ -289,18 +288,17 @@ TEST_CASE("GLU experts: gradients of biases that are absent are skipped") {
   const moxie::Matrix<double> dh = moxie::test::random<double>(rows, dim, 911);
   moxie::Matrix<double> h(rows, dim), drows(rows, dim);
   moxie::Workspace workspace;
-  moxie::Buffer<double> buffer;
-  const RowView<double> kept = buffer.spread(rows, bank.kept_width());
+  moxie::ClampedSwiGluExperts<double>::Tape kept;
   const moxie::GroupedRows<double> in{starts, x, gather};
-  bank.forward(p.view(), in, h, kept, workspace, moxie::Exec{});
+  bank.forward(p.view(), in, h, &kept, workspace);
   auto all = p.zeros_like();
-  bank.backward(p.view(), in, dh, drows, all.view(), kept, workspace, moxie::Exec{});
+  bank.backward(p.view(), in, dh, {drows, all}, kept, workspace);
   for (Index absent = 0; absent < layout.count(); ++absent) {
     CAPTURE(absent);
     auto grads = p.zeros_like();
     const moxie::ParameterTable<double> table(
         layout, [&](const moxie::TensorInfo& t) { return layout.find(t.name) == absent ? RowView<double>() : grads[t.name]; });
-    bank.backward(p.view(), in, dh, drows, table.view(), kept, workspace, moxie::Exec{});
+    bank.backward(p.view(), in, dh, {drows, table}, kept, workspace);
     for (const moxie::TensorInfo& t : layout.tensors()) {
       if (layout.find(t.name) == absent) {
         CHECK((grads[t.name].eigen().array() == 0).all());

@@ -40,7 +40,7 @@ Matrix<S> dense_output(const Experts& dense, const Parameters<S>& weights, const
   const Index starts[] = {0, x.rows()};
   Matrix<S> y(x.rows(), x.cols());
   moxie::Workspace workspace;
-  dense.forward(weights.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, {}, workspace, Exec{});
+  dense.forward(weights.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, nullptr, workspace);
   return y;
 }
 

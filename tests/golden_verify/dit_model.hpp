@@ -313,8 +313,8 @@ void verify_flash_attention(GoldenCase& golden) {
   typename nn::SelfAttention<Scalar>::Tape tape;
   moxie::Workspace workspace;
   auto grads = p.zeros_like();
-  attention.forward(p, x, y, tape, workspace, moxie::Exec{2});
-  attention.backward(p, x, dy, dx, grads, tape, workspace, moxie::Exec{2});
+  attention.forward(p, x, y, tape, {workspace, moxie::Exec{2}});
+  attention.backward(p, x, dy, dx, grads, tape, {workspace, moxie::Exec{2}});
   golden.compare("output/y", values(y));
   golden.compare_total("loss/total", y, dy, 0);
   golden.compare("grad/x", values(dx));

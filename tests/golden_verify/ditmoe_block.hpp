@@ -243,7 +243,7 @@ void verify_ditmoe_block(GoldenCase& golden) {
     moxie::Workspace workspace;
     const Index starts[]{0, tokens};
     y = unwritten<Scalar>(tokens, block.dim);
-    bank.forward(p, {starts, x}, y, {}, workspace, {});
+    bank.forward(p, {starts, x}, y, nullptr, workspace);
   }
   if (golden.contains("intermediate/y_shared")) {
     golden.compare("intermediate/y_shared", values(y));

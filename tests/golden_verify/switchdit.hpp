@@ -130,8 +130,9 @@ void verify_switchdit_taskmoe(GoldenCase& golden) {
   auto grads = layer.parameters().zeros_like();
   Matrix<Scalar> dx = unwritten<Scalar>(tokens, dim);
   Matrix<Scalar> dcondition = unwritten<Scalar>(batch, dim);
-  tape.router().add_score_gradient(dprobs);
-  layer.backward(in, dy, {dx, dcondition}, grads, tape);
+  Matrix<Scalar> dlogits = dprobs;
+  moxie::softmax_rows_backward(tape.router().scores(), moxie::RowView<Scalar>(dlogits), {});
+  layer.backward(in, {dy, dlogits}, {dx, dcondition}, grads, tape);
   Matrix<Scalar> dtable = Matrix<Scalar>::Zero(timesteps, dim);
   for (Index i = 0; i < batch; ++i) {
     dtable.row(timestep[std::size_t(i)]) += dcondition.row(i);

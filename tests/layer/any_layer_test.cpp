@@ -13,10 +13,14 @@
 namespace {
 
 using moxie::AnyLayer;
+using moxie::Context;
 using moxie::Exec;
+using moxie::Gradients;
 using moxie::Index;
 using moxie::Keep;
 using moxie::Matrix;
+using moxie::Outputs;
+using moxie::OutputsGradient;
 using moxie::ParameterView;
 using moxie::RowView;
 using moxie::Tokens;
@@ -58,22 +62,19 @@ class NormedBlock {
     p[0].eigen().setOnes();
     inner_.initialize(of_inner(p), rng);
   }
-  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
+  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations, std::pmr::memory_resource* resource = nullptr) const {
     Tape tape;
-    tape.inner_ = inner_.make_tape(max_tokens, keep);
+    tape.inner_ = inner_.make_tape(max_tokens, keep, resource);
     return tape;
   }
   moxie::Cost multiply_adds(Index n, const moxie::Sequences& division = {}) const { return inner_.multiply_adds(n, division); }
   moxie::Cost multiply_adds(const Tape& tape) const { return inner_.multiply_adds(tape.inner_); }
 
-  void forward(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
-    forward(parameters_.view(), in, y, tape, tape.workspace_, exec);
+  void forward(const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape, const Exec& exec = {}) const {
+    forward(parameters_.view(), in, out, tape, {tape.workspace_, exec});
   }
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec) const {
-    forward(p, in, y, tape, tape.workspace_, exec);
-  }
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-               const Exec& exec) const {
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     const RowView<Scalar> n = tape.normed_.matrix(in.count(), model_dim());
     for (Index t = 0; t < in.count(); ++t) {
       for (Index d = 0; d < model_dim(); ++d) {
@@ -82,31 +83,28 @@ class NormedBlock {
     }
     Tokens<Scalar> normed = in;
     normed.x = n;
-    inner_.forward(of_inner(p), normed, y, tape.inner_, workspace, exec);
+    inner_.forward(of_inner(p), normed, out, tape.inner_, context);
     for (Index t = 0; t < in.count(); ++t) {
       for (Index d = 0; d < model_dim() && takes_part(in, t); ++d) {
-        y(t, d) += in.x(t, d);
+        out.y(t, d) += in.x(t, d);
       }
     }
   }
 
-  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, const TokensGradient<Scalar>& din,
+  void backward(const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout, const TokensGradient<Scalar>& din,
                 ParameterView<Scalar> grads, Tape& tape, const Exec& exec = {}) const {
-    backward(parameters_.view(), in, dy, din, grads, tape, tape.workspace_, exec);
+    backward(parameters_.view(), in, dout, {din, grads}, tape, {tape.workspace_, exec});
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, Tape& tape, const Exec& exec) const {
-    backward(p, in, dy, din, grads, tape, tape.workspace_, exec);
-  }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Context& context) const {
+    const TokensGradient<Scalar>& din = into.tokens;
+    const ParameterView<Scalar> grads = into.parameters;
+    const Workspace::Frame frame(context.workspace);
     Tokens<Scalar> normed = in;
     normed.x = std::as_const(tape.normed_).view(in.count(), model_dim());
     TokensGradient<Scalar> dnormed = din;
-    dnormed.x = workspace.matrix<Scalar>(in.count(), model_dim());
-    inner_.backward(of_inner(p), normed, dy, dnormed, of_inner(grads), tape.inner_, workspace, exec);
+    dnormed.x = context.workspace.matrix<Scalar>(in.count(), model_dim());
+    inner_.backward(of_inner(p), normed, dout, {dnormed, of_inner(grads)}, tape.inner_, context);
     for (Index t = 0; t < in.count(); ++t) {
       if (!takes_part(in, t)) {
         std::fill_n(din.x.row(t), model_dim(), Scalar(0));
@@ -119,7 +117,7 @@ class NormedBlock {
         dot += dnormed.x(t, d) * p[0](0, d) * in.x(t, d);
       }
       for (Index d = 0; d < model_dim(); ++d) {
-        din.x(t, d) = dy(t, d) + r * dnormed.x(t, d) * p[0](0, d) - r * r * r / Scalar(model_dim()) * dot * in.x(t, d);
+        din.x(t, d) = dout.y(t, d) + r * dnormed.x(t, d) * p[0](0, d) - r * r * r / Scalar(model_dim()) * dot * in.x(t, d);
       }
     }
   }
@@ -242,7 +240,7 @@ TEST_CASE_TEMPLATE("AnyLayer: every layer has the bits that it has by itself", S
       Matrix<S> y(tokens, dim), dx(tokens, dim), dcondition(3, condition_dim);
       auto grads = elsewhere.zeros_like();
       zero.forward(elsewhere, in, y, any_tape, workspace);
-      zero.backward(elsewhere, in, batch.dy, {dx, dcondition}, grads, any_tape, workspace);
+      zero.backward(elsewhere, in, batch.dy, {{dx, dcondition}, grads}, any_tape, workspace);
       CHECK(moxie::test::same_bits(y, step.y));
       CHECK(moxie::test::same_bits(dx, step.dx));
       CHECK((grads.flat() == step.grads.flat()).all());

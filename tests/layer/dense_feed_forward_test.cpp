@@ -40,7 +40,7 @@ class OneExpert : public moxie::FixedRouter<S> {
   using typename moxie::FixedRouter<S>::Tape;
   Index experts() const { return 1; }
   void route(moxie::ParameterView<const S> /*p*/, const Tokens<S>& in, moxie::SparsePlan<S>& plan, Tape& /*tape*/,
-             moxie::Workspace& /*workspace*/, const moxie::Exec& /*exec*/) const {
+             const moxie::Context& /*context*/) const {
     plan.build(in.count(), 1, 1, std::vector<Index>(std::size_t(in.count()), 0), std::vector<S>(std::size_t(in.count()), S(1)));
   }
 };

@@ -201,31 +201,6 @@ TEST_CASE("top-k: with fewer experts for a call, the choices are the first of th
   CHECK_THROWS_AS(layer.forward(in, y, tape), moxie::ValueError);
 }
 
-TEST_CASE("top-k: the gradient of a loss of one's own on the scores goes to the gate") {
-  moxie::TopKMoE<double> layer({.model_dim = dim, .experts = experts, .top_k = 2, .expert = {.hidden_dim = 3}});
-  moxie::test::randomize(layer.parameters(), 740);
-  Batch<double> batch;
-  const Tokens<double> in = batch.tokens({}, false);
-  const Matrix<double> c = moxie::test::random<double>(12, experts, 741);
-  const Matrix<double> zero = Matrix<double>::Zero(12, dim);
-  Matrix<double> y(12, dim), dx(12, dim);
-  auto tape = layer.make_tape();
-  auto grads = layer.parameters().zeros_like();
-  layer.forward(in, y, tape);
-  const Matrix<double> half = 0.5 * c;
-  tape.router().add_score_gradient(half);
-  tape.router().add_score_gradient(half);
-  layer.backward(in, zero, dx, grads, tape);
-  const auto loss = [&] {
-    layer.forward(in, y, tape);
-    return tape.router().scores().eigen().cwiseProduct(c).sum();
-  };
-  const auto report = moxie::testing::check_gradient(loss, layer.parameters()["gate.weight"], grads["gate.weight"]);
-  INFO(report.message());
-  CHECK(report.passes(moxie::test::gradient_tolerance));
-  CHECK_THROWS_AS(tape.router().add_score_gradient(zero), moxie::ShapeError);
-}
-
 TEST_CASE_TEMPLATE("top-k: normalized weights sum to 1 where a bias chose experts that have no score left", S, float, double) {
   for (const moxie::TopKOrder order : {moxie::TopKOrder::softmax_top_k, moxie::TopKOrder::top_k_softmax}) {
     for (const double gap : {10.0, 45.0, 120.0, 900.0}) {

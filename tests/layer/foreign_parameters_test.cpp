@@ -45,7 +45,7 @@ struct Step {
     in.condition = c;
     auto tape = layer.make_tape();
     layer.forward(p, in, y, tape, Exec{2});
-    layer.backward(p, in, dy, dx, grads, tape, Exec{2});
+    layer.backward(p, in, dy, {dx, grads}, tape, Exec{2});
   }
 };
 

@@ -2,6 +2,8 @@
 #include <doctest/doctest.h>
 
 #include <core/resident_memory.hpp>
+#include <memory_resource>
+#include <moxie/layer/expert_choice_moe.hpp>
 #include <moxie/moxie.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <support.hpp>
@@ -172,7 +174,7 @@ TEST_CASE("layer: a tape of another layer, or one that was moved away, is refuse
   }
   auto tape = layer.make_tape();
   layer.forward(x, y, tape);
-  const auto moved = std::move(tape);
+  auto moved = std::move(tape);
   CHECK(contains(message_of<moxie::ValueError>([&] { layer.backward(x, y, dx, grads, tape); }),  // NOLINT: that is the point
                  "the tape holds no forward of this layer"));
   CHECK(moxie::test::is_untouched(dx));
@@ -371,7 +373,7 @@ TEST_CASE("layer: parameters in a block elsewhere give the same bits as its own"
   layer.forward(x, y, tape);
   layer.backward(x, x, dx, grads, tape);
   other.forward(block, Tokens<float>{x}, y2, tape, Exec{});
-  other.backward(block, Tokens<float>{x}, x, dx2, grads2, tape, Exec{});
+  other.backward(block, Tokens<float>{x}, x, {dx2, grads2}, tape, Exec{});
   CHECK(moxie::test::same_bits(y, y2));
   CHECK(moxie::test::same_bits(dx, dx2));
   CHECK((grads.flat() == grads2.flat()).all());
@@ -402,10 +404,17 @@ TEST_CASE("layer: layers may share a workspace that is in use, and give the same
                          moxie::Parameters<float>& grads, auto&... scratch) {
       next.x = y;
       const std::size_t before = moxie::test::allocation_count;
-      layer.forward(block, in, y, first, scratch..., one_thread);
-      layer.forward(block, next, y2, second, scratch..., one_thread);
-      layer.backward(block, next, y2, dy, grads, second, scratch..., one_thread);
-      layer.backward(block, in, dy, dx, grads, first, scratch..., one_thread);
+      const auto with = [&] {
+        if constexpr (sizeof...(scratch) == 0) {
+          return one_thread;
+        } else {
+          return moxie::Context(scratch..., one_thread);
+        }
+      }();
+      layer.forward(block, in, y, first, with);
+      layer.forward(block, next, y2, second, with);
+      layer.backward(block, next, y2, {dy, grads}, second, with);
+      layer.backward(block, in, dy, {dx, grads}, first, with);
       return moxie::test::allocation_count - before;
     };
     auto first = layer.make_tape(0, keep);
@@ -501,7 +510,7 @@ TEST_CASE("layer: a copied tape goes on for itself") {
   auto grads2 = layer.parameters().zeros_like();
   auto tape = layer.make_tape();
   layer.forward(x, y, tape);
-  const auto copy = tape;
+  auto copy = tape;
   layer.backward(x, y, dx, grads, tape);
   const Matrix<float> other = 2 * x;
   Matrix<float> ignored(tokens, model_dim);
@@ -548,6 +557,115 @@ TEST_CASE("layer: initialize draws the same numbers for the same seed, others fo
       CHECK((s.name == t.name || double(a.parameters()[s.name](0, 0) / a.parameters()[t.name](0, 0)) !=
                                      doctest::Approx(double(a.parameters()[s.name](0, 1) / a.parameters()[t.name](0, 1)))));
     }
+  }
+}
+
+// Memory that counts, and runs out at allocation number `last`.
+class Limited : public std::pmr::memory_resource {
+ public:
+  std::size_t allocations = 0, blocks = 0, bytes = 0;
+  std::size_t last = std::numeric_limits<std::size_t>::max();
+
+ private:
+  void* do_allocate(std::size_t size, std::size_t aligned) override {
+    if (allocations == last) {
+      throw std::bad_alloc();
+    }
+    ++allocations;
+    ++blocks;
+    bytes += size;
+    return std::pmr::new_delete_resource()->allocate(size, aligned);
+  }
+  void do_deallocate(void* block, std::size_t size, std::size_t aligned) override {
+    --blocks;
+    bytes -= size;
+    std::pmr::new_delete_resource()->deallocate(block, size, aligned);
+  }
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
+TEST_CASE("layer: a tape's memory comes from its resource, a copy's does not, and all of it goes back") {
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 121);
+  std::vector<std::uint8_t> mask(std::size_t(tokens), 1);
+  mask[3] = 0;
+  const auto check = [&](auto layer) {
+    moxie::test::randomize(layer.parameters(), 122);
+    Tokens<float> in(x);
+    in.mask = mask;
+    for (const moxie::Keep keep : {moxie::Keep::activations, moxie::Keep::inputs}) {
+      Limited memory;
+      Matrix<float> y(tokens, model_dim), dx = y, y2 = y, dx2 = y;
+      auto grads = layer.parameters().zeros_like();
+      auto grads2 = grads;
+      {
+        auto tape = layer.make_tape(0, keep, &memory);
+        layer.forward(in, y, tape, one_thread);
+        layer.backward(in, y, dx, grads, tape, one_thread);
+        CHECK(memory.bytes > std::size_t(tokens * model_dim) * sizeof(float));
+        const std::size_t before = memory.allocations;
+        auto copy = tape;
+        layer.backward(in, y, dx2, grads2, copy, one_thread);
+        layer.forward(in, y2, copy, one_thread);
+        CHECK(memory.allocations == before);
+        CHECK(moxie::test::same_bits(dx, dx2));
+        CHECK(moxie::test::same_bits(y, y2));
+      }
+      CHECK(memory.blocks == 0);
+    }
+  };
+  check(moxie::SharedExpertMoE<float>(
+      {.model_dim = model_dim, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 6}, .shared = {.hidden_dim = 3}}));
+  check(moxie::SoftMoE<float>({.model_dim = model_dim, .experts = 2, .slots_per_expert = 2, .expert = {.hidden_dim = 6}}));
+  check(moxie::ExpertChoiceMoE<float>({.model_dim = model_dim, .experts = 3, .expert = {.hidden_dim = 6}}));
+}
+
+TEST_CASE("layer: memory that runs out throws, leaks nothing, and the step can be taken again") {
+  moxie::SharedExpertMoE<float> layer(
+      {.model_dim = model_dim, .experts = 4, .top_k = 2, .expert = {.hidden_dim = 6}, .shared = {.hidden_dim = 3}});
+  moxie::test::randomize(layer.parameters(), 123);
+  const Matrix<float> x = moxie::test::random<float>(tokens, model_dim, 124);
+  Matrix<float> y(tokens, model_dim), dx = y, y2 = y, dx2 = y;
+  auto grads = layer.parameters().zeros_like();
+  for (const moxie::Keep keep : {moxie::Keep::activations, moxie::Keep::inputs}) {
+    auto whole = layer.make_tape(0, keep);
+    auto expected = layer.parameters().zeros_like();
+    layer.forward(x, y, whole, one_thread);
+    layer.backward(x, y, dx, expected, whole, one_thread);
+    std::size_t failed_forwards = 0, failed_backwards = 0;
+    for (bool done = false; !done;) {
+      const std::size_t last = failed_forwards + failed_backwards;
+      Limited memory;
+      memory.last = last;
+      {
+        auto tape = layer.make_tape(0, keep, &memory);
+        grads.set_zero();
+        try {
+          layer.forward(x, y2, tape, one_thread);
+          try {
+            layer.backward(x, y2, dx2, grads, tape, one_thread);
+            done = true;
+          } catch (const std::bad_alloc&) {  // gradients are undefined now; the forward is still there
+            ++failed_backwards;
+            memory.last = std::numeric_limits<std::size_t>::max();
+            grads.set_zero();
+            layer.backward(x, y2, dx2, grads, tape, one_thread);
+          }
+        } catch (const std::bad_alloc&) {
+          ++failed_forwards;
+          memory.last = std::numeric_limits<std::size_t>::max();
+          CHECK_THROWS_AS(layer.backward(x, y2, dx2, grads, tape, one_thread), moxie::ValueError);
+          CHECK((grads.flat() == 0).all());
+          layer.forward(x, y2, tape, one_thread);
+          layer.backward(x, y2, dx2, grads, tape, one_thread);
+        }
+        CHECK(moxie::test::same_bits(y, y2));
+        CHECK(moxie::test::same_bits(dx, dx2));
+        CHECK((grads.flat() == expected.flat()).all());
+      }
+      CHECK(memory.blocks == 0);
+    }
+    CHECK(failed_forwards > 10);
+    CHECK(failed_backwards > 1);
   }
 }
 

@@ -189,36 +189,34 @@ TEST_CASE("timestep layer: what the tokens hold does not change the routing") {
   CHECK(std::ranges::equal(a.plan().token(), b.plan().token()));
 }
 
-TEST_CASE("timestep layer: the gradient of a loss on the scores is added, to gate and condition alone") {
+TEST_CASE("timestep layer: the gradient of a loss on the logits is added, to gate and condition alone") {
   const auto layer = make<double>(modes[1]);
   const Matrix<double> dy = moxie::test::random<double>(tokens, model_dim, 657);
   const Batch<double> batch{moxie::Sequences(ragged)};
-  const Matrix<double> dscores = moxie::test::random<double>(5, 3, 658);
-  const auto run = [&](const Matrix<double>& of_y, bool of_scores) {
+  const Matrix<double> dlogits = moxie::test::random<double>(5, 3, 658);
+  const auto run = [&](const Matrix<double>& of_y, bool of_logits) {
     moxie::testing::detail::Step<double> s{Matrix<double>(tokens, model_dim), Matrix<double>(tokens, model_dim),
                                            Matrix<double>(5, condition_dim), layer.parameters().zeros_like(), 0};
     auto tape = layer.make_tape();
     layer.forward(batch.in, s.y, tape);
-    if (of_scores) {
-      tape.router().add_score_gradient(dscores);
-    }
-    layer.backward(batch.in, of_y, {s.dx, s.dcondition}, s.grads, tape);
+    layer.backward(batch.in, {of_y, of_logits ? RowView<const double>(dlogits) : RowView<const double>()}, {s.dx, s.dcondition},
+                   s.grads, tape);
     return s;
   };
   const auto both = run(dy, true);
   const auto of_y = run(dy, false);
-  const auto of_scores = run(Matrix<double>::Zero(tokens, model_dim), true);
-  CHECK(of_scores.dx.isZero(0));
+  const auto of_logits = run(Matrix<double>::Zero(tokens, model_dim), true);
+  CHECK(of_logits.dx.isZero(0));
   CHECK(moxie::test::same_bits(both.dx, of_y.dx));
-  CHECK(moxie::test::relative_error(both.dcondition, Matrix<double>(of_y.dcondition + of_scores.dcondition)) < 1e-14);
-  CHECK((of_scores.dcondition.array() != 0).any());
+  CHECK(moxie::test::relative_error(both.dcondition, Matrix<double>(of_y.dcondition + of_logits.dcondition)) < 1e-14);
+  CHECK((of_logits.dcondition.array() != 0).any());
   moxie::zip(
       [&](const moxie::TensorInfo& info, auto sum, auto a, auto b) {
         CAPTURE(info.name);
         CHECK((sum.eigen() - a.eigen() - b.eigen()).cwiseAbs().maxCoeff() < 1e-13);
         CHECK((b.eigen().array() != 0).any() == info.name.starts_with("gate"));
       },
-      both.grads, of_y.grads, of_scores.grads);
+      both.grads, of_y.grads, of_logits.grads);
 }
 
 // Two blocks of Switch-DiT without the transformer in them, and the diffusion prior loss of both.
@@ -284,8 +282,10 @@ struct TwoBlocks {
     const double loss = moxie::diffusion_prior_loss<double>(probabilities, timestep, prior);
     Matrix<double> dprobabilities = Matrix<double>::Zero(probabilities.rows(), probabilities.cols());
     moxie::diffusion_prior_loss_backward<double>(probabilities, timestep, prior, weight, dprobabilities);
-    for (Index l = 0; l < blocks; ++l) {
-      tapes[l].router().add_score_gradient(dprobabilities.middleCols(l * experts, experts));
+    Matrix<double> dlogits[blocks];
+    for (Index l = 0; l < blocks; ++l) {  // through the softmax of each layer
+      dlogits[l] = dprobabilities.middleCols(l * experts, experts);
+      moxie::softmax_rows_backward<double>(tapes[l].router().scores(), dlogits[l], {});
     }
     // [prior]
     const double value = out.cwiseProduct(dout).sum() + weight * loss;
@@ -304,7 +304,7 @@ struct TwoBlocks {
       moxie::timestep_mask_backward<double>(in.x, y[l], dr, dx, dy);
       dx -= d.cwiseProduct(y[l]);
       dy -= d.cwiseProduct(in.x.eigen());
-      layers[l].backward(in, dy, {dx_layer, dc}, grads[std::size_t(l)], tapes[l]);
+      layers[l].backward(in, {dy, dlogits[l]}, {dx_layer, dc}, grads[std::size_t(l)], tapes[l]);
       d = dx + dx_layer;
       dcondition += dc;
       // [block backward]

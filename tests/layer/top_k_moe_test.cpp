@@ -137,7 +137,7 @@ TEST_CASE_TEMPLATE("top-k layer: with E = K = 1 it is the plain feed-forward, bi
   const Index starts[] = {0, tokens};
   Matrix<S> y(tokens, model_dim);
   moxie::Workspace workspace;
-  feed_forward.forward(p.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, {}, workspace, Exec{});
+  feed_forward.forward(p.view(), moxie::GroupedRows<S>{starts, x, nullptr}, y, nullptr, workspace);
   CHECK(moxie::test::same_bits(forward<S>(layer, {x}), y));
 }
 

@@ -20,13 +20,13 @@ struct Routed {
   ClusterRouter<S> router;
   moxie::Parameters<S> p;
   moxie::SparsePlan<S> plan = {};
-  typename ClusterRouter<S>::Tape tape = {};
+  typename ClusterRouter<S>::Tape tape;
   moxie::Workspace workspace = {};
 
   explicit Routed(const ClusterRouterConfig& config) : router(config), p(moxie::Layout(router.layout())) {
     moxie::test::randomize(p, 701);
   }
-  void route(const Tokens<S>& in) { router.route(p.view(), in, plan, tape, workspace, {}); }
+  void route(const Tokens<S>& in) { router.route(p.view(), in, plan, tape, workspace); }
 };
 
 TEST_CASE_TEMPLATE("cluster router: a sequence goes to its nearest clusters, weighted by exp(-distance²/τ)", S, float, double) {

@@ -20,13 +20,13 @@ struct Routed {
   moxie::ExpertChoiceRouter<S> router;
   moxie::Parameters<S> p;
   moxie::SparsePlan<S> plan = {};
-  typename moxie::ExpertChoiceRouter<S>::Tape tape = {};
+  typename moxie::ExpertChoiceRouter<S>::Tape tape;
   moxie::Workspace workspace = {};
 
   explicit Routed(const ExpertChoiceRouterConfig& config) : router(config), p(moxie::Layout(router.layout())) {
     moxie::test::randomize(p, 681);
   }
-  void route(const Tokens<S>& in, const moxie::Exec& exec = {}) { router.route(p.view(), in, plan, tape, workspace, exec); }
+  void route(const Tokens<S>& in, const moxie::Exec& exec = {}) { router.route(p.view(), in, plan, tape, {workspace, exec}); }
 };
 
 TEST_CASE_TEMPLATE("expert choice: every expert takes its best tokens of each sequence, and the load is even", S, float,

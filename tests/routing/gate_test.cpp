@@ -7,9 +7,9 @@
 
 namespace {
 
-using moxie::Gate;
 using moxie::GateNoise;
 using moxie::Index;
+using moxie::LinearGate;
 using moxie::Matrix;
 using moxie::RowView;
 using moxie::Tokens;
@@ -18,19 +18,32 @@ constexpr Index tokens = 40, dim = 6, experts = 5;
 
 template <class S>
 struct Gated {
-  Gate<S> gate;
-  Matrix<S> weight = moxie::test::random<S>(experts, dim, 661);
-  typename Gate<S>::Tape tape = {};
+  LinearGate<S> gate;
+  moxie::Parameters<S> p;
+  typename LinearGate<S>::Tape tape;
 
-  explicit Gated(const GateNoise& noise) : gate("Gate", dim, experts, noise) {}
-  void forward(const Tokens<S>& in, const moxie::Exec& exec = {}) { gate.forward("f", weight, in, tape, exec); }
+  explicit Gated(const GateNoise& noise) : gate("Gate", dim, experts, noise), p(moxie::Layout(gate.layout())) {
+    weight().eigen() = moxie::test::random<S>(experts, dim, 661);
+  }
+  RowView<S> weight() { return p["gate.weight"]; }
+  void forward(const Tokens<S>& in, const moxie::Exec& exec = {}) { gate.forward("f", p.view(), in, tape, exec); }
+  // Adds to dx and dweight.
+  void backward(const Tokens<S>& in, const Matrix<S>& dz, RowView<S> dx, Matrix<S>& dweight) {
+    moxie::Parameters<S> dp = p.zeros_like();
+    dp["gate.weight"].eigen() = dweight;
+    moxie::TokensGradient<S> din;
+    (in.has_gate_x() ? din.gate_x : din.x) = dx;
+    moxie::Workspace workspace;
+    gate.backward(p.view(), in, dz, {din, dp}, tape, workspace);
+    dweight = dp["gate.weight"].eigen();
+  }
 };
 
 TEST_CASE_TEMPLATE("gate: logits are x Wᵀ; noise and jitter are for training alone", S, float, double) {
   const Matrix<S> x = moxie::test::random<S>(tokens, dim, 662);
   Gated<S> g({.logits = 1, .jitter = 0.2});
   g.forward({x});
-  const Matrix<double> expected = moxie::test::as_double(x) * moxie::test::as_double(g.weight).transpose();
+  const Matrix<double> expected = moxie::test::as_double(x) * moxie::test::as_double(Matrix<S>(g.weight().eigen())).transpose();
   CHECK(moxie::test::relative_error(Matrix<S>(g.tape.logits().eigen()), expected) < moxie::test::Tolerance<S>::layer);
   CHECK(g.tape.noisy_logits().data() == g.tape.logits().data());
   CHECK_FALSE(g.tape.noisy());
@@ -56,8 +69,8 @@ TEST_CASE("gate: noise has the deviation σ/E, and is the one that is given") {
 TEST_CASE("gate: jitter multiplies the input by U(1-ε, 1+ε), other numbers for another stream") {
   const Matrix<double> x = Matrix<double>::Ones(3000, dim);
   Gated<double> g({.jitter = 0.3});
-  g.weight.setZero();
-  g.weight.leftCols(experts).setIdentity();  // logits are the jittered features
+  g.weight().eigen().setZero();
+  g.weight().eigen().leftCols(experts).setIdentity();  // logits are the jittered features
   Tokens<double> in(x);
   in.training = true;
   in.rng = moxie::Rng(0);
@@ -85,15 +98,14 @@ TEST_CASE("gate: backward matches central differences, with noise and jitter, an
     const Matrix<double> start = moxie::test::random<double>(7, dim, 667);
     const Matrix<double> start_weight = moxie::test::random<double>(experts, dim, 668);
     Matrix<double> dx = start, dweight = start_weight;
-    moxie::Workspace workspace;
-    g.gate.backward(g.weight, in, c, dx, dweight, g.tape, workspace, {});
+    g.backward(in, c, dx, dweight);
     const auto loss = [&] {
       g.forward(in);
       return g.tape.noisy_logits().eigen().cwiseProduct(c).sum() + x.cwiseProduct(start).sum() +
-             g.weight.cwiseProduct(start_weight).sum();
+             g.weight().eigen().cwiseProduct(start_weight).sum();
     };
     for (const auto& report : {moxie::testing::check_gradient(loss, x, dx, {}, "x"),
-                               moxie::testing::check_gradient(loss, g.weight, dweight, {}, "weight")}) {
+                               moxie::testing::check_gradient(loss, g.weight(), dweight, {}, "weight")}) {
       INFO(report.message());
       CHECK(report.passes(moxie::test::gradient_tolerance));
     }
@@ -160,13 +172,12 @@ TEST_CASE("gate: backward follows the forward on the tape, whatever it is told o
   in.training = true;
   in.rng = moxie::Rng(3);
   g.forward(in);
-  moxie::Workspace workspace;
   Matrix<double> dx = Matrix<double>::Zero(tokens, dim), dweight = Matrix<double>::Zero(experts, dim);
   Matrix<double> again = dx, dweight_again = dweight;
-  g.gate.backward(g.weight, in, dz, dx, dweight, g.tape, workspace, {});
+  g.backward(in, dz, dx, dweight);
   in.training = false;
   in.rng.reset();
-  g.gate.backward(g.weight, in, dz, again, dweight_again, g.tape, workspace, {});
+  g.backward(in, dz, again, dweight_again);
   CHECK(moxie::test::same_bits(dx, again));
   CHECK(moxie::test::same_bits(dweight, dweight_again));
 }
@@ -174,7 +185,7 @@ TEST_CASE("gate: backward follows the forward on the tape, whatever it is told o
 TEST_CASE("gate: noise and jitter of a part of the tokens are those of the whole") {
   const Matrix<double> x = moxie::test::random<double>(tokens, dim, 677);
   Gated<double> whole({.logits = 1, .jitter = 0.4}), part({.logits = 1, .jitter = 0.4});
-  part.weight = whole.weight;
+  part.p = whole.p;
   Tokens<double> in(x);
   in.training = true;
   in.rng = moxie::Rng(3);
@@ -196,14 +207,14 @@ TEST_CASE("gate: reads an input of its own, whose gradient may be left out") {
   CHECK(moxie::test::contains(moxie::test::message_of<moxie::ShapeError>([&] { g.forward(in); }), "the input of the gate, x,"));
   in.gate_x = gate_x;
   g.forward(in);
-  CHECK(moxie::test::relative_error(Matrix<double>(g.tape.logits().eigen()), Matrix<double>(gate_x * g.weight.transpose())) <
+  CHECK(moxie::test::relative_error(Matrix<double>(g.tape.logits().eigen()),
+                                    Matrix<double>(gate_x * g.weight().eigen().transpose())) <
         moxie::test::Tolerance<double>::layer);
-  moxie::Workspace workspace;
   Matrix<double> dx = Matrix<double>::Zero(tokens, dim), dweight = Matrix<double>::Zero(experts, dim), without = dweight;
-  g.gate.backward(g.weight, in, dz, dx, dweight, g.tape, workspace, {});
-  g.gate.backward(g.weight, in, dz, {}, without, g.tape, workspace, {});
+  g.backward(in, dz, dx, dweight);
+  g.backward(in, dz, RowView<double>(), without);
   CHECK(moxie::test::same_bits(dweight, without));
-  CHECK(moxie::test::relative_error(dx, Matrix<double>(dz * g.weight)) < moxie::test::Tolerance<double>::layer);
+  CHECK(moxie::test::relative_error(dx, Matrix<double>(dz * g.weight().eigen())) < moxie::test::Tolerance<double>::layer);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ moxie::SparsePlan<S> plan_of(const HashRouter<S>& router, const Tokens<S>& in) {
   moxie::SparsePlan<S> plan;
   typename HashRouter<S>::Tape tape;
   moxie::Workspace workspace;
-  router.route({}, in, plan, tape, workspace, {});
+  router.route({}, in, plan, tape, workspace);
   return plan;
 }
 

@@ -28,7 +28,7 @@ struct HashRouter : moxie::FixedRouter<S> {
 
   Index experts() const { return count; }
   void route(ParameterView<const S> /*p*/, const Tokens<S>& in, moxie::SparsePlan<S>& plan,
-             typename moxie::FixedRouter<S>::Tape& /*tape*/, moxie::Workspace& /*workspace*/, const Exec& /*exec*/) const {
+             typename moxie::FixedRouter<S>::Tape& /*tape*/, const moxie::Context& /*context*/) const {
     std::vector<Index> expert;
     std::vector<S> weight;
     for (Index p = 0; p < 2 * in.count(); ++p) {
@@ -91,7 +91,7 @@ TEST_CASE("router: a fixed one of a user's own gives the right gradients, droppe
 struct OddRouter : moxie::FixedRouter<double> {
   Index experts() const { return 1; }
   void route(ParameterView<const double> /*p*/, const Tokens<double>& in, Plan& plan, Tape& /*tape*/,
-             moxie::Workspace& /*workspace*/, const Exec& /*exec*/) const {
+             const moxie::Context& /*context*/) const {
     std::vector<Index> expert;
     for (Index t = 0; t < in.count(); ++t) {
       expert.push_back(t % 2 == 1 ? 0 : -1);
@@ -122,7 +122,7 @@ struct WrongRouter : moxie::FixedRouter<float> {
   Index planned_experts = 0;
   Index experts() const { return 3; }
   void route(ParameterView<const float> /*p*/, const Tokens<float>& /*in*/, Plan& plan, Tape& /*tape*/,
-             moxie::Workspace& /*workspace*/, const Exec& /*exec*/) const {
+             const moxie::Context& /*context*/) const {
     const std::vector<Index> expert(std::size_t(planned_tokens), 0);
     const std::vector<float> weight(std::size_t(planned_tokens), 1.0F);
     plan.build(planned_tokens, planned_experts, 1, expert, weight);

@@ -25,7 +25,7 @@ struct Routed {
   moxie::SoftRouter<S> router;
   moxie::Parameters<S> p;
   moxie::DensePlan<S> plan = {};
-  typename moxie::SoftRouter<S>::Tape tape = {};
+  typename moxie::SoftRouter<S>::Tape tape;
   moxie::Workspace workspace = {};
 
   explicit Routed(const SoftRouterConfig& config) : router(config), p(moxie::Layout(router.layout())) {
@@ -34,7 +34,7 @@ struct Routed {
       p["scale"](0, 0) = S(2.5);
     }
   }
-  void route(const Tokens<S>& in, const Exec& exec = {}) { router.route(p.view(), in, plan, tape, workspace, exec); }
+  void route(const Tokens<S>& in, const Exec& exec = {}) { router.route(p.view(), in, plan, tape, {workspace, exec}); }
   /// Gradients of ⟨D, u⟩ + ⟨C, v⟩.
   moxie::Parameters<S> backward(const Tokens<S>& in, const Matrix<S>& u, const Matrix<S>& v, Matrix<S>& dx,
                                 const Exec& exec = {}) {
@@ -42,7 +42,7 @@ struct Routed {
     dplan.dispatch.spread(u.rows(), u.cols()).eigen() = u;
     dplan.combine.spread(v.rows(), v.cols()).eigen() = v;
     moxie::Parameters<S> dp = p;  // what is there is added to
-    router.backward(p.view(), in, plan, dplan, dx, dp.view(), tape, workspace, exec);
+    router.backward(p.view(), in, plan, {dplan, {}, {dx, dp}}, tape, {workspace, exec});
     dp.flat() -= p.flat();
     return dp;
   }

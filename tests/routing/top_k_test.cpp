@@ -28,13 +28,13 @@ struct Routed {
   moxie::TopKRouter<S> router;
   moxie::Parameters<S> p;
   moxie::SparsePlan<S> plan = {};
-  typename moxie::TopKRouter<S>::Tape tape = {};
+  typename moxie::TopKRouter<S>::Tape tape;
   moxie::Workspace workspace = {};
 
   explicit Routed(const TopKRouterConfig& config) : router(config), p(moxie::Layout(router.layout())) {
     moxie::test::randomize(p, 601);
   }
-  void route(const Tokens<S>& in, const Exec& exec = {}) { router.route(p.view(), in, plan, tape, workspace, exec); }
+  void route(const Tokens<S>& in, const Exec& exec = {}) { router.route(p.view(), in, plan, tape, {workspace, exec}); }
   /// Gradients of Σ c(pair) weight(pair) + balance loss, from dx = start.
   moxie::Parameters<S> backward(const Tokens<S>& in, const Matrix<S>& c, Matrix<S>& dx, const Exec& exec = {}) {
     typename moxie::SparsePlan<S>::Gradient dplan;
@@ -43,7 +43,7 @@ struct Routed {
       dplan.weight[r] = c.data()[plan.pair(r)];
     }
     moxie::Parameters<S> dp = p;  // what is there is added to
-    router.backward(p.view(), in, plan, dplan, dx, dp.view(), tape, workspace, exec);
+    router.backward(p.view(), in, plan, {dplan, {}, {dx, dp}}, tape, {workspace, exec});
     dp.flat() -= p.flat();
     return dp;
   }

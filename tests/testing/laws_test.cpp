@@ -95,8 +95,8 @@ TEST_CASE("laws: a dense plan whose weights are not convex is noticed") {
 // Plans whose maps have a bug.
 struct PlanWithoutDispatchBackward : moxie::SparsePlan<double> {};
 void dispatch_backward(const PlanWithoutDispatchBackward& /*plan*/, RowView<const double> /*x*/,
-                       RowView<const double> /*drows*/, RowView<double> /*dx*/, moxie::SparsePlan<double>::Gradient& /*dplan*/,
-                       const Exec& /*exec*/) {}
+                       RowView<const double> /*drows*/, const moxie::kernel::Destination<double>& /*dx*/,
+                       moxie::SparsePlan<double>::Gradient& /*dplan*/, const Exec& /*exec*/) {}
 struct PlanThatForgetsWeights : moxie::SparsePlan<double> {};
 void combine_backward(const PlanThatForgetsWeights& plan, RowView<const double> h, RowView<const double> dy, RowView<double> dh,
                       moxie::SparsePlan<double>::Gradient& dplan, const Exec& exec) {
@@ -132,19 +132,19 @@ struct BrokenBank : moxie::LinearExperts<double> {
   BankBug bug;
 
   explicit BrokenBank(BankBug which) : moxie::LinearExperts<double>(3, dim), bug(which) {}
-  void forward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, RowView<double> h, RowView<double> kept,
-               moxie::Workspace& workspace, const Exec& exec) const {
-    moxie::LinearExperts<double>::forward(p, rows, h, kept, workspace, exec);
+  void forward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, RowView<double> h, Tape* keep,
+               const moxie::Context& context) const {
+    moxie::LinearExperts<double>::forward(p, rows, h, keep, context);
     if (bug == BankBug::rows_see_their_number) {
       h.eigen() *= 1 + 1e-15 * double(rows.count());
     }
   }
   void backward(ParameterView<const double> p, const moxie::GroupedRows<double>& rows, const moxie::OutputGradient<double>& dh,
-                RowView<double> drows, ParameterView<double> dp, RowView<const double> kept, moxie::Workspace& workspace,
-                const Exec& exec) const {
+                const moxie::BankGradient<double>& into, Tape& tape, const moxie::Context& context) const {
+    const ParameterView<double> dp = into.parameters;
     const bool forgets = bug == BankBug::forgets_weights;
-    moxie::LinearExperts<double>::backward(p, rows, {dh.dy, dh.index, forgets ? nullptr : dh.weight, dh.dweight}, drows, dp,
-                                           kept, workspace, exec);
+    moxie::LinearExperts<double>::backward(p, rows, {dh.dy, dh.index, forgets ? nullptr : dh.weight, dh.dweight}, into, tape,
+                                           context);
     if (bug == BankBug::idle_gradient) {
       dp["experts.2.bias"](0, 0) += 1e-30;
     }
@@ -230,7 +230,7 @@ struct BrokenLayer : moxie::TopKMoE<double> {
     }
   }
   void backward(const Tokens<double>& in, RowView<const double> dy, const moxie::TokensGradient<double>& din,
-                moxie::Parameters<double>& grads, const Tape& tape, const Exec& exec = {}) const {
+                moxie::Parameters<double>& grads, Tape& tape, const Exec& exec = {}) const {
     const RowView<double> dx = din.x;
     const double before = bug == Bug::adds_to_dx ? dx(3, 3) : 0;
     if (bug == Bug::overwrites_gradients) {

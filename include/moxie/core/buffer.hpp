@@ -155,6 +155,10 @@ class Buffer {
   RowView<T> matrix(Index rows, Index cols) { return matrix(rows, cols, cols); }
   /// The contents, as `matrix` made them.
   RowView<const T> view(Index rows, Index cols) const { return view(rows, cols, cols); }
+  RowView<T> view(Index rows, Index cols) {
+    MOXIE_ASSERT(rows * cols == size_);
+    return {data_, rows, cols, cols};
+  }
 
   /// The same with rows spread over the cache.
   RowView<T> spread(Index rows, Index cols) { return matrix(rows, cols, detail::spread_stride<T>(cols)); }
@@ -224,4 +228,25 @@ class Buffer {
   Index capacity_ = 0;
 };
 
+namespace detail {
+
+/// The memory resource of something made of buffers. As with them, a copy has the default memory, copy assignment keeps the
+/// target's resource, and moving takes the other's along.
+class OwnResource {
+ public:
+  OwnResource() = default;
+  OwnResource(std::pmr::memory_resource* resource) : resource_(resource) {}
+  OwnResource(const OwnResource& /*other*/) {}
+  OwnResource(OwnResource&&) = default;
+  OwnResource& operator=(const OwnResource& /*other*/) { return *this; }
+  OwnResource& operator=(OwnResource&&) = default;
+  ~OwnResource() = default;
+
+  operator std::pmr::memory_resource*() const { return resource_; }
+
+ private:
+  std::pmr::memory_resource* resource_ = nullptr;
+};
+
+}  // namespace detail
 }  // namespace moxie::inline MOXIE_NAMESPACE

@@ -9,30 +9,32 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// y += C h, or y = C h where it does not `add`: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices, one fused
-/// multiply-add a term (a multiply and an add where the instruction set has none). One task owns a token, so no atomics.
+/// y = C h, or y += C h: y_t += Σ_{r of t} weight_r h_r, in the order of the token's choices, one fused multiply-add a term (a
+/// multiply and an add where the instruction set has none). One task owns a token, so no atomics.
+///
+///     combine(plan, h, kernel::replace<float>(y), exec)     or kernel::add_to<float>(y)
 template <class Scalar>
 void combine(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
-             RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {
+             const kernel::Destination<std::type_identity_t<Scalar>>& y, const Exec& exec) {
   exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       Scalar* const sum = y.row(t);
-      if (!add) {
-        std::fill_n(sum, y.cols(), Scalar(0));
+      if (y.write != kernel::Write::add) {
+        std::fill_n(sum, h.cols(), Scalar(0));
       }
       for (const Index r : plan.rows_of_token(t)) {
         const Scalar weight = plan.weight(r);
         kernel::map(
-            y.cols(), sum, [=](auto s, auto v) { return kernel::fma(decltype(v)(weight), v, s); }, sum, h.row(r));
+            h.cols(), sum, [=](auto s, auto v) { return kernel::fma(decltype(v)(weight), v, s); }, sum, h.row(r));
       }
     }
   });
 }
 
-/// Y_b += C_b Ỹ_b, or Y_b = C_b Ỹ_b where it does not `add`.
+/// Y_b = C_b Ỹ_b, or Y_b += C_b Ỹ_b.
 template <class Scalar>
 void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> h,
-             RowView<std::type_identity_t<Scalar>> y, const Exec& exec, bool add = true) {
+             const kernel::Destination<std::type_identity_t<Scalar>>& y, const Exec& exec) {
   const Sequences sequences = plan.sequences();
   kernel::grouped_gemm<Scalar>(
       sequences.count(),
@@ -44,7 +46,7 @@ void combine(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<S
                 plan.slot_count(),
                 kernel::plain<Scalar>(plan.combine().middle_rows(first, length)),
                 kernel::plain<Scalar>(h, plan.slot_rows(b)),
-                {kernel::rows_of(y.middle_rows(first, length)), add ? kernel::Write::add : kernel::Write::replace}};
+                y.from(first)};
       },
       exec);  // (L,N)(N,D) -> (L,D)
 }

@@ -38,31 +38,33 @@ GroupedRows<Scalar> dispatch(const DensePlan<Scalar>& plan, RowView<const std::t
   return {plan.expert_starts(), slot_rows, nullptr};
 }
 
-/// The adjoint of dispatch: dx += Aᵀ drows, or dx = Aᵀ drows where it does not `add`. Every token sums its rows in the order of
-/// its choices. A sparse plan's dispatch has no gradient of its own.
+/// The adjoint of dispatch: dx = Aᵀ drows, or dx += Aᵀ drows. Every token sums its rows in the order of its choices. A sparse
+/// plan's dispatch has no gradient of its own.
 template <class Scalar>
 void dispatch_backward(const SparsePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> /*x*/,
-                       RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
-                       typename SparsePlan<Scalar>::Gradient& /*dplan*/, const Exec& exec, bool add = true) {
+                       RowView<const std::type_identity_t<Scalar>> drows,
+                       const kernel::Destination<std::type_identity_t<Scalar>>& dx,
+                       typename SparsePlan<Scalar>::Gradient& /*dplan*/, const Exec& exec) {
   exec.parallel_ranges(plan.tokens(), 64, [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       Scalar* const sum = dx.row(t);
-      if (!add) {
-        std::fill_n(sum, dx.cols(), Scalar(0));
+      if (dx.write != kernel::Write::add) {
+        std::fill_n(sum, drows.cols(), Scalar(0));
       }
       for (const Index r : plan.rows_of_token(t)) {
         kernel::map(
-            dx.cols(), sum, [](auto s, auto d) { return s + d; }, sum, drows.row(r));
+            drows.cols(), sum, [](auto s, auto d) { return s + d; }, sum, drows.row(r));
       }
     }
   });
 }
 
-/// dX_b += D_b dX̃_b, or dX_b = D_b dX̃_b where it does not `add`, and dD_b = X_b dX̃_bᵀ into `dplan`.
+/// dX_b = D_b dX̃_b, or dX_b += D_b dX̃_b, and dD_b = X_b dX̃_bᵀ into `dplan`.
 template <class Scalar>
 void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_identity_t<Scalar>> x,
-                       RowView<const std::type_identity_t<Scalar>> drows, RowView<std::type_identity_t<Scalar>> dx,
-                       typename DensePlan<Scalar>::Gradient& dplan, const Exec& exec, bool add = true) {
+                       RowView<const std::type_identity_t<Scalar>> drows,
+                       const kernel::Destination<std::type_identity_t<Scalar>>& dx, typename DensePlan<Scalar>::Gradient& dplan,
+                       const Exec& exec) {
   const Sequences sequences = plan.sequences();
   const RowView<Scalar> dd = dplan.dispatch.spread(plan.tokens(), plan.slot_count());
   kernel::grouped_gemm<Scalar>(
@@ -77,7 +79,7 @@ void dispatch_backward(const DensePlan<Scalar>& plan, RowView<const std::type_id
                   plan.slot_count(),
                   kernel::plain<Scalar>(plan.dispatch().middle_rows(first, length)),
                   kernel::plain<Scalar>(drows, plan.slot_rows(b)),
-                  {kernel::rows_of(dx.middle_rows(first, length)), add ? kernel::Write::add : kernel::Write::replace}};
+                  dx.from(first)};
         }
         return {length,  // (L,D)(D,N) -> (L,N)
                 plan.slot_count(),

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <concepts>
-#include <moxie/core/exec.hpp>
+#include <memory_resource>
+#include <moxie/core/context.hpp>
 #include <moxie/core/parameters.hpp>
 #include <moxie/core/random.hpp>
-#include <moxie/core/workspace.hpp>
 #include <moxie/exchange/grouped_rows.hpp>
 #include <moxie/expert/config.hpp>
 #include <moxie/kernel/gemm.hpp>
@@ -15,32 +15,60 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
+/// Where a bank's backward puts its results.
+template <class Scalar>
+struct BankGradient {
+  RowView<Scalar> rows;              ///< (R,D), overwritten: the gradient of the bank's input
+  ParameterView<Scalar> parameters;  ///< added to; a tensor, or all of them, may be absent
+};
+
 /// E experts over one block of weights: what a layer calls, over all routed rows at once, so that products can be grouped and
 /// fused.
 ///
 /// * `Scalar`; `layout()`, `initialize(p, rng)`, `experts()`, `model_dim()`;
-/// * `kept_width()`: how many numbers a row `forward` keeps for `backward`;
-/// * `forward(p, rows, h, kept, workspace, exec)`: h (R,D) = expert of each row, overwritten, and kept (R, kept_width()). Where
-///   kept is empty no backward follows, and nothing is kept. Where h is empty only kept is wanted;
-/// * `backward(p, rows, dout, drows, dp, kept, workspace, exec)`: from the gradient `OutputGradient` of its output. drows (R,D)
-///   and dout.dweight (R) are overwritten, parameter gradients added to dp;
+/// * `Tape`: what `forward` keeps for `backward`; copyable, made from a `std::pmr::memory_resource*`;
+/// * `forward(p, rows, h, keep, context)`: h (R,D) = expert of each row, overwritten, and what is kept into `*keep`. Where keep
+///   is null no backward follows. Where h is empty only the tape is wanted;
+/// * `backward(p, rows, dout, into, tape, context)`: from the gradient `OutputGradient` of its output. into.rows (R,D) and
+///   dout.dweight (R) are overwritten, parameter gradients added. The tape is the forward's, and may be written;
 /// * where inference can be faster with weights in another form, `freeze(p, exec)` returns them, and `forward` takes them in
 ///   place of p.
 ///
 /// Rows are independent, R = 0 is legal, and an expert without rows adds exactly zero. `ExpertBank` makes one of a user's
 /// expert.
 template <class B>
-concept Bank = std::copyable<B> &&
+concept Bank = std::copyable<B> && std::constructible_from<typename B::Tape, std::pmr::memory_resource*> &&
+    std::copyable<typename B::Tape> &&
     requires(const B& bank, ParameterView<const typename B::Scalar> p, ParameterView<typename B::Scalar> dp,
-             const GroupedRows<typename B::Scalar>& rows, RowView<const typename B::Scalar> kept, RowView<typename B::Scalar> h,
-             const OutputGradient<typename B::Scalar>& dout, Workspace& workspace, const Exec& exec) {
+             const GroupedRows<typename B::Scalar>& rows, RowView<typename B::Scalar> h,
+             const OutputGradient<typename B::Scalar>& dout, const BankGradient<typename B::Scalar>& into,
+             typename B::Tape& tape, const Context& context) {
   { bank.layout() } -> std::convertible_to<const Layout&>;
   bank.initialize(dp, Rng(0));
   { bank.experts() } -> std::convertible_to<Index>;
   { bank.model_dim() } -> std::convertible_to<Index>;
-  { bank.kept_width() } -> std::convertible_to<Index>;
-  bank.forward(p, rows, h, h, workspace, exec);
-  bank.backward(p, rows, dout, h, dp, kept, workspace, exec);
+  bank.forward(p, rows, h, &tape, context);
+  bank.backward(p, rows, dout, into, tape, context);
+};
+
+/// What the library's banks keep: a matrix with a row for each row of the bank, spread over the cache.
+template <class T>
+class KeptRows {
+ public:
+  KeptRows() = default;
+  explicit KeptRows(std::pmr::memory_resource* resource) : numbers_(0, resource) {}
+
+  RowView<T> resize(Index rows, Index width) {
+    rows_ = rows;
+    width_ = width;
+    return numbers_.spread(rows, width);
+  }
+  RowView<const T> view() const { return numbers_.spread_view(rows_, width_); }
+
+ private:
+  Buffer<T> numbers_;
+  Index rows_ = 0;
+  Index width_ = 0;
 };
 
 /// The weights of a bank, packed for its products once: what `freeze` makes of parameters and inference reads instead of them.
@@ -121,12 +149,12 @@ GroupedRows<Element> regrouped(const GroupedRows<Scalar>& rows, RowView<const El
 
 /// A matrix as what products multiply: itself, or rounded, in scratch.
 template <class Element, class Scalar>
-RowView<const Element> as_elements(RowView<const Scalar> m, Workspace& workspace, const Exec& exec) {
+RowView<const Element> as_elements(RowView<const Scalar> m, const Context& context) {
   if constexpr (std::is_same_v<Element, Scalar>) {
     return m;
   } else {
-    const RowView<Element> out = workspace.spread<Element>(m.rows(), m.cols());
-    exec.parallel_ranges(m.rows(), 16, [&](Index begin, Index end) {
+    const RowView<Element> out = context.workspace.spread<Element>(m.rows(), m.cols());
+    context.exec.parallel_ranges(m.rows(), 16, [&](Index begin, Index end) {
       using V = kernel::Batch<Scalar>;
       for (Index r = begin; r < end; ++r) {
         for (Index j = 0; j < m.cols(); j += Index{V::size}) {
@@ -138,26 +166,8 @@ RowView<const Element> as_elements(RowView<const Scalar> m, Workspace& workspace
   }
 }
 template <class Element, class Scalar>
-GroupedRows<Element> as_elements(const GroupedRows<Scalar>& rows, Workspace& workspace, const Exec& exec) {
-  return {rows.starts, as_elements<Element>(rows.rows, workspace, exec), rows.index};
-}
-
-/// How many Elements lie in a Scalar.
-template <class Element, class Scalar>
-constexpr Index elements_in = Index{sizeof(Scalar) / sizeof(Element)};  // NOLINT(bugprone-sizeof-expression): of no pointers
-
-/// What a bank keeps, (R, width) Elements in a matrix of Scalars, and how many columns that one has.
-template <class Element, class T>
-auto kept_elements(RowView<T> kept, Index width) {
-  using E = std::conditional_t<std::is_const_v<T>, const Element, Element>;
-  return kept.rows() == 0
-             ? RowView<E>()
-             : RowView<E>(reinterpret_cast<E*>(kept.data()), kept.rows(), width, kept.stride() * elements_in<Element, T>);
-}
-template <class Element, class Scalar>
-constexpr Index kept_columns(Index width) {
-  constexpr Index fit = elements_in<Element, Scalar>;
-  return (width + fit - 1) / fit;
+GroupedRows<Element> as_elements(const GroupedRows<Scalar>& rows, const Context& context) {
+  return {rows.starts, as_elements<Element>(rows.rows, context), rows.index};
 }
 
 /// Uniform on ±√(6 / (in + out)) for a weight (out,in): Glorot and Bengio 2010, equation 16.
@@ -184,9 +194,8 @@ kernel::Product<Scalar, Element> through(RowView<const Scalar> weight) {
 
 /// The rows of dy that belong to the rows of a bank, as Elements: dh without its weights.
 template <class Element, class Scalar>
-GroupedRows<Element> output_rows(const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout, Workspace& workspace,
-                                 const Exec& exec) {
-  return {rows.starts, as_elements<Element>(dout.dy, workspace, exec), dout.index};
+GroupedRows<Element> output_rows(const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout, const Context& context) {
+  return {rows.starts, as_elements<Element>(dout.dy, context), dout.index};
 }
 
 /// dy_e W_e: (R_e,out)(out,in) -> (R_e,in).

@@ -29,7 +29,7 @@ concept Expert = std::copyable<X> && std::constructible_from<X, Index, const typ
 /// expert throws is thrown to the caller. Tensors: `experts.e.` + the expert's own names.
 ///
 /// The experts are E equal ones, or one for each config of a list, which may differ in width, or in kind with `OneOfExpert`.
-/// Keeps RD numbers. Cost: what the experts cost, an expert on one thread.
+/// Keeps 2RD numbers. Cost: what the experts cost, an expert on one thread.
 template <class Expert_>
 class ExpertBank {
   static_assert(Expert<Expert_>, "ExpertBank: the type is not an Expert; the requirement that failed is named below");
@@ -37,6 +37,13 @@ class ExpertBank {
  public:
   using Scalar = typename Expert_::Scalar;
   using Config = typename Expert_::Config;
+  /// The rows, gathered, and the outputs: an expert that is not the library's needs its h for the gradient of a weight.
+  struct Tape {
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : x(resource), h(resource) {}
+    KeptRows<Scalar> x;
+    KeptRows<Scalar> h;
+  };
 
   /// E equal experts. Throws ValueError without experts or width, and what the expert's constructor throws.
   ExpertBank(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
@@ -58,8 +65,6 @@ class ExpertBank {
   const Layout& layout() const { return layout_; }
   Index experts() const { return Index(experts_.size()); }
   Index model_dim() const { return model_dim_; }
-  /// The rows, gathered, beside the outputs: only an expert that is not the library's needs h for the gradient of a weight.
-  Index kept_width() const { return 2 * model_dim_; }
   /// Expert e, 0 to E-1.
   const Expert_& expert(Index e) const { return experts_[std::size_t(e)]; }
 
@@ -69,32 +74,35 @@ class ExpertBank {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-               Workspace& workspace, const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const bool keeps = kept.size() != 0;
-    const RowView<Scalar> x = keeps ? detail::half(kept, 0) : workspace.matrix<Scalar>(rows.count(), model_dim_);
-    const RowView<Scalar> out = h.rows() != 0 ? h : detail::half(kept, 1);
-    exec.parallel_for(experts(), [&](Index e) {
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+               const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
+    const auto room = [&](KeptRows<Scalar>* kept) {
+      return kept != nullptr ? kept->resize(rows.count(), model_dim_)
+                             : context.workspace.matrix<Scalar>(rows.count(), model_dim_);
+    };
+    const RowView<Scalar> x = room(keep != nullptr ? &keep->x : nullptr);
+    const RowView<Scalar> out = keep != nullptr ? room(&keep->h) : h;
+    context.exec.parallel_for(experts(), [&](Index e) {
       for (Index r = rows.begin(e); r < rows.begin(e + 1); ++r) {
         std::copy_n(rows.row(r), model_dim_, x.row(r));
       }
       if (rows.count(e) > 0) {
         expert(e).forward(of(p, e), part(RowView<const Scalar>(x), rows, e), part(out, rows, e));
       }
-      for (Index r = rows.begin(e); keeps && h.rows() != 0 && r < rows.begin(e + 1); ++r) {
-        std::copy_n(h.row(r), model_dim_, detail::half(kept, 1).row(r));
+      for (Index r = rows.begin(e); keep != nullptr && h.rows() != 0 && r < rows.begin(e + 1); ++r) {
+        std::copy_n(out.row(r), model_dim_, h.row(r));
       }
     });
   }
 
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
-                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dh = workspace.matrix<Scalar>(rows.count(), model_dim_);
-    const RowView<const Scalar> h = detail::half(kept, 1);
-    exec.parallel_for(experts(), [&](Index e) {
+                const BankGradient<Scalar>& into, Tape& tape, const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Scalar> dh = context.workspace.matrix<Scalar>(rows.count(), model_dim_);
+    const RowView<const Scalar> x = tape.x.view();
+    const RowView<const Scalar> h = tape.h.view();
+    context.exec.parallel_for(experts(), [&](Index e) {
       for (Index r = rows.begin(e); r < rows.begin(e + 1); ++r) {
         const Scalar* const dy = dout.row(r);
         const Scalar weight = dout.factor(r);
@@ -106,8 +114,8 @@ class ExpertBank {
         }
       }
       if (rows.count(e) > 0) {
-        expert(e).backward(of(p, e), part(detail::half(kept, 0), rows, e), part(RowView<const Scalar>(dh), rows, e),
-                           part(drows, rows, e), of(dp, e));
+        expert(e).backward(of(p, e), part(x, rows, e), part(RowView<const Scalar>(dh), rows, e), part(into.rows, rows, e),
+                           of(into.parameters, e));
       }
     });
   }

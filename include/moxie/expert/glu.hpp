@@ -31,6 +31,7 @@ class GluExperts {
   using Frozen = FrozenWeights<Scalar, Element>;
   using Unit = GatedUnitOf<Unit_>;
   using Config = GluConfig<std::conditional_t<std::is_empty_v<Unit>, void, Unit>>;
+  using Tape = KeptRows<Element>;  ///< g and u, side by side
 
   GluExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
       : experts_(experts),
@@ -50,8 +51,6 @@ class GluExperts {
   Index hidden_dim() const { return hidden_dim_; }
   bool has_bias() const { return bias_; }
   const Unit& unit() const { return unit_; }
-  /// g and u, side by side, as Elements.
-  Index kept_width() const { return detail::kept_columns<Element, Scalar>(2 * hidden_dim_); }
 
   /// Weights Glorot uniform, each from a stream of its own; biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -65,14 +64,14 @@ class GluExperts {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-               Workspace& workspace, const Exec& exec) const {
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+               const Context& context) const {
     expect_equal_distances(p);
-    run(p, rows, h, kept, workspace, exec);
+    run(p, rows, h, keep, context);
   }
-  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-               Workspace& workspace, const Exec& exec) const {
-    run(weights, rows, h, kept, workspace, exec);
+  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+               const Context& context) const {
+    run(weights, rows, h, keep, context);
   }
   Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
     expect_equal_distances(p);
@@ -94,17 +93,17 @@ class GluExperts {
   /// dhidden ⊙ u ⊙ act'(g) and dhidden ⊙ act(g)); drows = dg Wg + du Wu; dWd += dyᵀ (w hidden), dWg += dgᵀ x, dWu += duᵀ x;
   /// dbd += Σ w dy, dbg += Σ dg, dbu += Σ du; dw = ⟨hidden, dy Wd⟩ + ⟨bd, dy⟩. What was hidden is computed again from g and u.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
-                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace,
-                const Exec& exec) const {
+                const BankGradient<Scalar>& into, Tape& tape, const Context& context) const {
+    const ParameterView<Scalar> dp = into.parameters;
     expect_equal_distances(p);
     expect_equal_distances(dp);
-    const Workspace::Frame frame(workspace);
-    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const RowView<Element> dgate_up = workspace.spread<Element>(rows.count(), 2 * hidden_dim_);
-    const RowView<const Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
-    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, workspace, exec);
-    const detail::RowDots<Scalar> dots(rows.count(), hidden_dim_, dout.dweight, workspace);
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Element> hidden = context.workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> dgate_up = context.workspace.spread<Element>(rows.count(), 2 * hidden_dim_);
+    const RowView<const Element> gate_up = tape.view();
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, context);
+    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, context);
+    const detail::RowDots<Scalar> dots(rows.count(), hidden_dim_, dout.dweight, context.workspace);
     const Differentiate differentiate{unit_,
                                       rows,
                                       dout,
@@ -115,20 +114,21 @@ class GluExperts {
                                       detail::Filled<Scalar, Element>(detail::half(dgate_up, 0)),
                                       detail::Filled<Scalar, Element>(detail::half(dgate_up, 1))};
     detail::backward_hidden(
-        dy_rows, hidden, dgate_up, drows, [&](Index e) { return gate_up_weight(p, e); },
+        dy_rows, hidden, dgate_up, into.rows, [&](Index e) { return gate_up_weight(p, e); },
         [&](Index e) { return kernel::rows_of(weight(down).of(p, e)); },
         [&](Index e) { return gate_up_gradient(x, dgate_up, dp, e); },
-        [&](Index e) { return kernel::rows_of(weight(down).of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), exec);
+        [&](Index e) { return kernel::rows_of(weight(down).of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate),
+        context.exec);
     if (bias_) {
-      dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias_of(p, down, e); }), exec);
+      dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias_of(p, down, e); }), context.exec);
       const auto half = [&](Index which) {
         return OutputGradient<Element>(detail::half(RowView<const Element>(dgate_up), which));
       };
-      detail::add_bias_gradient(rows, half(0), detail::of(dp, bias(gate)), exec);
-      detail::add_bias_gradient(rows, half(1), detail::of(dp, bias(up)), exec);
-      detail::add_bias_gradient(rows, dout, detail::of(dp, bias(down)), exec);
+      detail::add_bias_gradient(rows, half(0), detail::of(dp, bias(gate)), context.exec);
+      detail::add_bias_gradient(rows, half(1), detail::of(dp, bias(up)), context.exec);
+      detail::add_bias_gradient(rows, dout, detail::of(dp, bias(down)), context.exec);
     } else {
-      dots.finish([](Index /*r*/) { return Scalar(0); }, exec);
+      dots.finish([](Index /*r*/) { return Scalar(0); }, context.exec);
     }
   }
 
@@ -242,12 +242,12 @@ class GluExperts {
   static const Scalar* bias_of(const Frozen& weights, Index which, Index e) { return weights.vector(3 * e + which); }
 
   template <class Weights>
-  void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-           Workspace& workspace, const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const RowView<Element> gate_up = detail::kept_elements<Element>(kept, 2 * hidden_dim_);
-    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
+  void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+           const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Element> hidden = context.workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> gate_up = keep != nullptr ? keep->resize(rows.count(), 2 * hidden_dim_) : RowView<Element>();
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, context);
     const Activate<Weights> activate{
         *this, weights, rows, detail::half(gate_up, 0), detail::half(gate_up, 1), detail::Filled<Scalar, Element>(hidden)};
     detail::forward_hidden(
@@ -257,7 +257,7 @@ class GluExperts {
           product.bias = bias_ ? bias_of(weights, down, e) : nullptr;
           return product;
         },
-        kernel::Epilogue<Scalar>::of(activate), exec);
+        kernel::Epilogue<Scalar>::of(activate), context.exec);
   }
 
   // An expert's tensors: three weights, then their biases.

@@ -19,6 +19,11 @@ class LinearExperts {
   using Element = Element_;
   using Frozen = FrozenWeights<Scalar, Element>;
   using Config = LinearConfig;
+  /// Empty: its backward needs the rows alone.
+  struct Tape {
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* /*resource*/) {}
+  };
 
   LinearExperts(Index experts, Index model_dim, const Config& config = {}, const BankNames& names = {})
       : experts_(experts), model_dim_(model_dim), bias_(config.bias) {
@@ -35,7 +40,6 @@ class LinearExperts {
   const Layout& layout() const { return layout_; }
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
-  Index kept_width() const { return 0; }
 
   /// Weights Glorot uniform, biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -47,14 +51,14 @@ class LinearExperts {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> /*kept*/,
-               Workspace& workspace, const Exec& exec) const {
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* /*keep*/,
+               const Context& context) const {
     run([&](Index e) { return detail::through<Element>(weight().of(p, e)); }, [&](Index e) { return bias().of(p, e).data(); },
-        rows, h, workspace, exec);
+        rows, h, context);
   }
-  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> /*kept*/,
-               Workspace& workspace, const Exec& exec) const {
-    run([&](Index e) { return weights.product(e); }, [&](Index e) { return weights.vector(e); }, rows, h, workspace, exec);
+  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* /*keep*/,
+               const Context& context) const {
+    run([&](Index e) { return weights.product(e); }, [&](Index e) { return weights.vector(e); }, rows, h, context);
   }
   Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
     std::vector<typename Frozen::Product> products;
@@ -70,14 +74,14 @@ class LinearExperts {
 
   /// With w the weight of a row: drows = w dy W, dW += dyᵀ (w x), db += Σ w dy; dw = ⟨x, dy W⟩ + ⟨b, dy⟩.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
-                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> /*kept*/, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, workspace, exec);
-    const RowView<Element> weighted = workspace.spread<Element>(rows.count(), model_dim_);
-    const detail::RowDots<Scalar> dots(rows.count(), model_dim_, dout.dweight, workspace);
-    const Differentiate differentiate{x, dout, dots, weighted, drows};
+                const BankGradient<Scalar>& into, Tape& /*tape*/, const Context& context) const {
+    const ParameterView<Scalar> dp = into.parameters;
+    const Workspace::Frame frame(context.workspace);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, context);
+    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, context);
+    const RowView<Element> weighted = context.workspace.spread<Element>(rows.count(), model_dim_);
+    const detail::RowDots<Scalar> dots(rows.count(), model_dim_, dout.dweight, context.workspace);
+    const Differentiate differentiate{x, dout, dots, weighted, into.rows};
     kernel::TaskGraph<Scalar, Element> graph;
     graph.add(
         experts_,
@@ -87,12 +91,12 @@ class LinearExperts {
       return detail::weight_gradient<Scalar>(detail::regrouped(x, RowView<const Element>(weighted)), dy_rows,
                                              kernel::rows_of(weight().of(dp, e)), e);
     });
-    graph.run(exec);
+    graph.run(context.exec);
     if (bias_) {
-      dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias().of(p, e).data(); }), exec);
-      detail::add_bias_gradient(rows, dout, detail::of(dp, bias()), exec);
+      dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias().of(p, e).data(); }), context.exec);
+      detail::add_bias_gradient(rows, dout, detail::of(dp, bias()), context.exec);
     } else {
-      dots.finish([](Index /*r*/) { return Scalar(0); }, exec);
+      dots.finish([](Index /*r*/) { return Scalar(0); }, context.exec);
     }
   }
 
@@ -123,9 +127,9 @@ class LinearExperts {
 
   template <class ProductOf, class BiasOf>
   void run(const ProductOf& product_of, const BiasOf& bias_of, const GroupedRows<Scalar>& rows, RowView<Scalar> h,
-           Workspace& workspace, const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
+           const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, context);
     if (h.rows() == 0) {
       return;  // nothing is kept
     }
@@ -135,7 +139,7 @@ class LinearExperts {
       product.bias = bias_ ? bias_of(e) : nullptr;
       return product;
     });
-    graph.run(exec);
+    graph.run(context.exec);
   }
 
   detail::BankTensor weight() const { return {0, bias_ ? 2 : 1}; }

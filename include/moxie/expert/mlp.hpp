@@ -21,6 +21,7 @@ class MlpExperts {
   using Element = Element_;
   using Frozen = FrozenWeights<Scalar, Element>;
   using Config = HiddenConfig;
+  using Tape = KeptRows<Element>;  ///< a
 
   MlpExperts(Index experts, Index model_dim, const Config& config, const BankNames& names = {})
       : experts_(experts),
@@ -32,8 +33,6 @@ class MlpExperts {
   Index experts() const { return experts_; }
   Index model_dim() const { return model_dim_; }
   Index hidden_dim() const { return hidden_dim_; }
-  /// x W1ᵀ + b1, as Elements.
-  Index kept_width() const { return detail::kept_columns<Element, Scalar>(hidden_dim_); }
 
   /// Weights Glorot uniform, biases zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
@@ -45,13 +44,13 @@ class MlpExperts {
     }
   }
 
-  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-               Workspace& workspace, const Exec& exec) const {
-    run(p, rows, h, kept, workspace, exec);
+  void forward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+               const Context& context) const {
+    run(p, rows, h, keep, context);
   }
-  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-               Workspace& workspace, const Exec& exec) const {
-    run(weights, rows, h, kept, workspace, exec);
+  void forward(const Frozen& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+               const Context& context) const {
+    run(weights, rows, h, keep, context);
   }
   Frozen freeze(ParameterView<const Scalar> p, const Exec& exec) const {
     std::vector<Product> products;
@@ -68,31 +67,27 @@ class MlpExperts {
   /// With w the weight of a row: da = w (dy W2) ⊙ act'(a); drows = da W1; dW2 += dyᵀ (w hidden), db2 += Σ w dy, dW1 += daᵀ x,
   /// db1 += Σ da; dw = ⟨hidden, dy W2⟩ + ⟨b2, dy⟩. What was hidden is computed again from a.
   void backward(ParameterView<const Scalar> p, const GroupedRows<Scalar>& rows, const OutputGradient<Scalar>& dout,
-                RowView<Scalar> drows, ParameterView<Scalar> dp, RowView<const Scalar> kept, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const RowView<Element> da = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, workspace, exec);
-    const detail::RowDots<Scalar> dots(rows.count(), hidden_dim_, dout.dweight, workspace);
-    const Differentiate differentiate{rows,
-                                      dout,
-                                      dots,
-                                      detail::kept_elements<Element>(kept, hidden_dim_),
-                                      detail::Filled<Scalar, Element>(hidden),
-                                      detail::Filled<Scalar, Element>(da)};
+                const BankGradient<Scalar>& into, Tape& tape, const Context& context) const {
+    const ParameterView<Scalar> dp = into.parameters;
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Element> hidden = context.workspace.spread<Element>(rows.count(), hidden_dim_);
+    const RowView<Element> da = context.workspace.spread<Element>(rows.count(), hidden_dim_);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, context);
+    const GroupedRows<Element> dy_rows = detail::output_rows<Element>(rows, dout, context);
+    const detail::RowDots<Scalar> dots(rows.count(), hidden_dim_, dout.dweight, context.workspace);
+    const Differentiate differentiate{
+        rows, dout, dots, tape.view(), detail::Filled<Scalar, Element>(hidden), detail::Filled<Scalar, Element>(da)};
     detail::backward_hidden(
-        dy_rows, hidden, da, drows, [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); },
+        dy_rows, hidden, da, into.rows, [&](Index e) { return kernel::rows_of(fc1_.of(p, e)); },
         [&](Index e) { return kernel::rows_of(fc2_.of(p, e)); },
         [&](Index e) {
           return detail::weight_gradient<Scalar>(x, detail::regrouped(x, RowView<const Element>(da)),
                                                  kernel::rows_of(fc1_.of(dp, e)), e);
         },
-        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), exec);
-    dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias2_.of(p, e).data(); }), exec);
-    detail::add_bias_gradient(rows, OutputGradient<Element>(RowView<const Element>(da)), detail::of(dp, bias1_), exec);
-    detail::add_bias_gradient(rows, dout, detail::of(dp, bias2_), exec);
+        [&](Index e) { return kernel::rows_of(fc2_.of(dp, e)); }, kernel::Epilogue<Scalar>::of(differentiate), context.exec);
+    dots.finish(detail::bias_dot(rows, dout, [&](Index e) { return bias2_.of(p, e).data(); }), context.exec);
+    detail::add_bias_gradient(rows, OutputGradient<Element>(RowView<const Element>(da)), detail::of(dp, bias1_), context.exec);
+    detail::add_bias_gradient(rows, dout, detail::of(dp, bias2_), context.exec);
   }
 
  private:
@@ -164,12 +159,13 @@ class MlpExperts {
   static const Scalar* out_bias(const Frozen& weights, Index e) { return weights.vector(2 * e + 1); }
 
   template <class Weights>
-  void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, RowView<Scalar> kept,
-           Workspace& workspace, const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const RowView<Element> hidden = workspace.spread<Element>(rows.count(), hidden_dim_);
-    const GroupedRows<Element> x = detail::as_elements<Element>(rows, workspace, exec);
-    const Activate<Weights> activate{rows, weights, detail::kept_elements<Element>(kept, hidden_dim_),
+  void run(const Weights& weights, const GroupedRows<Scalar>& rows, RowView<Scalar> h, Tape* keep,
+           const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Element> hidden = context.workspace.spread<Element>(rows.count(), hidden_dim_);
+    const GroupedRows<Element> x = detail::as_elements<Element>(rows, context);
+    const Activate<Weights> activate{rows, weights,
+                                     keep != nullptr ? keep->resize(rows.count(), hidden_dim_) : RowView<Element>(),
                                      detail::Filled<Scalar, Element>(hidden)};
     detail::forward_hidden(
         x, hidden, h, [&](Index e) { return to_hidden(weights, e); },
@@ -178,7 +174,7 @@ class MlpExperts {
           product.bias = out_bias(weights, e);
           return product;
         },
-        kernel::Epilogue<Scalar>::of(activate), exec);
+        kernel::Epilogue<Scalar>::of(activate), context.exec);
   }
 
   static constexpr detail::BankTensor fc1_{0, 4};

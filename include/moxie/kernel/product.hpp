@@ -77,6 +77,8 @@ struct Destination {
   Write write = Write::replace;
 
   Scalar* row(Index r) const { return rows.row(r); }
+  /// Without the first rows; of rows in order, without an index and a gap.
+  Destination from(Index first) const { return {{row(first), rows.stride}, write}; }
 };
 
 /// C (m,n) = A (m,k) B (k,n), or C += A B. Sums are Scalars; the factors are multiplied as Elements.

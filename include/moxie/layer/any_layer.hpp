@@ -47,16 +47,15 @@ class LayerBase {
   virtual const Layout& layout() const = 0;
   virtual Parameters<Scalar>& parameters() = 0;
   virtual void initialize(ParameterView<Scalar> p, const Rng& rng) const = 0;
-  virtual std::unique_ptr<TapeBase> make_tape(Index max_tokens, Keep keep) const = 0;
-  virtual void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, TapeBase& tape,
-                       Workspace& workspace, const Exec& exec) const = 0;
-  virtual void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                        const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, TapeBase& tape, Workspace& workspace,
-                        const Exec& exec) const = 0;
+  virtual std::unique_ptr<TapeBase> make_tape(Index max_tokens, Keep keep, std::pmr::memory_resource* resource) const = 0;
+  virtual void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, TapeBase& tape,
+                       const Context& context) const = 0;
+  virtual void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                        const Gradients<Scalar>& into, TapeBase& tape, const Context& context) const = 0;
   virtual bool can_freeze() const = 0;
   virtual std::unique_ptr<const FrozenBase> freeze(ParameterView<const Scalar> p, const Exec& exec) const = 0;
-  virtual void forward(const FrozenBase& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, TapeBase& tape,
-                       const Exec& exec) const = 0;
+  virtual void forward(const FrozenBase& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, TapeBase& tape,
+                       const Context& context) const = 0;
   virtual Cost multiply_adds(Index tokens, const Sequences& division) const = 0;
   virtual Cost multiply_adds(const TapeBase& tape) const = 0;
 
@@ -88,8 +87,8 @@ struct LayerOf final : LayerBase<typename L::Scalar> {
   using Scalar = typename L::Scalar;
   using Tape = typename L::Tape;
   static constexpr bool freezes = requires(const L& layer, ParameterView<const Scalar> p, const Tokens<Scalar>& in,
-                                           RowView<Scalar> y, Tape& tape, const Exec& exec) {
-    layer.forward(layer.freeze(p, exec), in, y, tape, exec);
+                                           const Outputs<Scalar>& out, Tape& tape, const Context& context) {
+    layer.forward(layer.freeze(p, context.exec), in, out, tape, context);
   };
 
   explicit LayerOf(L l) : layer(std::move(l)) {}
@@ -98,17 +97,16 @@ struct LayerOf final : LayerBase<typename L::Scalar> {
   const Layout& layout() const override { return layer.layout(); }
   Parameters<Scalar>& parameters() override { return layer.parameters(); }
   void initialize(ParameterView<Scalar> p, const Rng& rng) const override { layer.initialize(p, rng); }
-  std::unique_ptr<TapeBase> make_tape(Index max_tokens, Keep keep) const override {
-    return std::make_unique<TapeOf<Tape>>(layer.make_tape(max_tokens, keep));
+  std::unique_ptr<TapeBase> make_tape(Index max_tokens, Keep keep, std::pmr::memory_resource* resource) const override {
+    return std::make_unique<TapeOf<Tape>>(layer.make_tape(max_tokens, keep, resource));
   }
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, TapeBase& tape, Workspace& workspace,
-               const Exec& exec) const override {
-    layer.forward(p, in, y, own("AnyLayer::forward", tape), workspace, exec);
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, TapeBase& tape,
+               const Context& context) const override {
+    layer.forward(p, in, out, own("AnyLayer::forward", tape), context);
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, TapeBase& tape, Workspace& workspace,
-                const Exec& exec) const override {
-    layer.backward(p, in, dy, din, grads, own("AnyLayer::backward", tape), workspace, exec);
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, TapeBase& tape, const Context& context) const override {
+    layer.backward(p, in, dout, into, own("AnyLayer::backward", tape), context);
   }
   bool can_freeze() const override { return freezes; }
   std::unique_ptr<const FrozenBase> freeze(ParameterView<const Scalar> p, const Exec& exec) const override {
@@ -119,14 +117,14 @@ struct LayerOf final : LayerBase<typename L::Scalar> {
       throw_value_error("AnyLayer::freeze", "this layer does not freeze");
     }
   }
-  void forward(const FrozenBase& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, TapeBase& tape,
-               const Exec& exec) const override {
+  void forward(const FrozenBase& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, TapeBase& tape,
+               const Context& context) const override {
     constexpr std::string_view where = "AnyLayer::forward";
     if constexpr (freezes) {
-      using Frozen = decltype(layer.freeze(ParameterView<const Scalar>(), exec));
+      using Frozen = decltype(layer.freeze(ParameterView<const Scalar>(), context.exec));
       const auto* const weights = dynamic_cast<const FrozenOf<Frozen>*>(&frozen);
       expect_value(weights != nullptr, where, "the weights were frozen by a layer of another type");
-      layer.forward(weights->frozen, in, y, own(where, tape), exec);
+      layer.forward(weights->frozen, in, out, own(where, tape), context);
     } else {
       throw_value_error(where, "the weights were frozen by a layer of another type");
     }
@@ -171,6 +169,7 @@ class AnyLayer {
   class Tape {
    public:
     Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : resource_(resource), workspace_(resource) {}
     Tape(const Tape& other) : tape_(other.tape_ != nullptr ? other.tape_->clone() : nullptr) {}
     Tape(Tape&&) noexcept = default;
     Tape& operator=(Tape other) noexcept {
@@ -197,6 +196,7 @@ class AnyLayer {
 
    private:
     friend class AnyLayer;
+    detail::OwnResource resource_;
     std::unique_ptr<detail::TapeBase> tape_;
     Workspace workspace_;  // stays empty where the caller has one
   };
@@ -242,9 +242,9 @@ class AnyLayer {
   const Parameters<Scalar>& parameters() const { return get("parameters").parameters(); }
   void initialize(const Rng& rng) { get("initialize").initialize(parameters(), rng); }
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { get("initialize").initialize(p, rng); }
-  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
-    Tape tape;
-    tape.tape_ = get("make_tape").make_tape(max_tokens, keep);
+  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations, std::pmr::memory_resource* resource = nullptr) const {
+    Tape tape(resource);
+    tape.tape_ = get("make_tape").make_tape(max_tokens, keep, resource);
     return tape;
   }
   Cost multiply_adds(Index tokens, const Sequences& division = {}) const {
@@ -256,36 +256,35 @@ class AnyLayer {
     return tape.tape_ != nullptr ? layer.multiply_adds(*tape.tape_) : Cost();
   }
 
-  /// y (T,D) from x (T,D), overwritten.
-  void forward(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
-    forward(parameters().view(), in, y, tape, exec);
+  /// y (T,D) from x (T,D), overwritten; and the router's logits, if they are wanted.
+  void forward(const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape, const Exec& exec = {}) const {
+    forward(parameters().view(), in, out, tape, Context{tape.workspace_, exec});
   }
   /// The same over a block of parameters that lives elsewhere, and with scratch that does.
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
                const Exec& exec = {}) const {
-    forward(p, in, y, tape, tape.workspace_, exec);
+    forward(p, in, out, tape, Context{tape.workspace_, exec});
   }
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-               const Exec& exec = {}) const {
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     const auto& layer = get("forward");
-    layer.forward(p, in, y, made(layer, tape), workspace, exec);
+    layer.forward(p, in, out, made(layer, tape), context);
   }
 
   /// From a forward's input and tape: overwrites dx (T,D) and what else is there of `din`, adds to the parameters' gradients.
-  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, const TokensGradient<Scalar>& din,
+  void backward(const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout, const TokensGradient<Scalar>& din,
                 ParameterView<Scalar> grads, Tape& tape, const Exec& exec = {}) const {
-    backward(parameters().view(), in, dy, din, grads, tape, exec);
+    backward(parameters().view(), in, dout, {din, grads}, tape, Context{tape.workspace_, exec});
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, Tape& tape, const Exec& exec = {}) const {
-    backward(p, in, dy, din, grads, tape, tape.workspace_, exec);
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Exec& exec = {}) const {
+    backward(p, in, dout, into, tape, Context{tape.workspace_, exec});
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, Tape& tape, Workspace& workspace,
-                const Exec& exec = {}) const {
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Context& context) const {
     const auto& layer = get("backward");
     expect_value(tape.tape_ != nullptr, "AnyLayer::backward", "the tape holds no forward of this layer");
-    layer.backward(p, in, dy, din, grads, *tape.tape_, workspace, exec);
+    layer.backward(p, in, dout, into, *tape.tape_, context);
   }
 
   /// Whether the layer's type has a `freeze`.
@@ -298,10 +297,15 @@ class AnyLayer {
     return frozen;
   }
   /// The same y as with the parameters that were frozen. The tape then holds nothing for a backward.
-  void forward(const Frozen& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Exec& exec = {}) const {
+    forward(frozen, in, out, tape, Context{tape.workspace_, exec});
+  }
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     const auto& layer = get("forward");
     expect_value(frozen.frozen_ != nullptr, "AnyLayer::forward", "there are no frozen weights");
-    layer.forward(*frozen.frozen_, in, y, made(layer, tape), exec);
+    layer.forward(*frozen.frozen_, in, out, made(layer, tape), context);
   }
 
  private:
@@ -318,7 +322,7 @@ class AnyLayer {
   }
   static detail::TapeBase& made(const detail::LayerBase<Scalar>& layer, Tape& tape) {
     if (tape.tape_ == nullptr) {
-      tape.tape_ = layer.make_tape(0, Keep::activations);
+      tape.tape_ = layer.make_tape(0, Keep::activations, tape.resource_);
     }
     return *tape.tape_;
   }

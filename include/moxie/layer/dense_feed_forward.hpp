@@ -8,6 +8,7 @@
 #include <moxie/layer/cost.hpp>
 #include <moxie/layer/layer.hpp>
 #include <moxie/layer/moe.hpp>
+#include <moxie/layer/outputs.hpp>
 #include <optional>
 #include <string_view>
 
@@ -40,6 +41,9 @@ class DenseFeedForward {
   /// What `backward` needs of a `forward`. Reused from step to step.
   class Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource, Keep keep = Keep::activations) : resource_(resource), keep_(keep) {}
+
     double balance_loss() const { return 0; }
     /// One expert with the tokens that take part.
     RoutingStatistics statistics() const {
@@ -52,15 +56,16 @@ class DenseFeedForward {
    private:
     friend class DenseFeedForward;
 
+    detail::OwnResource resource_;
     Keep keep_ = Keep::activations;
     // The layer that a forward was of; none before the first one, after one that threw, and after a frozen one.
     std::shared_ptr<const Layout> layer_;
     Index tokens_ = 0;
     std::array<Index, 2> starts_{};  // of the one expert's rows
-    Buffer<Scalar> kept_;
+    typename Bank_::Tape kept_{resource_};
     bool masked_ = false;
-    Buffer<Index> unmasked_;  // the rows in x of the tokens that take part
-    Workspace workspace_;     // stays empty where the caller has one
+    Buffer<Index> unmasked_{0, resource_};  // the rows in x of the tokens that take part
+    Workspace workspace_{resource_};        // stays empty where the caller has one
   };
 
   /// The layer for inference. It refers to no block, so that parameters may change or go.
@@ -95,14 +100,9 @@ class DenseFeedForward {
   void initialize(const Rng& rng) { initialize(parameters_, rng); }
   void initialize(ParameterView<Scalar> p, const Rng& rng) const { bank_.initialize(p, rng); }
 
-  /// A tape. `max_tokens` is a hint. It holds T·kept_width numbers, with `Keep::inputs` and `Keep::nothing` none.
-  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
-    Tape tape;
-    tape.keep_ = keep;
-    if (keep == Keep::activations) {
-      tape.kept_.spread(max_tokens, bank_.kept_width());
-    }
-    return tape;
+  /// A tape. It holds what the bank keeps of T rows, with `Keep::inputs` and `Keep::nothing` none of it.
+  Tape make_tape(Index /*max_tokens*/ = 0, Keep keep = Keep::activations, std::pmr::memory_resource* resource = nullptr) const {
+    return Tape(resource, keep);
   }
 
   /// What T tokens cost that are not masked.
@@ -118,22 +118,21 @@ class DenseFeedForward {
   ///
   /// Throws ShapeError for other shapes, ValueError if y overlaps x or the parameters, and for what only routers read (a gate's
   /// input, choices, weights, a capacity, more than one expert a token), before y is written.
-  void forward(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
-    forward(parameters_.view(), in, y, tape, exec);
+  void forward(const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape, const Exec& exec = {}) const {
+    forward(parameters_.view(), in, out, tape, Context{tape.workspace_, exec});
   }
   /// The same over a block of parameters that lives elsewhere, and with scratch that does.
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
                const Exec& exec = {}) const {
-    forward(p, in, y, tape, tape.workspace_, exec);
+    forward(p, in, out, tape, Context{tape.workspace_, exec});
   }
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-               const Exec& exec = {}) const {
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     expect_layout(forward_name, p);
     expect_value(p.complete(), forward_name, "a parameter is absent");
-    expect_value(!overlaps(p, y), forward_name, "y overlaps the parameters");
-    begin(in, y, tape);
-    run(p, in, y, tape.keep_ == Keep::activations ? tape.kept_.spread(tape.starts_[1], bank_.kept_width()) : RowView<Scalar>(),
-        tape, workspace, exec);
+    detail::expect_no_overlap(overlaps(p, out.y), forward_name, "y", "the parameters");
+    begin(in, out, tape);
+    run(p, in, out.y, tape.keep_ == Keep::activations ? &tape.kept_ : nullptr, tape, context);
     tape.layer_ = layout_;
   }
 
@@ -147,10 +146,15 @@ class DenseFeedForward {
     return frozen;
   }
   /// The same y as with the parameters that were frozen, bit for bit. The tape then holds nothing for a backward.
-  void forward(const Frozen& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Exec& exec = {}) const {
+    forward(frozen, in, out, tape, Context{tape.workspace_, exec});
+  }
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     expect_value(layout_ != nullptr && frozen.layer_ == layout_, forward_name, "the weights were not frozen by this layer");
-    begin(in, y, tape);
-    run(*frozen.weights_, in, y, {}, tape, tape.workspace_, exec);
+    begin(in, out, tape);
+    run(*frozen.weights_, in, out.y, nullptr, tape, context);
   }
 
   /// From a forward's input and tape: overwrites dx (T,D), sets the gradient of the condition to 0 where `din` has one, and
@@ -158,52 +162,40 @@ class DenseFeedForward {
   ///
   /// Throws ShapeError for other shapes or a block of another layout, ValueError if the tape holds no forward of this layer (or
   /// a copy of it) and as many tokens and the same mask, or what is written overlaps what is read, before anything is written.
-  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, const TokensGradient<Scalar>& din,
+  void backward(const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout, const TokensGradient<Scalar>& din,
                 ParameterView<Scalar> grads, Tape& tape, const Exec& exec = {}) const {
-    backward(parameters_.view(), in, dy, din, grads, tape, exec);
+    backward(parameters_.view(), in, dout, {din, grads}, tape, Context{tape.workspace_, exec});
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, Tape& tape, const Exec& exec = {}) const {
-    backward(p, in, dy, din, grads, tape, tape.workspace_, exec);
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Exec& exec = {}) const {
+    backward(p, in, dout, into, tape, Context{tape.workspace_, exec});
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, Workspace& workspace,
-                const Exec& exec = {}) const {
-    expect_backward(p, in, dy, din, grads, tape);
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Context& context) const {
+    expect_backward(p, in, dout, into, tape);
+    const TokensGradient<Scalar>& din = into.tokens;
     for (const RowView<Scalar>& d : {din.condition, din.gate_x, din.weight}) {
       detail::fill_rows(d, Scalar(0));
     }
-    const Workspace::Frame frame(workspace);
-    const Index rows = tape.starts_[1];
-    RowView<const Scalar> kept = tape.kept_.spread_view(tape.keep_ == Keep::activations ? rows : 0, bank_.kept_width());
-    if (tape.keep_ != Keep::activations) {
-      const RowView<Scalar> again = workspace.spread<Scalar>(rows, bank_.kept_width());
-      bank_.forward(p, rows_of(tape, in), {}, again, workspace, exec);  // no h: only what is kept
-      kept = again;
-    }
-    const GroupedRows<Scalar> x = rows_of(tape, in);
-    const OutputGradient<Scalar> dout(dy, x.index);
-    if (!tape.masked_) {
-      bank_.backward(p, x, dout, din.x, grads, kept, workspace, exec);
+    if (tape.keep_ == Keep::activations) {
+      run_backward(p, in, dout.y, into, tape.kept_, tape, context);
       return;
     }
-    const RowView<Scalar> drows = workspace.matrix<Scalar>(rows, model_dim());
-    bank_.backward(p, x, dout, drows, grads, kept, workspace, exec);
-    scatter(drows, din.x, tape);
+    Workspace& tapes = context.workspace.tapes();
+    const Workspace::Frame frame(tapes);
+    typename Bank_::Tape again(&tapes);
+    bank_.forward(p, rows_of(tape, in), {}, &again, context);  // no h: only what is kept
+    run_backward(p, in, dout.y, into, again, tape, context);
   }
 
  private:
   static constexpr std::string_view forward_name = "DenseFeedForward::forward";
 
   /// The checks of a forward, and the rows that take part. The tape then has no forward, until there is one.
-  void begin(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape) const {
-    detail::expect_tokens(forward_name, in, model_dim());
-    detail::expect_read(forward_name, in, {});
+  void begin(const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape) const {
+    detail::expect_forward(forward_name, in, out, model_dim(), 0, 0);
+    detail::expect_read(forward_name, in, {.top_k = true});
     expect_value(in.top_k <= 1, forward_name, "there is one expert; top_k cannot be more");
-    expect_shape(forward_name, "y", y, in.count(), model_dim());
-    expect_value(!overlaps(in.x, y), forward_name, "y overlaps x; the layer cannot run in place");
-    expect_value(!rows_overlap(y), forward_name, "the rows of y overlap");
-    expect_value(!overlaps(in.condition, y), forward_name, "y overlaps the condition");
     tape.layer_.reset();
     tape.tokens_ = in.count();
     tape.masked_ = !in.mask.empty();
@@ -217,27 +209,17 @@ class DenseFeedForward {
     tape.starts_ = {0, tape.masked_ ? rows : in.count()};
   }
 
-  void expect_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                       const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape) const {
+  void expect_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                       const Gradients<Scalar>& into, const Tape& tape) const {
     constexpr std::string_view where = "DenseFeedForward::backward";
-    detail::expect_tokens(where, in, model_dim());
-    expect_shape(where, "dy", dy, in.count(), model_dim());
-    expect_shape(where, "dx", din.x, in.count(), model_dim());
-    if (din.condition.rows() != 0) {
-      expect_shape(where, "dcondition", din.condition, in.condition.rows(), in.condition.cols());
-    }
-    detail::expect_tokens_gradient(where, in, din);
-    expect_value(!rows_overlap(din.x), where, "the rows of dx overlap");
+    detail::expect_backward(where, p, in, dout, into, model_dim());
+    expect_value(dout.logits.cols() == 0, where, "there is a gradient of logits, and the layer has none");
     expect_value(layout_ != nullptr && tape.layer_ == layout_, where, "the tape holds no forward of this layer");
     expect_value(tape.keep_ != Keep::nothing, where, "the tape was made to keep nothing for a backward");
     expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens and mask");
     expect_layout(where, p);
-    expect_layout(where, grads);
+    expect_layout(where, into.parameters);
     expect_value(p.complete(), where, "a parameter is absent");
-    const auto apart = [](const auto& written, const auto&... read) { return (!overlaps(written, read) && ...); };
-    expect_value(apart(grads, p, in.x, dy, din.x, din.condition, in.condition) && apart(p, din.x, din.condition) &&
-                     apart(dy, din.x, din.condition),
-                 where, "gradients overlap each other, or what they are computed from");
   }
   static bool is_forward_of(const Tape& tape, const Tokens<Scalar>& in) {
     if (tape.tokens_ != in.count() || tape.masked_ == in.mask.empty()) {
@@ -253,16 +235,31 @@ class DenseFeedForward {
   }
 
   template <class Weights>
-  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, RowView<Scalar> kept, const Tape& tape,
-           Workspace& workspace, const Exec& exec) const {
+  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, typename Bank_::Tape* keep, const Tape& tape,
+           const Context& context) const {
     if (!tape.masked_) {
-      detail::forward_bank(bank_, weights, rows_of(tape, in), y, kept, workspace, exec);
+      detail::forward_bank(bank_, weights, rows_of(tape, in), y, keep, context);
       return;
     }
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> h = workspace.matrix<Scalar>(tape.starts_[1], model_dim());
-    detail::forward_bank(bank_, weights, rows_of(tape, in), h, kept, workspace, exec);
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Scalar> h = context.workspace.matrix<Scalar>(tape.starts_[1], model_dim());
+    detail::forward_bank(bank_, weights, rows_of(tape, in), h, keep, context);
     scatter(h, y, tape);
+  }
+
+  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
+                    const Gradients<Scalar>& into, typename Bank_::Tape& kept, const Tape& tape, const Context& context) const {
+    const RowView<Scalar>& dx = into.tokens.x;
+    const GroupedRows<Scalar> x = rows_of(tape, in);
+    const OutputGradient<Scalar> dout(dy, x.index);
+    if (!tape.masked_) {
+      bank_.backward(p, x, dout, {dx, into.parameters}, kept, context);
+      return;
+    }
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Scalar> drows = context.workspace.matrix<Scalar>(x.count(), model_dim());
+    bank_.backward(p, x, dout, {drows, into.parameters}, kept, context);
+    scatter(drows, dx, tape);
   }
 
   /// The tokens that take part as the rows of the expert.

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <memory>
+#include <memory_resource>
 #include <moxie/exchange/combine.hpp>
 #include <moxie/exchange/dispatch.hpp>
 #include <moxie/expert/bank.hpp>
 #include <moxie/layer/cost.hpp>
+#include <moxie/layer/outputs.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/statistics.hpp>
 #include <optional>
@@ -88,9 +91,13 @@ class Moe {
   using Scalar = Scalar_;
   using Plan = typename Router_::Plan;
 
-  /// What `backward` needs of a `forward`, and the routing to look at. Reused from step to step.
+  /// What `backward` needs of a `forward`, and the routing to look at. Reused from step to step. Its memory, and that of a
+  /// router's tape that takes one, comes from `resource`, by default as a `Buffer`'s; the resource must outlive the tape.
   class Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource, Keep keep = Keep::activations) : resource_(resource), keep_(keep) {}
+
     /// Its tokens are those that are not masked, numbered without gaps: `row(t)` is where token t of the plan stands in x.
     const Plan& plan() const { return plan_; }
     Index row(Index token) const { return masked_ ? unmasked_[token] : token; }
@@ -104,28 +111,29 @@ class Moe {
    private:
     friend class Moe;
 
+    detail::OwnResource resource_;
     Keep keep_ = Keep::activations;
     // The layer that a forward was of; none before the first one, after one that threw, and where the tape was moved away.
     std::shared_ptr<const Layout> layer_;
     Index tokens_ = 0;
     Index condition_dim_ = 0;
-    Buffer<Index> sequence_starts_;
-    Plan plan_;
-    typename Router_::Tape router_;
-    Buffer<Index> shared_starts_;
-    // What Keep::activations keeps: the slots (dense plans), what the experts made of the rows, and what the banks keep.
-    Buffer<Scalar> slots_;
-    Buffer<Scalar> h_;
-    Buffer<Scalar> experts_;
-    Buffer<Scalar> shared_;
+    Buffer<Index> sequence_starts_{0, resource_};
+    Plan plan_{resource_};
+    typename Router_::Tape router_ = detail::made_with<typename Router_::Tape>(resource_);
+    std::array<Index, 2> shared_starts_{};
+    // What Keep::activations keeps: the slots and what the experts made of them (dense plans), and what the banks keep.
+    Buffer<Scalar> slots_{0, resource_};
+    Buffer<Scalar> h_{0, resource_};
+    typename Experts_::Tape experts_{resource_};
+    typename Experts_::Tape shared_{resource_};
     // With a mask: the tokens that take part.
     bool masked_ = false;
-    Buffer<Index> unmasked_;         // their rows in x
-    Buffer<Index> unmasked_starts_;  // of their sequences
-    detail::TokenCopies unmasked_fields_;
+    Buffer<Index> unmasked_{0, resource_};         // their rows in x
+    Buffer<Index> unmasked_starts_{0, resource_};  // of their sequences
+    detail::TokenCopies unmasked_fields_{resource_};
     // Scratch: anyone may throw it away.
-    mutable typename Plan::Gradient dplan_;
-    mutable Workspace workspace_;  // stays empty where the caller has one
+    typename Plan::Gradient dplan_{resource_};
+    Workspace workspace_{resource_};  // stays empty where the caller has one
   };
 
   /// The layer for inference: the router's parameters, and weights in the form that the kernels read. It refers to no block, so
@@ -199,52 +207,55 @@ class Moe {
 
   /// A tape. The first step of a shape takes the memory it needs, and later ones reuse it; `max_tokens` is a hint.
   ///
-  /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds R·kept_width numbers, T·kept_width more for a shared expert, 2RD
-  /// more for the slots and outputs of a dense plan; with Keep::inputs and Keep::nothing none of these. What the router keeps
-  /// comes on top, and scratch, which stays on the tape for the next step: with Keep::inputs a backward's scratch has room for
-  /// all of the above. A backward's scratch of top-k has about T·K(2D + 3H) numbers; a model of many layers passes one
-  /// workspace to all.
-  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations) const {
-    Tape tape;
-    tape.keep_ = keep;
+  /// With R rows (T·K for top-k, B·E·S for Soft MoE) it holds what the bank keeps of R rows, of T rows more for a shared
+  /// expert, 2RD numbers more for the slots and outputs of a dense plan; with Keep::inputs and Keep::nothing none of these.
+  /// What the router keeps comes on top, and scratch, which stays on the tape for the next step: with Keep::inputs a backward's
+  /// scratch has room for all of the above. A backward's scratch of top-k has about T·K(2D + 3H) numbers; a model of many
+  /// layers passes one workspace to all.
+  Tape make_tape(Index max_tokens = 0, Keep keep = Keep::activations, std::pmr::memory_resource* resource = nullptr) const {
+    Tape tape(resource, keep);
     if (keep == Keep::activations && !gathers) {
       tape.h_.matrix(max_tokens, model_dim());
     }
     return tape;
   }
 
-  /// y (T,D) from x (T,D), overwritten. T = 0 is legal. Rows of y that are masked become 0.
+  /// y (T,D) from x (T,D), overwritten; and the router's logits, where `out` has a place for them and the router has logits.
+  /// T = 0 is legal. Rows of y and of the logits that are masked become 0.
   ///
-  /// Throws ShapeError for other shapes, ValueError if y overlaps x or the parameters, or a logit is not finite, before y
-  /// is written.
-  void forward(const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
-    forward(parameters_.view(), in, y, tape, exec);
+  /// Throws ShapeError for other shapes, ValueError if what is written overlaps what is read, or a logit is not finite, before
+  /// y is written.
+  void forward(const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape, const Exec& exec = {}) const {
+    forward(parameters_.view(), in, out, tape, Context{tape.workspace_, exec});
   }
 
   /// From a forward's input and tape: overwrites dx (T,D), and the gradient of the condition where `din` has one; adds to the
-  /// gradients of all parameters. The gradient is that of ⟨y, dy⟩ + din.loss_factor · balance_loss.
+  /// gradients of all parameters. The gradient is that of ⟨y, dy⟩ + ⟨logits, dlogits⟩ + din.loss_factor · balance_loss.
   /// Rows of dx that are masked become 0.
   ///
   /// Throws ShapeError for other shapes or a block of another layout, ValueError if the tape holds no forward of this layer
-  /// (or a copy of it) and input, or what is written overlaps what is read, before anything is written.
-  void backward(const Tokens<Scalar>& in, RowView<const Scalar> dy, const TokensGradient<Scalar>& din,
-                ParameterView<Scalar> grads, const Tape& tape, const Exec& exec = {}) const {
-    backward(parameters_.view(), in, dy, din, grads, tape, exec);
+  /// (or a copy of it) and input, or what is written overlaps what is read, before anything is written. If memory runs out in
+  /// the middle (std::bad_alloc), gradients are partly added and dx partly written: set them to zero, and call it again. That
+  /// cannot happen where an earlier step was as large.
+  void backward(const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout, const TokensGradient<Scalar>& din,
+                ParameterView<Scalar> grads, Tape& tape, const Exec& exec = {}) const {
+    backward(parameters_.view(), in, dout, {din, grads}, tape, Context{tape.workspace_, exec});
   }
 
   /// The same over a block of parameters that lives elsewhere (one block for a whole model).
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
                const Exec& exec = {}) const {
-    forward(p, in, y, tape, tape.workspace_, exec);
+    forward(p, in, out, tape, Context{tape.workspace_, exec});
   }
   /// The same with scratch that lives elsewhere: one workspace for all layers of a model, in place of one on each tape. It may
   /// have open frames, and what they hold may be arguments. Calls that run at the same time need one each.
-  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-               const Exec& exec = {}) const {
+  void forward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     expect_layout(forward_name_, p);
     expect_value(p.complete(), forward_name_, "a parameter is absent");
-    expect_value(!overlaps(p, y), forward_name_, "y overlaps the parameters");
-    run_checked(p, in, y, tape, workspace, exec);
+    detail::expect_no_overlap(overlaps(p, out.y), forward_name_, "y", "the parameters");
+    detail::expect_no_overlap(overlaps(p, out.logits), forward_name_, "logits", "the parameters");
+    run_checked(p, in, out, tape, context);
     tape.layer_ = layout_;
     tape.tokens_ = in.count();
     tape.condition_dim_ = in.condition.cols();
@@ -266,212 +277,234 @@ class Moe {
   }
   /// The same y as with the parameters that were frozen, faster where experts have few rows; bit for bit. The tape holds the
   /// plan, and nothing for a backward.
-  void forward(const Frozen& frozen, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Exec& exec = {}) const {
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Exec& exec = {}) const {
+    forward(frozen, in, out, tape, Context{tape.workspace_, exec});
+  }
+  void forward(const Frozen& frozen, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+               const Context& context) const {
     detail::expect_value(layout_ != nullptr && frozen.layer_ == layout_, forward_name_,
                          "the weights were not frozen by this layer");
-    run_checked(frozen, in, y, tape, tape.workspace_, exec);
+    run_checked(frozen, in, out, tape, context);
   }
 
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, const Exec& exec = {}) const {
-    backward(p, in, dy, din, grads, tape, tape.workspace_, exec);
+  /// `backward` over parameters that live elsewhere: `layer.backward(p, x, dy, {dx, grads}, tape, {workspace, exec})`.
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Exec& exec = {}) const {
+    backward(p, in, dout, into, tape, Context{tape.workspace_, exec});
   }
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, Workspace& workspace,
-                const Exec& exec = {}) const {
-    const std::string& where = backward_name_;
-    detail::expect_tokens(where, in, model_dim());
-    detail::expect_shape(where, "dy", dy, in.count(), model_dim());
-    detail::expect_shape(where, "dx", din.x, in.count(), model_dim());
-    if (din.condition.rows() != 0) {
-      detail::expect_shape(where, "dcondition", din.condition, in.condition.rows(), in.condition.cols());
-      detail::expect_value(!detail::overlaps(din.condition, in.condition) && !detail::overlaps(din.condition, din.x), where,
-                           "dcondition overlaps the condition or dx");
-    }
-    detail::expect_value(!detail::overlaps(in.x, din.x) && !detail::overlaps(dy, din.x), where, "dx overlaps x or dy");
-    detail::expect_value(!detail::rows_overlap(din.x), where, "the rows of dx overlap");
-    detail::expect_value(tape.layer_ == layout_, where, "the tape holds no forward of this layer");
-    detail::expect_value(tape.keep_ != Keep::nothing, where, "the tape was made to keep nothing for a backward");
-    detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
-    detail::expect_tokens_gradient(where, in, din);
-    expect_layout(where, p);
-    expect_layout(where, grads);
-    expect_value(p.complete(), where, "a parameter is absent");
-    const auto apart = [](const auto& written, const auto&... read) { return (!overlaps(written, read) && ...); };
-    expect_value(apart(grads, p, in.x, dy, in.condition, in.gate_x, in.weight, din.x, din.condition, din.gate_x, din.weight) &&
-                     apart(p, din.x, din.condition, din.gate_x, din.weight) && apart(din.x, in.condition) &&
-                     apart(din.condition, in.x, dy) && apart(din.gate_x, dy) && apart(din.weight, dy),
-                 where, "gradients overlap each other, or what they are computed from");
-
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                const Gradients<Scalar>& into, Tape& tape, const Context& context) const {
+    expect_backward(p, in, dout, into, tape);
+    const TokensGradient<Scalar>& din = into.tokens;
     for (const RowView<Scalar>& d : {din.condition, din.gate_x, din.weight}) {
       if (d.size() != 0) {
         detail::fill_rows(d, Scalar(0));
       }
     }
     if (!tape.masked_) {
-      run_backward(p, in, dy, din, grads, tape, workspace, exec);
+      run_backward(p, in, dout, into, tape, context);
       return;
     }
+    // With a mask: the same of the tokens that take part, between gathering and scattering rows.
+    Workspace& workspace = context.workspace;
     const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
+    const Index count = unmasked.count();
     const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dy_part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
-    const RowView<Scalar> dx_part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
-    for (Index i = 0; i < unmasked.count(); ++i) {
-      std::copy_n(dy.row(tape.unmasked_[i]), model_dim(), dy_part.row(i));
+    const auto gathered = [&](RowView<const Scalar> whole) {
+      const RowView<Scalar> part = workspace.matrix<Scalar>(count, whole.cols());
+      for (Index i = 0; i < count; ++i) {
+        std::copy_n(whole.row(tape.unmasked_[i]), whole.cols(), part.row(i));
+      }
+      return RowView<const Scalar>(part);
+    };
+    const auto zeros = [&](Index cols) {
+      const RowView<Scalar> part = workspace.matrix<Scalar>(count, cols);
+      detail::fill_rows(part, Scalar(0));
+      return part;
+    };
+    OutputsGradient<Scalar> dout_part(gathered(dout.y), dout.logits);
+    if (!logits_of_sequences && dout.logits.size() != 0) {
+      dout_part.logits = gathered(dout.logits);
     }
-    TokensGradient<Scalar> part(dx_part, din.condition);
-    part.loss_factor = din.loss_factor;
-    part.gate_x = workspace.matrix<Scalar>(unmasked.count(), din.gate_x.cols());
-    part.weight = workspace.matrix<Scalar>(unmasked.count(), din.weight.cols());
-    detail::fill_rows(part.gate_x, Scalar(0));
-    detail::fill_rows(part.weight, Scalar(0));
-    run_backward(p, unmasked, dy_part, part, grads, tape, workspace, exec);
-    scatter(dx_part, din.x, tape);
-    scatter(part.gate_x, din.gate_x, tape);
-    scatter(part.weight, din.weight, tape);
+    Gradients<Scalar> part = into;
+    part.tokens.x = workspace.matrix<Scalar>(count, model_dim());
+    part.tokens.gate_x = zeros(din.gate_x.cols());
+    part.tokens.weight = zeros(din.weight.cols());
+    run_backward(p, unmasked, dout_part, part, tape, context);
+    scatter(part.tokens.x, din.x, tape);
+    scatter(part.tokens.gate_x, din.gate_x, tape);
+    scatter(part.tokens.weight, din.weight, tape);
   }
 
  private:
+  /// Whether dispatch gathers tokens by an index, as sparse plans do; else it computes slots.
+  static constexpr bool gathers = requires(const Plan& plan) { plan.token(); };
+  /// Whether the router's tape has logits, and whether these are of sequences (B,E), not of tokens (T,E).
+  static constexpr bool has_logits = requires(const typename Router_::Tape& tape) { tape.logits(); };
+  static constexpr bool logits_of_sequences = requires { Router_::logits_of_sequences; };
+
+  /// (rows, cols) of the logits of a call; no columns if there are none.
+  std::pair<Index, Index> logits_shape(const Tokens<Scalar>& in) const {
+    return {logits_of_sequences ? in.sequences.count() : in.count(), has_logits ? router_.experts() : 0};
+  }
+
   /// Checks all but the weights, and runs; after a failure and afterwards the tape has no forward.
   template <class Weights>
-  void run_checked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-                   const Exec& exec) const {
-    const std::string& where = forward_name_;
-    detail::expect_tokens(where, in, model_dim());
-    detail::expect_shape(where, "y", y, in.count(), model_dim());
-    detail::expect_value(!detail::overlaps(in.x, y), where, "y overlaps x; the layer cannot run in place");
-    detail::expect_value(!detail::rows_overlap(y), where, "the rows of y overlap");
-    detail::expect_value(!detail::overlaps(in.condition, y), where, "y overlaps the condition");
-    detail::expect_value(!detail::overlaps(in.gate_x, y) && !detail::overlaps(in.weight, y), where,
-                         "y overlaps gate_x or the weights");
-
+  void run_checked(const Weights& weights, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+                   const Context& context) const {
+    const auto [rows, cols] = logits_shape(in);
+    detail::expect_forward(forward_name_, in, out, model_dim(), rows, cols);
     tape.layer_.reset();
     try {
       in.sequences.copy_starts(tape.sequence_starts_);
-      run_unmasked(weights, in, y, tape, workspace, exec);
+      run_unmasked(weights, in, out, tape, context);
     } catch (...) {  // a tape without a forward, not one with parts of two
       tape.masked_ = false;
-      tape.plan_ = {};
-      tape.router_ = {};
+      tape.plan_ = Plan(tape.resource_);
+      tape.router_ = detail::made_with<typename Router_::Tape>(tape.resource_);
       throw;
     }
   }
 
+  void expect_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                       const Gradients<Scalar>& into, const Tape& tape) const {
+    const std::string& where = backward_name_;
+    detail::expect_backward(where, p, in, dout, into, model_dim());
+    detail::expect_value(layout_ != nullptr && tape.layer_ == layout_, where, "the tape holds no forward of this layer");
+    detail::expect_value(tape.keep_ != Keep::nothing, where, "the tape was made to keep nothing for a backward");
+    detail::expect_value(is_forward_of(tape, in), where, "the tape holds no forward of these tokens, sequences and mask");
+    if (dout.logits.cols() != 0) {
+      const auto [rows, cols] = logits_shape(in);
+      detail::expect_value(has_logits, where, "there is a gradient of the logits, and the router of this layer has none");
+      detail::expect_shape(where, "dlogits", dout.logits, rows, cols);
+    }
+    expect_layout(where, p);
+    expect_layout(where, into.parameters);
+    expect_value(p.complete(), where, "a parameter is absent");
+  }
+
   /// Leaves masked tokens out and runs the rest.
   template <class Weights>
-  void run_unmasked(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-                    const Exec& exec) const {
+  void run_unmasked(const Weights& weights, const Tokens<Scalar>& in, const Outputs<Scalar>& out, Tape& tape,
+                    const Context& context) const {
     tape.masked_ = !in.mask.empty();
     if (tape.masked_) {
       leave_out_masked(in, tape);
       const Tokens<Scalar> unmasked = unmasked_tokens(in, tape);
-      const Workspace::Frame frame(workspace);
-      const RowView<Scalar> part = workspace.matrix<Scalar>(unmasked.count(), model_dim());
-      run(weights, unmasked, part, tape, workspace, exec);
-      scatter(part, y, tape);
+      const Workspace::Frame frame(context.workspace);
+      const RowView<Scalar> part = context.workspace.matrix<Scalar>(unmasked.count(), model_dim());
+      run(weights, unmasked, part, tape, context);
+      scatter(part, out.y, tape);
     } else {
-      run(weights, in, y, tape, workspace, exec);
+      run(weights, in, out.y, tape, context);
+    }
+    if constexpr (has_logits) {
+      if (out.logits.size() == 0) {
+        return;
+      }
+      const RowView<const Scalar> z = tape.router_.logits();
+      if (tape.masked_ && !logits_of_sequences) {
+        scatter(z, out.logits, tape);
+      } else {
+        detail::copy_rows(z, out.logits);
+      }
     }
   }
 
   /// The three steps, over tokens that are not masked; the arguments have been checked.
   template <class Weights>
-  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, Workspace& workspace,
-           const Exec& exec) const {
-    router_.route(router_part(weights), in, tape.plan_, tape.router_, workspace, exec);
+  void run(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape, const Context& context) const {
+    router_.route(router_part(weights), in, tape.plan_, tape.router_, context);
     if (tape.plan_.tokens() != in.count() || tape.plan_.experts() != experts_.experts()) {
       throw ValueError(forward_name_ + ": the router planned " + std::to_string(tape.plan_.tokens()) + " tokens and " +
                        std::to_string(tape.plan_.experts()) + " experts, expected " + std::to_string(in.count()) + " and " +
                        std::to_string(experts_.experts()));
     }
-    tape.shared_starts_.resize(2);
-    tape.shared_starts_[0] = 0;
-    tape.shared_starts_[1] = in.count();
-    const Workspace::Frame frame(workspace);
+    tape.shared_starts_ = {0, in.count()};
+    const Workspace::Frame frame(context.workspace);
+    const auto scratch = [&](Index rows) { return context.workspace.matrix<Scalar>(rows, model_dim()); };
+    const Index rows = tape.plan_.rows();
     if (tape.keep_ == Keep::activations && !std::is_same_v<Weights, Frozen>) {
-      const Index rows = tape.plan_.rows();
-      run_experts(weights, in, y,
+      run_experts(weights, in, y, tape,
                   {tape.slots_.matrix(slot_rows(tape), model_dim()),
-                   gathers ? workspace.matrix<Scalar>(rows, model_dim()) : tape.h_.matrix(rows, model_dim()),
-                   tape.experts_.spread(rows, experts_.kept_width()), tape.shared_.spread(shared_rows(in), shared_width())},
-                  tape, workspace, exec);
+                   gathers ? scratch(rows) : tape.h_.matrix(rows, model_dim()), &tape.experts_, &tape.shared_},
+                  context);
     } else {
-      run_experts(weights, in, y, scratch(in, tape, workspace, false), tape, workspace, exec);
+      run_experts(weights, in, y, tape, {scratch(slot_rows(tape)), scratch(rows), nullptr, nullptr}, context);
     }
+  }
+
+  /// Where shared experts wrote before, to be added to; else to be overwritten.
+  kernel::Destination<Scalar> after_shared(RowView<Scalar> m) const {
+    return shared_ ? kernel::add_to<Scalar>(m) : kernel::replace<Scalar>(m);
   }
 
   /// What the experts read and write between dispatch and combine.
-  template <class T>
   struct Activations {
-    RowView<T> slot_rows;  // of a dense plan
-    RowView<T> h;          // the experts' outputs; only a dense plan's backward reads them
-    RowView<T> experts;    // what the banks keep
-    RowView<T> shared;
+    RowView<Scalar> slots;             // of a dense plan
+    RowView<Scalar> h;                 // the experts' outputs; only a dense plan's backward reads them
+    typename Experts_::Tape* experts;  // what the banks keep, or null
+    typename Experts_::Tape* shared;
   };
-
-  /// Room that ends with the caller's frame; for the banks none, where no backward follows.
-  Activations<Scalar> scratch(const Tokens<Scalar>& in, const Tape& tape, Workspace& workspace, bool keep) const {
-    const auto room = [&](Index rows, Index width) { return keep ? workspace.spread<Scalar>(rows, width) : RowView<Scalar>(); };
-    const bool needs_h = !gathers || !keep;  // a backward of a sparse plan does not
-    return {workspace.matrix<Scalar>(slot_rows(tape), model_dim()),
-            needs_h ? workspace.matrix<Scalar>(tape.plan_.rows(), model_dim()) : RowView<Scalar>(),
-            room(tape.plan_.rows(), experts_.kept_width()), room(shared_rows(in), shared_width())};
-  }
   static Index slot_rows(const Tape& tape) { return gathers ? 0 : tape.plan_.rows(); }
-  Index shared_rows(const Tokens<Scalar>& in) const { return shared_ ? in.count() : 0; }
-  Index shared_width() const { return shared_ ? shared_->kept_width() : 0; }
 
   /// y (T,D) = C f(A x) + shared(x).
   template <class Weights>
-  void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Activations<Scalar>& into,
-                   const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slot_rows, exec);
-    detail::forward_bank(experts_, experts_part(weights), rows, into.h, into.experts, workspace, exec);
+  void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Tape& tape, const Activations& to,
+                   const Context& context) const {
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, to.slots, context.exec);
+    detail::forward_bank(experts_, experts_part(weights), rows, to.h, to.experts, context);
     if (shared_) {
-      detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, into.shared, workspace, exec);
+      detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, to.shared, context);
     }
-    combine(tape.plan_, into.h, y, exec, shared_.has_value());
+    combine(tape.plan_, to.h, after_shared(y), context.exec);
   }
 
   /// Computes again what a tape with Keep::inputs did not keep.
-  void run_again(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Activations<Scalar>& into, const Tape& tape,
-                 Workspace& workspace, const Exec& exec) const {
-    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, into.slot_rows, exec);
-    experts_.forward(experts_part(p), rows, into.h, into.experts, workspace, exec);
+  void run_again(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Tape& tape, const Activations& to,
+                 const Context& context) const {
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, to.slots, context.exec);
+    experts_.forward(experts_part(p), rows, to.h, to.experts, context);
     if (shared_) {
-      shared_->forward(shared_part(p), all_rows(in, tape), RowView<Scalar>(), into.shared, workspace, exec);
+      shared_->forward(shared_part(p), all_rows(in, tape), RowView<Scalar>(), to.shared, context);
     }
   }
 
-  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                    const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Tape& tape, Workspace& workspace,
-                    const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
+  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                    const Gradients<Scalar>& into, Tape& tape, const Context& context) const {
+    const Index rows = tape.plan_.rows();
     if (tape.keep_ == Keep::activations) {
-      const Index rows = tape.plan_.rows();
-      run_backward(
-          p, in, dy, din, grads,
-          {tape.slots_.view(slot_rows(tape), model_dim()), tape.h_.view(gathers ? 0 : rows, model_dim()),
-           tape.experts_.spread_view(rows, experts_.kept_width()), tape.shared_.spread_view(shared_rows(in), shared_width())},
-          tape, workspace, exec);
-    } else {
-      const Activations<Scalar> again = scratch(in, tape, workspace, true);
-      run_again(p, in, again, tape, workspace, exec);
-      run_backward(p, in, dy, din, grads, {again.slot_rows, again.h, again.experts, again.shared}, tape, workspace, exec);
+      run_backward(p, in, dout, into, tape,
+                   {tape.slots_.view(slot_rows(tape), model_dim()), tape.h_.view(gathers ? 0 : rows, model_dim()),
+                    &tape.experts_, &tape.shared_},
+                   context);
+      return;
     }
+    // On the second stack: the banks open and close frames on the first one.
+    Workspace& tapes = context.workspace.tapes();
+    const Workspace::Frame frame(tapes);
+    typename Experts_::Tape experts(&tapes);
+    typename Experts_::Tape shared(&tapes);
+    const Activations again{tapes.matrix<Scalar>(slot_rows(tape), model_dim()),
+                            tapes.matrix<Scalar>(gathers ? 0 : rows, model_dim()), &experts, &shared};
+    run_again(p, in, tape, again, context);
+    run_backward(p, in, dout, into, tape, again, context);
   }
-  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> dy,
-                    const TokensGradient<Scalar>& din, ParameterView<Scalar> grads, const Activations<const Scalar>& kept,
-                    const Tape& tape, Workspace& workspace, const Exec& exec) const {
-    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slot_rows);
-    const RowView<Scalar> drows = workspace.matrix<Scalar>(rows.count(), model_dim());
-    experts_.backward(experts_part(p), rows, output_gradient(tape, dy, kept.h, workspace, exec), drows, experts_part(grads),
-                      kept.experts, workspace, exec);
+  void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
+                    const Gradients<Scalar>& into, Tape& tape, const Activations& kept, const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
+    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slots);
+    const RowView<Scalar> drows = context.workspace.matrix<Scalar>(rows.count(), model_dim());
+    const RowView<Scalar>& dx = into.tokens.x;
+    experts_.backward(experts_part(p), rows, output_gradient(tape, dout.y, kept.h, context),
+                      {drows, experts_part(into.parameters)}, *kept.experts, context);
     if (shared_) {
-      shared_->backward(shared_part(p), all_rows(in, tape), dy, din.x, shared_part(grads), kept.shared, workspace, exec);
+      shared_->backward(shared_part(p), all_rows(in, tape), dout.y, {dx, shared_part(into.parameters)}, *kept.shared, context);
     }
-    dispatch_backward(tape.plan_, in.x, drows, din.x, tape.dplan_, exec, shared_.has_value());
-    router_.backward(router_part(p), in, tape.plan_, tape.dplan_, din, router_part(grads), tape.router_, workspace, exec);
+    dispatch_backward(tape.plan_, in.x, drows, after_shared(dx), tape.dplan_, context.exec);
+    router_.backward(router_part(p), in, tape.plan_, {tape.dplan_, dout.logits, {into.tokens, router_part(into.parameters)}},
+                     tape.router_, context);
   }
 
   /// Copies what is known of the tokens that are not masked into the tape. The router, the experts and the losses then work on
@@ -546,20 +579,17 @@ class Moe {
   }
 
   /// The gradient of h. Of a sparse plan the bank makes it row by row from dy and answers with the gradient of the weights.
-  static OutputGradient<Scalar> output_gradient(const Tape& tape, RowView<const Scalar> dy, RowView<const Scalar> h,
-                                                Workspace& workspace, const Exec& exec) {
+  static OutputGradient<Scalar> output_gradient(Tape& tape, RowView<const Scalar> dy, RowView<const Scalar> h,
+                                                const Context& context) {
     if constexpr (gathers) {
       tape.dplan_.weight.resize(tape.plan_.rows());
       return {dy, tape.plan_.token().data(), tape.plan_.weights().data(), tape.dplan_.weight.data()};
     } else {
-      const RowView<Scalar> dh = workspace.spread<Scalar>(h.rows(), h.cols());
-      combine_backward(tape.plan_, h, dy, dh, tape.dplan_, exec);
+      const RowView<Scalar> dh = context.workspace.spread<Scalar>(h.rows(), h.cols());
+      combine_backward(tape.plan_, h, dy, dh, tape.dplan_, context.exec);
       return RowView<const Scalar>(dh);
     }
   }
-
-  /// Whether dispatch gathers tokens by an index, as sparse plans do; else it computes slots.
-  static constexpr bool gathers = requires(const Plan& plan) { plan.token(); };
 
   static GroupedRows<Scalar> rows_of(const Tape& tape, const Tokens<Scalar>& in, RowView<const Scalar> slot_rows) {
     if constexpr (gathers) {
@@ -570,7 +600,7 @@ class Moe {
   }
   /// All tokens as the rows of one expert.
   static GroupedRows<Scalar> all_rows(const Tokens<Scalar>& in, const Tape& tape) {
-    return {tape.shared_starts_.span(), in.x, nullptr};
+    return {tape.shared_starts_, in.x, nullptr};
   }
 
   std::string name_;

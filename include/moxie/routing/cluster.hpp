@@ -83,10 +83,9 @@ class ClusterRouter {
 
   /// Throws ShapeError if the condition is not (B,F), ValueError naming the first token or sequence with a distance that is not
   /// finite, and for what only other routers read.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& exec) const {
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, const Context& context) const {
     constexpr std::string_view where = "ClusterRouter::route";
-    detail::expect_read(where, in, {});
+    detail::expect_read(where, in, {.top_k = true});
     const Index experts = config_.experts;
     const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
     const RowView<const Scalar> features = config_.of_tokens ? in.x : in.condition;
@@ -96,7 +95,7 @@ class ClusterRouter {
     tape.features_ = features.rows();
     tape.experts_ = experts;
     const RowView<Scalar> s = tape.scores_.matrix(features.rows(), experts);
-    detail::for_each_row(features.rows(), exec, [&](Index i) {
+    detail::for_each_row(features.rows(), context.exec, [&](Index i) {
       for (Index e = 0; e < experts; ++e) {
         Scalar distance = 0;
         for (Index f = 0; f < config_.feature_dim; ++f) {
@@ -107,7 +106,8 @@ class ClusterRouter {
       }
     });
     detail::expect_finite_logits<Scalar>(
-        where, s, [&](Index i) { return config_.of_tokens ? in.row(i) : i; }, exec, config_.of_tokens ? "token" : "sequence");
+        where, s, [&](Index i) { return config_.of_tokens ? in.row(i) : i; }, context.exec,
+        config_.of_tokens ? "token" : "sequence");
     tape.expert_.resize(in.count() * k);
     tape.weight_.resize(in.count() * k);
     // The K nearest of one feature, and its softmax over only these, for the tokens [begin, end).
@@ -132,18 +132,17 @@ class ClusterRouter {
       }
     };
     if (config_.of_tokens) {
-      detail::for_each_row(in.count(), exec, [&](Index t) { assign(t, t, t + 1); });
+      detail::for_each_row(in.count(), context.exec, [&](Index t) { assign(t, t, t + 1); });
     } else {
       in.sequences.for_each(assign);
     }
-    softmax_rows(s, exec);
+    softmax_rows(s, context.exec);
     plan.build(in.count(), experts, k, tape.expert_.span(), tape.weight_.span());
   }
 
   /// Nothing: features are fixed, and centroids are fitted.
   void backward(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& /*in*/, const Plan& /*plan*/,
-                const typename Plan::Gradient& /*dplan*/, const TokensGradient<Scalar>& /*din*/, ParameterView<Scalar> /*dp*/,
-                const Tape& /*tape*/, Workspace& /*workspace*/, const Exec& /*exec*/) const {}
+                const RouterGradient<Plan>& /*gradient*/, Tape& /*tape*/, const Context& /*context*/) const {}
 
  private:
   Config config_;

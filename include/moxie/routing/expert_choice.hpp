@@ -3,8 +3,7 @@
 
 #include <moxie/kernel/rows.hpp>
 #include <moxie/routing/capacity.hpp>
-#include <moxie/routing/gate.hpp>
-#include <moxie/routing/router.hpp>
+#include <moxie/routing/gated_router.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -20,44 +19,44 @@ namespace moxie::inline MOXIE_NAMESPACE {
 /// whole, so these are up to E - 1 more a group than the factor says. Parameter: `gate.weight` (E,D), or (E,G) with `gate_dim`.
 /// Cost: 2TDE + O(T E log C).
 template <class Scalar_>
-class ExpertChoiceRouter {
+class ExpertChoiceRouter : public GatedRouter<ExpertChoiceRouter<Scalar_>, Scalar_> {
+  using Base = GatedRouter<ExpertChoiceRouter, Scalar_>;
+
  public:
   using Scalar = Scalar_;
-  using Plan = SparsePlan<Scalar>;
+  using typename Base::Plan;
   using Config = ExpertChoiceRouterConfig;
 
-  class Tape {
+  /// It has no balance loss: balanced by construction.
+  class Tape : public Base::Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : Base::Tape(resource), resource_(resource) {}
+
     /// s (T,E).
     RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
     /// The tokens that were taken: of each group, of each expert, the best first.
     std::span<const Index> choices() const { return token_.span(); }
-    /// Balanced by construction.
-    double balance_loss() const { return 0; }
 
    private:
     friend class ExpertChoiceRouter;
+    detail::OwnResource resource_;
     Index tokens_ = 0;
     Index experts_ = 0;
-    typename Gate<Scalar>::Tape gate_;
-    Buffer<Scalar> scores_;
-    Buffer<Index> token_;
-    Buffer<Index> expert_;
-    Buffer<Scalar> weight_;
-    Buffer<Index> first_;  // the first pair of each group
+    Buffer<Scalar> scores_{0, resource_};
+    Buffer<Index> token_{0, resource_};
+    Buffer<Index> expert_{0, resource_};
+    Buffer<Scalar> weight_{0, resource_};
+    Buffer<Index> first_{0, resource_};  // the first pair of each group
   };
 
   /// Throws what `ExpertChoiceRouterConfig::expect_valid` throws.
   explicit ExpertChoiceRouter(const Config& config)
-      : config_((config.template expect_valid<Scalar>("ExpertChoiceRouter"), config)),
-        gate_("ExpertChoiceRouter", config.gate_input_dim(), config.experts, config.noise),
-        layout_(config.layout()) {}
+      : Base("ExpertChoiceRouter", config.model_dim, gate_of(config)), config_(config) {}
+
+  static constexpr RouterReads reads = {.gate_x = true, .capacity_factor = true, .top_k = true};
 
   const Config& config() const { return config_; }
-  const Layout& layout() const { return layout_; }
-  Index experts() const { return config_.experts; }
-  Index model_dim() const { return config_.model_dim; }
-  void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
 
   /// C of a group of that many tokens. Throws ValueError for a capacity below 1.
   Index capacity(Index tokens) const { return config_.room(tokens); }
@@ -69,47 +68,47 @@ class ExpertChoiceRouter {
     return rows;
   }
 
-  /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` and choices or weights from
-  /// elsewhere, which experts do not have.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& exec) const {
-    constexpr std::string_view where = "ExpertChoiceRouter::route";
-    const Index experts = config_.experts;
-    detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
-    detail::expect_read(where, in, {.gate_x = true, .capacity_factor = true});
+  void choose(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, RowView<const Scalar> z, Plan& plan, Tape& tape,
+              const Context& context) const {
     const Sequences groups = config_.capacity.groups(in.sequences);
+    tape.tokens_ = in.count();
+    tape.experts_ = config_.experts;
     tape.first_.resize(groups.count() + 1);
     tape.first_[0] = 0;
     groups.for_each([&](Index b, Index begin, Index end) {
-      tape.first_[b + 1] = tape.first_[b] + experts * config_.room(end - begin, in.capacity_factor);
+      tape.first_[b + 1] = tape.first_[b] + config_.experts * config_.room(end - begin, in.capacity_factor);
     });
-    tape.tokens_ = in.count();
-    tape.experts_ = experts;
-    gate_.forward(where, p[weight_], in, tape.gate_, exec);
-    const RowView<Scalar> s = tape.scores_.matrix(in.count(), experts);
-    softmax_rows(tape.gate_.noisy_logits(), s, exec);
-
-    take_tokens(in, groups, s, tape, exec);
+    const RowView<Scalar> s = tape.scores_.matrix(in.count(), config_.experts);
+    softmax_rows(z, s, context.exec);
+    take_tokens(in, groups, s, tape, context.exec);
     plan.build(
-        in.count(), experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
+        in.count(), config_.experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
   }
 
-  /// ds_ti = γ dw_ti where expert i took token t, through the softmax; then `Gate::backward`. What was taken is constant.
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
-    detail::fill_rows(dz, Scalar(0));
+  /// ds_ti = γ dw_ti where expert i took token t, through the softmax. What was taken is constant.
+  void choose_backward(const Tokens<Scalar>& /*in*/, const Plan& plan, const RouterGradient<Plan>& gradient, RowView<Scalar> dz,
+                       Tape& tape, const Context& context) const {
     for (Index r = 0; r < plan.rows(); ++r) {
       const Index pair = plan.pair(r);
-      dz(tape.token_[pair], tape.expert_[pair]) = Scalar(config_.scale) * dplan.weight[r];
+      dz(tape.token_[pair], tape.expert_[pair]) = Scalar(config_.scale) * gradient.plan.weight[r];
     }
-    softmax_rows_backward(tape.scores(), dz, exec);
-    gate_.backward(p[weight_], in, dz, din.of_gate_input(in), dp[weight_], tape.gate_, workspace, exec);
+    softmax_rows_backward(tape.scores(), dz, context.exec);
+  }
+
+  /// Throws ValueError for `in.top_k`, which experts do not have, and a capacity below 1.
+  void expect_routable(std::string_view where, ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in) const {
+    detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
+    config_.capacity.groups(in.sequences).for_each([&](Index, Index begin, Index end) {
+      config_.room(end - begin, in.capacity_factor);
+    });
   }
 
  private:
+  static LinearGate<Scalar> gate_of(const Config& config) {
+    config.template expect_valid<Scalar>("ExpertChoiceRouter");
+    return {"ExpertChoiceRouter", config.gate_input_dim(), config.experts, config.noise};
+  }
+
   /// The best tokens of every expert in every group, and their weights.
   void take_tokens(const Tokens<Scalar>& in, const Sequences& groups, RowView<const Scalar> s, Tape& tape,
                    const Exec& exec) const {
@@ -152,9 +151,6 @@ class ExpertChoiceRouter {
   }
 
   Config config_;
-  Gate<Scalar> gate_;
-  Layout layout_;
-  static constexpr Index weight_ = 0;
 };
 
 }  // namespace moxie::inline MOXIE_NAMESPACE

@@ -25,6 +25,11 @@ class GivenRouter : public FixedRouter<Scalar_> {
   using Config = GivenRouterConfig;
 
   class Tape : public Base::Tape {
+   public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : expert_(0, resource), weight_(0, resource) {}
+
+   private:
     friend class GivenRouter;
     Buffer<Index> expert_;
     Buffer<Scalar> weight_;
@@ -38,11 +43,11 @@ class GivenRouter : public FixedRouter<Scalar_> {
 
   /// Throws ShapeError unless there are a choice and a weight for each token, ValueError for an expert outside [-1, E), one
   /// that a token has twice, a weight that is not finite, and `in.top_k` of another K.
-  void route(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& /*exec*/) const {
+  void route(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, Plan& plan, Tape& tape,
+             const Context& /*context*/) const {
     constexpr std::string_view where = "GivenRouter::route";
     const Index k = in.chosen.cols();
-    detail::expect_read(where, in, {.chosen = true, .weight = true});
+    detail::expect_read(where, in, {.chosen = true, .weight = true, .top_k = true});
     detail::expect_shape(where, "chosen", in.chosen, in.count(), k > 0 ? k : 1);
     detail::expect_shape(where, "weight", in.weight, in.count(), k);
     detail::expect_value(in.top_k == 0 || in.top_k == k, where, "top_k is not the number of columns of chosen");
@@ -61,11 +66,11 @@ class GivenRouter : public FixedRouter<Scalar_> {
 
   /// Adds dw of each row to the weight it came from.
   void backward(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& /*in*/, const Plan& plan,
-                const typename Plan::Gradient& dplan, const TokensGradient<Scalar>& din, ParameterView<Scalar> /*dp*/,
-                const Tape& /*tape*/, Workspace& /*workspace*/, const Exec& /*exec*/) const {
-    const Index k = din.weight.cols();
+                const RouterGradient<Plan>& gradient, Tape& /*tape*/, const Context& /*context*/) const {
+    const RowView<Scalar>& dweight = gradient.into.tokens.weight;
+    const Index k = dweight.cols();
     for (Index r = 0; k > 0 && r < plan.rows(); ++r) {
-      din.weight(plan.pair(r) / k, plan.pair(r) % k) += dplan.weight[r];
+      dweight(plan.pair(r) / k, plan.pair(r) % k) += gradient.plan.weight[r];
     }
   }
 

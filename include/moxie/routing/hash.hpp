@@ -27,6 +27,11 @@ class HashRouter : public FixedRouter<Scalar_> {
   using Config = HashRouterConfig;
 
   class Tape : public Base::Tape {
+   public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : expert_(0, resource), weight_(0, resource) {}
+
+   private:
     friend class HashRouter;
     Buffer<Index> expert_;
     Buffer<Scalar> weight_;
@@ -48,9 +53,9 @@ class HashRouter : public FixedRouter<Scalar_> {
   }
 
   /// Throws ValueError if there are no ids, for `in.top_k` above 1, and for what only other routers read.
-  void route(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& /*exec*/) const {
-    detail::expect_read("HashRouter::route", in, {});
+  void route(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, Plan& plan, Tape& tape,
+             const Context& /*context*/) const {
+    detail::expect_read("HashRouter::route", in, {.top_k = true});
     detail::expect_value(Index(in.ids.size()) == in.count(), "HashRouter::route", "the tokens have no ids; set Tokens::ids");
     detail::expect_value(in.top_k <= 1, "HashRouter::route", "a hash chooses one expert; top_k cannot be more");
     tape.expert_.resize(in.count());

@@ -3,6 +3,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <memory_resource>
 #include <moxie/core/buffer.hpp>
 #include <moxie/core/sequences.hpp>
 #include <span>
@@ -24,8 +25,13 @@ class SparsePlan {
   using Scalar = Scalar_;
   /// ∂loss / ∂weight_r, filled by `combine_backward`.
   struct Gradient {
+    Gradient() = default;
+    explicit Gradient(std::pmr::memory_resource* resource) : weight(0, resource) {}
     Buffer<Scalar> weight;
   };
+
+  SparsePlan() = default;
+  explicit SparsePlan(std::pmr::memory_resource* resource) : resource_(resource) {}
 
   /// Sorts proposed pairs into a plan. `token_of(p)` names the token of pair p; an expert of -1
   /// drops the pair. Throws ValueError for any other expert outside [0, experts) and for a token outside [0, tokens).
@@ -131,15 +137,16 @@ class SparsePlan {
     }
   }
 
+  detail::OwnResource resource_;
   Index tokens_ = 0;
   Index proposed_ = 0;
-  Buffer<Index> expert_starts_;
-  Buffer<Index> token_starts_;
-  Buffer<Index> token_;
-  Buffer<Index> pair_;
-  Buffer<Index> token_rows_;
-  Buffer<Index> order_;
-  Buffer<Scalar> weight_;
+  Buffer<Index> expert_starts_{0, resource_};
+  Buffer<Index> token_starts_{0, resource_};
+  Buffer<Index> token_{0, resource_};
+  Buffer<Index> pair_{0, resource_};
+  Buffer<Index> token_rows_{0, resource_};
+  Buffer<Index> order_{0, resource_};
+  Buffer<Scalar> weight_{0, resource_};
   std::vector<std::int64_t> counts_;
 };
 
@@ -159,9 +166,14 @@ class DensePlan {
   using Scalar = Scalar_;
   /// ∂loss / ∂D and ∂loss / ∂C, (T,N) each: `spread_view(tokens, slots)`.
   struct Gradient {
+    Gradient() = default;
+    explicit Gradient(std::pmr::memory_resource* resource) : dispatch(0, resource), combine(0, resource) {}
     Buffer<Scalar> dispatch;
     Buffer<Scalar> combine;
   };
+
+  DensePlan() = default;
+  explicit DensePlan(std::pmr::memory_resource* resource) : resource_(resource) {}
 
   /// Sets the shape; the router then fills `dispatch()` and `combine()`.
   void resize(const Sequences& division, Index experts, Index slots_per_expert) {
@@ -203,14 +215,15 @@ class DensePlan {
   RowView<const Scalar> combine() const { return combine_.spread_view(tokens_, slot_count()); }
 
  private:
+  detail::OwnResource resource_;
   Index tokens_ = 0;
   Index experts_ = 0;
   Index slots_ = 0;
-  Buffer<Index> sequence_starts_;
-  Buffer<Index> expert_starts_;
-  Buffer<Index> slot_rows_;
-  Buffer<Scalar> dispatch_;
-  Buffer<Scalar> combine_;
+  Buffer<Index> sequence_starts_{0, resource_};
+  Buffer<Index> expert_starts_{0, resource_};
+  Buffer<Index> slot_rows_{0, resource_};
+  Buffer<Scalar> dispatch_{0, resource_};
+  Buffer<Scalar> combine_{0, resource_};
 };
 
 }  // namespace moxie::inline MOXIE_NAMESPACE

@@ -26,15 +26,19 @@ class SoftRouter {
 
   class Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : resource_(resource) {}
+
     /// Soft MoE needs no balance loss.
     double balance_loss() const { return 0; }
 
    private:
     friend class SoftRouter;
-    Buffer<Scalar> x_;           // l2norm(X), (T,G)
-    Buffer<Scalar> phi_;         // l2norm(Φ), (N,G)
-    Buffer<Scalar> x_factor_;    // 1 / √(Σ x² + ε), T
-    Buffer<Scalar> phi_factor_;  // N
+    detail::OwnResource resource_;
+    Buffer<Scalar> x_{0, resource_};           // l2norm(X), (T,G)
+    Buffer<Scalar> phi_{0, resource_};         // l2norm(Φ), (N,G)
+    Buffer<Scalar> x_factor_{0, resource_};    // 1 / √(Σ x² + ε), T
+    Buffer<Scalar> phi_factor_{0, resource_};  // N
   };
 
   /// Throws ValueError for sizes below 1.
@@ -63,8 +67,7 @@ class SoftRouter {
   /// Throws ValueError naming the first token whose norm or logits are not finite, for `in.top_k` and choices or weights from
   /// elsewhere, which slots do not have, and a `gate_x` where nothing is learned; ShapeError for a sequence that has not as
   /// many tokens as there are slots, where identity mixing needs it. What the plan then holds is no plan.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
-             const Exec& exec) const {
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, const Context& context) const {
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
     detail::expect_read("SoftRouter::route", in, {.gate_x = config_.learned()});
     if (config_.learned()) {
@@ -83,8 +86,8 @@ class SoftRouter {
     if (config_.learned()) {
       // Logits lie where their softmax over tokens goes. Each step reads and writes them in memory once.
       const RowView<Scalar> z = config_.dispatch == Mixing::learned ? plan.dispatch() : plan.combine();
-      logits(p, in, z, tape, workspace, exec);
-      detail::for_each_row(in.count(), exec, [&](Index t) {
+      logits(p, in, z, tape, context);
+      detail::for_each_row(in.count(), context.exec, [&](Index t) {
         detail::expect_finite_logits("SoftRouter::route", slot_count(), z.row(t), in.row(t));
         if (config_.combine == Mixing::learned) {
           detail::softmax(slot_count(), z.row(t), plan.combine().row(t));
@@ -93,11 +96,11 @@ class SoftRouter {
       });
     }
     if (config_.dispatch == Mixing::learned) {
-      for_each_block(in.sequences, exec, [&](Index b, Index first, Index count) {
+      for_each_block(in.sequences, context.exec, [&](Index b, Index first, Index count) {
         softmax_columns(first, count, plan.dispatch().middle_rows(in.sequences.begin(b), in.sequences.length(b)));
       });
     }
-    exec.parallel_for(in.sequences.count(), [&](Index b) {
+    context.exec.parallel_for(in.sequences.count(), [&](Index b) {
       const Index begin = in.sequences.begin(b);
       const Index length = in.sequences.length(b);
       if (length == 0) {
@@ -113,49 +116,49 @@ class SoftRouter {
   }
 
   /// Both softmaxes back to dZ, then dX̂ = g dZ Φ̂, dΦ̂ = g dZᵀ X̂, dg = ⟨dZᵀ X̂, Φ̂⟩, and through both normalizations.
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const RouterGradient<Plan>& gradient,
+                Tape& tape, const Context& context) const {
     if (!config_.learned()) {
       return;
     }
+    const ParameterView<Scalar> dp = gradient.into.parameters;
+    const RowView<Scalar>& dx = gradient.into.tokens.of_gate_input(in);
     const Index tokens = in.count();
     const Index dim = config_.gate_input_dim();
     const Index n = slot_count();
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dz = workspace.spread<Scalar>(tokens, n);
-    logits_gradient(in, plan, dplan, dz, exec);
-    const RowView<Scalar>& dx = din.of_gate_input(in);
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Scalar> dz = context.workspace.spread<Scalar>(tokens, n);
+    logits_gradient(in, plan, gradient.plan, dz, context.exec);
     if (!config_.normalize) {
       kernel::gemm<Scalar>({dp[phi_].rows(), dim, tokens, kernel::transposed<Scalar>(dz),
                             kernel::plain<Scalar>(in.gate_input()), kernel::add_to<Scalar>(dp[phi_])},
-                           exec);  // (N,T)(T,G) -> (N,G)
+                           context.exec);  // (N,T)(T,G) -> (N,G)
       if (dx.cols() > 0) {
         kernel::gemm<Scalar>(
             {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(p[phi_]), kernel::add_to<Scalar>(dx)},
-            exec);  // (T,N)(N,G) -> (T,G)
+            context.exec);  // (T,N)(N,G) -> (T,G)
       }
       return;
     }
     const Scalar scale = p[scale_](0, 0);
     const RowView<const Scalar> x_hat = tape.x_.view(tokens, dim);
     const RowView<const Scalar> phi_hat = tape.phi_.view(n, dim);
-    const RowView<Scalar> dphi_hat = workspace.matrix<Scalar>(n, dim);
+    const RowView<Scalar> dphi_hat = context.workspace.matrix<Scalar>(n, dim);
     kernel::gemm<Scalar>(
         {n, dim, tokens, kernel::transposed<Scalar>(dz), kernel::plain<Scalar>(x_hat), kernel::replace<Scalar>(dphi_hat)},
-        exec);  // (N,T)(T,G) -> (N,G)
+        context.exec);  // (N,T)(T,G) -> (N,G)
     if (dp.has(scale_)) {
       dp[scale_](0, 0) += kernel::dot(n * dim, dphi_hat.data(), phi_hat.data());
     }
     if (dp.has(phi_)) {
-      add_normalized_backward(phi_hat, tape.phi_factor_, dphi_hat, scale, dp[phi_], exec);
+      add_normalized_backward(phi_hat, tape.phi_factor_, dphi_hat, scale, dp[phi_], context.exec);
     }
     if (dx.cols() > 0) {
-      const RowView<Scalar> dx_hat = workspace.matrix<Scalar>(tokens, dim);
+      const RowView<Scalar> dx_hat = context.workspace.matrix<Scalar>(tokens, dim);
       kernel::gemm<Scalar>(
           {tokens, dim, n, kernel::plain<Scalar>(dz), kernel::plain<Scalar>(phi_hat), kernel::replace<Scalar>(dx_hat)},
-          exec);  // (T,N)(N,G) -> (T,G)
-      add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, dx, exec);
+          context.exec);  // (T,N)(N,G) -> (T,G)
+      add_normalized_backward(x_hat, tape.x_factor_, dx_hat, scale, dx, context.exec);
     }
   }
 
@@ -181,20 +184,20 @@ class SoftRouter {
     }
   }
 
-  void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape, Workspace& workspace,
-              const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
+  void logits(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<Scalar> z, Tape& tape,
+              const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
     RowView<const Scalar> x = in.gate_input();
     RowView<const Scalar> phi = p[phi_];
     if (config_.normalize) {
-      x = normalized(x, tape.x_, tape.x_factor_, exec);
+      x = normalized(x, tape.x_, tape.x_factor_, context.exec);
       for (Index t = 0; t < in.count(); ++t) {
         if (!(tape.x_factor_[t] > 0)) {
           throw ValueError("SoftRouter::route: token " + std::to_string(in.row(t)) + " is not finite, or its norm is not");
         }
       }
-      const RowView<Scalar> scaled = workspace.matrix<Scalar>(slot_count(), config_.gate_input_dim());
-      detail::copy_rows(normalized(phi, tape.phi_, tape.phi_factor_, exec), scaled);
+      const RowView<Scalar> scaled = context.workspace.matrix<Scalar>(slot_count(), config_.gate_input_dim());
+      detail::copy_rows(normalized(phi, tape.phi_, tape.phi_factor_, context.exec), scaled);
       for (Index n = 0; n < slot_count(); ++n) {
         multiply(double(p[scale_](0, 0)), scaled.cols(), scaled.row(n));
       }
@@ -202,7 +205,7 @@ class SoftRouter {
     }
     kernel::gemm<Scalar>({in.count(), slot_count(), config_.gate_input_dim(), kernel::plain<Scalar>(x),
                           kernel::transposed<Scalar>(phi), kernel::stream_to<Scalar>(z)},
-                         exec);  // (T,G)(G,N) -> (T,N)
+                         context.exec);  // (T,G)(G,N) -> (T,N)
   }
 
   /// n numbers times a factor.

@@ -33,32 +33,34 @@ class TimestepRouter {
   using Scalar = Scalar_;
   using Plan = SparsePlan<Scalar>;
   using Config = TimestepRouterConfig;
+  static constexpr bool logits_of_sequences = true;  ///< (B,E), not (T,E)
 
   class Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : resource_(resource) {}
+
+    /// z (B,E), before the softmax.
+    RowView<const Scalar> logits() const { return logits_.view(sequences_, experts_); }
     /// s (B,E): what `diffusion_prior_loss` looks at.
     RowView<const Scalar> scores() const { return scores_.view(sequences_, experts_); }
     /// The K experts of every sequence in decreasing order of score, B·K.
     std::span<const Index> choices() const { return chosen_.span(); }
     double balance_loss() const { return 0; }
-    /// Adds the gradient (B,E) of a loss on `scores()`, for the next backward; the next forward forgets it. Throws ShapeError.
-    void add_score_gradient(RowView<const Scalar> dscores) {
-      detail::expect_shape("TimestepRouter::Tape::add_score_gradient", "dscores", dscores, sequences_, experts_);
-      detail::add_rows(dscores, RowView<Scalar>(dscores_.data(), sequences_, experts_));
-    }
 
    private:
     friend class TimestepRouter;
+    detail::OwnResource resource_;
     Index sequences_ = 0;
     Index experts_ = 0;
     Index top_k_ = 0;
-    Buffer<Scalar> activated_;  // silu(c)
-    Buffer<Scalar> scores_;
-    Buffer<Scalar> dscores_;
-    Buffer<Index> chosen_;
-    Buffer<Index> expert_;    // of each pair
-    Buffer<Scalar> weight_;   // of each pair
-    Buffer<Index> sequence_;  // of each token
+    Buffer<Scalar> activated_{0, resource_};  // silu(c)
+    Buffer<Scalar> logits_{0, resource_};
+    Buffer<Scalar> scores_{0, resource_};
+    Buffer<Index> chosen_{0, resource_};
+    Buffer<Index> expert_{0, resource_};    // of each pair
+    Buffer<Scalar> weight_{0, resource_};   // of each pair
+    Buffer<Index> sequence_{0, resource_};  // of each token
   };
 
   /// Throws ValueError for sizes below 1 and K > E.
@@ -94,10 +96,9 @@ class TimestepRouter {
 
   /// Throws ShapeError if the condition is not (B,C), ValueError naming the first sequence whose logits are not finite, and for
   /// what only other routers read.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& exec) const {
+  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, const Context& context) const {
     constexpr std::string_view where = "TimestepRouter::route";
-    detail::expect_read(where, in, {});
+    detail::expect_read(where, in, {.top_k = true});
     const Index sequences = in.sequences.count();
     const Index experts = config_.experts;
     const Index k = in.top_k > 0 ? in.top_k : config_.top_k;
@@ -106,24 +107,24 @@ class TimestepRouter {
     tape.sequences_ = sequences;
     tape.experts_ = experts;
     tape.top_k_ = k;
-    tape.dscores_.assign(sequences * experts, Scalar(0));
     const RowView<Scalar> activated = tape.activated_.matrix(sequences, config_.condition_dim);
+    const RowView<Scalar> z = tape.logits_.matrix(sequences, experts);
     const RowView<Scalar> s = tape.scores_.matrix(sequences, experts);
-    detail::for_each_row(sequences, exec, [&](Index b) {
+    detail::for_each_row(sequences, context.exec, [&](Index b) {
       kernel::map(
           activated.cols(), activated.row(b), [](auto v) { return Silu::value(v); }, in.condition.row(b));
-      std::copy_n(p[bias_].data(), experts, s.row(b));
+      std::copy_n(p[bias_].data(), experts, z.row(b));
     });
     kernel::gemm<Scalar>({sequences, experts, config_.condition_dim, kernel::plain<Scalar>(activated),
-                          kernel::transposed<Scalar>(p[weight_]), kernel::add_to<Scalar>(s)},
-                         exec);  // (B,C)(C,E) -> (B,E)
+                          kernel::transposed<Scalar>(p[weight_]), kernel::add_to<Scalar>(z)},
+                         context.exec);  // (B,C)(C,E) -> (B,E)
     detail::expect_finite_logits<Scalar>(
-        where, s, [](Index b) { return b; }, exec, "sequence");
+        where, z, [](Index b) { return b; }, context.exec, "sequence");
     tape.chosen_.resize(sequences * k);
     for (Index b = 0; b < sequences; ++b) {
-      select_top_k(s.row(b), experts, k, tape.chosen_.data() + b * k);
+      select_top_k(z.row(b), experts, k, tape.chosen_.data() + b * k);
     }
-    softmax_rows(s, exec);
+    softmax_rows(RowView<const Scalar>(z), s, context.exec);
     tape.expert_.resize(in.count() * k);
     tape.weight_.resize(in.count() * k);
     tape.sequence_.resize(in.count());
@@ -139,39 +140,43 @@ class TimestepRouter {
     plan.build(in.count(), experts, k, tape.expert_.span(), tape.weight_.span());
   }
 
-  /// ds_b = γ Σ_{t in b} dw_t (tokens in order, and what `add_score_gradient` added) -> dz; dW += dzᵀ silu(c), db += Σ_b dz,
+  /// ds_b = γ Σ_{t in b} dw_t (tokens in order) -> dz, with the gradient of the logits; dW += dzᵀ silu(c), db += Σ_b dz,
   /// dc += (dz W) ⊙ silu'(c).
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
+  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const RouterGradient<Plan>& gradient,
+                Tape& tape, const Context& context) const {
+    const ParameterView<Scalar> dp = gradient.into.parameters;
+    const RowView<Scalar>& dcondition = gradient.into.tokens.condition;
     const Index sequences = tape.sequences_;
     const Index experts = config_.experts;
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> dz = workspace.matrix<Scalar>(sequences, experts);
-    detail::copy_rows(tape.dscores_.view(sequences, experts), dz);
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Scalar> dz = context.workspace.matrix<Scalar>(sequences, experts);
+    detail::fill_rows(dz, Scalar(0));
     for (Index r = 0; r < plan.rows(); ++r) {
       const Index pair = plan.pair(r);
-      dz(tape.sequence_[pair / tape.top_k_], tape.expert_[pair]) += Scalar(config_.scale) * dplan.weight[r];
+      dz(tape.sequence_[pair / tape.top_k_], tape.expert_[pair]) += Scalar(config_.scale) * gradient.plan.weight[r];
     }
-    softmax_rows_backward(tape.scores(), dz, exec);
+    softmax_rows_backward(tape.scores(), dz, context.exec);
+    if (gradient.logits.size() != 0) {
+      detail::add_rows(gradient.logits, dz);
+    }
     const RowView<const Scalar> activated = tape.activated_.view(sequences, config_.condition_dim);
     kernel::gemm<Scalar>({dp[weight_].rows(), config_.condition_dim, sequences, kernel::transposed<Scalar>(dz),
                           kernel::plain<Scalar>(activated), kernel::add_to<Scalar>(dp[weight_])},
-                         exec);  // (E,B)(B,C) -> (E,C)
+                         context.exec);  // (E,B)(B,C) -> (E,C)
     for (Index b = 0; b < sequences && dp.has(bias_); ++b) {
       detail::add_rows(dz.middle_rows(b, 1), dp[bias_]);
     }
-    if (din.condition.rows() == 0) {
+    if (dcondition.rows() == 0) {
       return;
     }
-    const RowView<Scalar> dactivated = workspace.matrix<Scalar>(sequences, config_.condition_dim);
+    const RowView<Scalar> dactivated = context.workspace.matrix<Scalar>(sequences, config_.condition_dim);
     kernel::gemm<Scalar>({sequences, config_.condition_dim, experts, kernel::plain<Scalar>(dz),
                           kernel::plain<Scalar>(p[weight_]), kernel::replace<Scalar>(dactivated)},
-                         exec);  // (B,E)(E,C) -> (B,C)
-    detail::for_each_row(sequences, exec, [&](Index b) {
+                         context.exec);  // (B,E)(E,C) -> (B,C)
+    detail::for_each_row(sequences, context.exec, [&](Index b) {
       kernel::map(
-          dactivated.cols(), din.condition.row(b), [](auto sum, auto d, auto c) { return sum + d * Silu::derivative(c); },
-          din.condition.row(b), dactivated.row(b), in.condition.row(b));
+          dactivated.cols(), dcondition.row(b), [](auto sum, auto d, auto c) { return sum + d * Silu::derivative(c); },
+          dcondition.row(b), dactivated.row(b), in.condition.row(b));
     });
   }
 

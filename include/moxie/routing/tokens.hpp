@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory_resource>
 #include <moxie/core/buffer.hpp>
 #include <moxie/core/random.hpp>
 #include <moxie/core/sequences.hpp>
@@ -139,6 +140,15 @@ struct TokensGradient {
   const RowView<Scalar>& of_gate_input(const Tokens<Scalar>& in) const { return in.has_gate_x() ? gate_x : x; }
 };
 
+/// What a router reads of what a caller may decide in its place: fields of `Tokens`.
+struct RouterReads {
+  bool gate_x = false;
+  bool chosen = false;
+  bool weight = false;
+  bool capacity_factor = false;
+  bool top_k = false;
+};
+
 /// Calls `f(name, field)` for every field with one row or number a token, except the mask. A part
 /// of the tokens takes these fields along. An absent field has no columns, or no elements. This is
 /// the only list of them.
@@ -194,14 +204,6 @@ void expect_tokens(std::string_view where, const Tokens<Scalar>& in, Index model
   expect_value(in.capacity_factor >= 0, where, "capacity_factor must not be negative or NaN");
 }
 
-/// What a router reads of what a caller may decide in its place.
-struct RouterReads {
-  bool gate_x = false;
-  bool chosen = false;
-  bool weight = false;
-  bool capacity_factor = false;
-};
-
 /// Throws ValueError for what is decided and the router does not read: it is refused, not ignored.
 template <class Scalar>
 void expect_read(std::string_view where, const Tokens<Scalar>& in, const RouterReads& reads) {
@@ -214,6 +216,7 @@ void expect_read(std::string_view where, const Tokens<Scalar>& in, const RouterR
   refuse(in.has_chosen() && !reads.chosen, "chosen");
   refuse(in.has_weight() && !reads.weight, "weight");
   refuse(in.capacity_factor != 0 && !reads.capacity_factor, "capacity_factor");
+  refuse(in.top_k != 0 && !reads.top_k, "top_k");
 }
 
 /// Throws ValueError for chosen experts outside [-1, experts), and one that a token has twice.
@@ -236,40 +239,19 @@ void expect_chosen(std::string_view where, const Tokens<Scalar>& in, Index exper
   }
 }
 
-/// The checks of where gradients go, before anything is written.
-template <class Scalar>
-void expect_tokens_gradient(std::string_view where, const Tokens<Scalar>& in, const TokensGradient<Scalar>& din) {
-  const auto expect = [&](std::string_view name, const RowView<Scalar>& d, const RowView<const Scalar>& of) {
-    if (d.cols() != 0) {
-      expect_shape(where, name, d, of.rows(), of.cols());
-      expect_value(!rows_overlap(d), where, "the rows of " + std::string(name) + " overlap");
-    }
-  };
-  expect_value(std::isfinite(Scalar(din.loss_factor)), where, "loss_factor is not finite");
-  expect("dgate_x", din.gate_x, in.gate_x);
-  expect("dweight", din.weight, in.weight);
-  const RowView<Scalar> written[] = {din.x, din.condition, din.gate_x, din.weight};
-  const RowView<const Scalar> read[] = {in.x, in.condition, in.gate_x, in.weight, in.noise};
-  for (const RowView<Scalar>& d : written) {
-    for (const RowView<Scalar>& other : written) {
-      expect_value(&d == &other || !overlaps(d, other), where, "gradients of the tokens overlap each other");
-    }
-    for (const RowView<const Scalar>& m : read) {
-      expect_value(!overlaps(d, m), where, "gradients of the tokens overlap what they are computed from");
-    }
-  }
-}
-
 /// Copies of some rows of every field of tokens: what a layer makes of those that are not masked.
 class TokenCopies {
  public:
+  TokenCopies() = default;
+  explicit TokenCopies(std::pmr::memory_resource* resource) : resource_(resource) {}
+
   /// Copies the rows `rows` of every field.
   template <class Scalar>
   void copy(const Tokens<Scalar>& in, std::span<const Index> rows) {
     std::size_t i = 0;
     for_each_token_field(in, [&](std::string_view, const auto& field) {
       if (fields_.size() == i) {
-        fields_.emplace_back();
+        fields_.emplace_back(Index{0}, resource_);
       }
       copy_field(field, rows, fields_[i++]);
     });
@@ -303,6 +285,7 @@ class TokenCopies {
     copy_field(RowView<const T>(field.data(), Index(field.size()), field.empty() ? 0 : 1), rows, to);
   }
 
+  detail::OwnResource resource_;
   std::vector<Buffer<std::byte>> fields_;
 };
 

@@ -4,8 +4,7 @@
 #include <moxie/kernel/rows.hpp>
 #include <moxie/loss/balance.hpp>
 #include <moxie/routing/capacity.hpp>
-#include <moxie/routing/gate.hpp>
-#include <moxie/routing/router.hpp>
+#include <moxie/routing/gated_router.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -33,18 +32,21 @@ namespace moxie::inline MOXIE_NAMESPACE {
 /// bias `gate.e_score_correction_bias` (E), which no gradient trains. Gate, scores and weights in `Scalar`. Cost: 2TDE +
 /// O(TEK).
 template <class Scalar_>
-class TopKRouter {
+class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
+  using Base = GatedRouter<TopKRouter, Scalar_>;
+
  public:
   using Scalar = Scalar_;
-  using Plan = SparsePlan<Scalar>;
+  using typename Base::Plan;
   using Config = TopKRouterConfig;
 
-  class Tape {
+  class Tape : public Base::Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : Base::Tape(resource), resource_(resource) {}
+
     /// s, (T,E): the scores of all experts.
     RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
-    /// z, (T,E), without noise.
-    RowView<const Scalar> logits() const { return gate_.logits(); }
     /// The K experts of every token in decreasing order of what selects, T·K indices; dropped ones too. What `Tokens::chosen`
     /// takes to route as this forward did.
     std::span<const Index> choices() const { return chosen_.span(); }
@@ -76,48 +78,36 @@ class TopKRouter {
       }
       return counts;
     }
-    /// Adds the gradient (T,E) of a loss of one's own on `scores()`, for the next backward; the next forward forgets it. Throws
-    /// ShapeError.
-    void add_score_gradient(RowView<const Scalar> dscores) {
-      detail::expect_shape("TopKRouter::Tape::add_score_gradient", "dscores", dscores, tokens_, experts_);
-      if (dscores_.size() == 0) {
-        dscores_.assign(tokens_ * experts_, Scalar(0));
-      }
-      detail::add_rows(dscores, RowView<Scalar>(dscores_.data(), tokens_, experts_));
-    }
 
    private:
     friend class TopKRouter;
+    detail::OwnResource resource_;
     Index tokens_ = 0;
     Index experts_ = 0;
     Index top_k_ = 0;
-    typename Gate<Scalar>::Tape gate_;
-    Buffer<Scalar> scores_;
-    Buffer<Scalar> probabilities_;        // sigmoid scores over their sum, for the losses
-    Buffer<Scalar> clean_probabilities_;  // of the logits without noise
-    Buffer<Index> chosen_;
-    Buffer<Index> best_;  // the K largest logits, where others may have been chosen and losses look at them
-    Buffer<Index> place_;
-    Buffer<Index> assigned_;
-    Buffer<Index> order_;
-    Buffer<Index> taken_;
-    Buffer<Scalar> weights_;
-    Buffer<Scalar> shares_;  // normalized weights without the scale
-    Buffer<Scalar> dscores_;
+    Buffer<Scalar> scores_{0, resource_};
+    Buffer<Scalar> probabilities_{0, resource_};        // sigmoid scores over their sum, for the losses
+    Buffer<Scalar> clean_probabilities_{0, resource_};  // of the logits without noise
+    Buffer<Index> chosen_{0, resource_};
+    Buffer<Index> best_{0, resource_};  // the K largest logits, where others may have been chosen and losses look at them
+    Buffer<Index> place_{0, resource_};
+    Buffer<Index> assigned_{0, resource_};
+    Buffer<Index> order_{0, resource_};
+    Buffer<Index> taken_{0, resource_};
+    Buffer<Scalar> weights_{0, resource_};
+    Buffer<Scalar> shares_{0, resource_};  // normalized weights without the scale
     Balance balance_;
     BalanceTotals totals_;
   };
 
   /// Throws what `TopKRouterConfig::expect_valid` throws.
-  explicit TopKRouter(const Config& config)
-      : config_((config.template expect_valid<Scalar>("TopKRouter"), config)),
-        gate_("TopKRouter", config.gate_input_dim(), config.experts, config.noise),
-        layout_(config.layout()) {}
+  explicit TopKRouter(const Config& config) : Base("TopKRouter", config.model_dim, gate_of(config)), config_(config) {
+    this->layout_ = config.layout();
+  }
+
+  static constexpr RouterReads reads = {.gate_x = true, .chosen = true, .capacity_factor = true, .top_k = true};
 
   const Config& config() const { return config_; }
-  const Layout& layout() const { return layout_; }
-  Index experts() const { return config_.experts; }
-  Index model_dim() const { return config_.model_dim; }
   /// R of a call: T·K, or with a capacity the most that it can be, min(L·K, E·C) of each group.
   Index most_rows(const Sequences& sequences) const {
     if (!config_.capacity.limited()) {
@@ -131,9 +121,9 @@ class TopKRouter {
     return rows;
   }
 
-  /// The gate as `Gate` says, the selection bias zero.
+  /// The gate as `LinearGate` says, the selection bias zero.
   void initialize(ParameterView<Scalar> p, const Rng& rng) const {
-    gate_.initialize(p[weight_], rng);
+    Base::initialize(p, rng);
     if (config_.selection_bias) {
       detail::fill_rows(p[bias_], Scalar(0));
     }
@@ -141,29 +131,22 @@ class TopKRouter {
 
   /// Experts from `in.chosen`, where there are any, get the weights that they would have got if the router had chosen them;
   /// groups and the selection bias then select nothing.
-  ///
-  /// Throws ValueError naming the first token whose logits are not finite, and for an `in.top_k` or `in.chosen` that the router
-  /// could not have, and weights from elsewhere.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& workspace,
-             const Exec& exec) const {
-    constexpr std::string_view where = "TopKRouter::route";
+  void choose(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> z, Plan& plan, Tape& tape,
+              const Context& context) const {
     const Index tokens = in.count();
     const Index experts = config_.experts;
     const Index k = choices_of(in);
     const Capacity capacity = config_.capacity.with(in.capacity_factor);
-    expect_routable(where, p, in, k, capacity);
+    const Exec& exec = context.exec;
     tape.tokens_ = tokens;
     tape.experts_ = experts;
     tape.top_k_ = k;
     tape.balance_ = config_.balance;
-    tape.dscores_.resize(0);
-    gate_.forward(where, p[weight_], in, tape.gate_, exec);
-    const RowView<const Scalar> z = tape.gate_.noisy_logits();
     const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
     scores(z, s, exec);
     tape.chosen_.resize(tokens * k);
-    select(p, in, z, s, k, tape, workspace, exec);
-    take_weights(z, s, k, tape, exec);
+    select(p, in, z, s, tape, context);
+    take_weights(z, s, tape, exec);
     std::span<const Index> assigned = tape.chosen_.span();
     tape.place_.resize(0);
     if (capacity.limited()) {
@@ -172,31 +155,26 @@ class TopKRouter {
       assigned = tape.assigned_.span();
     }
     plan.build(tokens, experts, k, assigned, tape.weights_.span());
-    take_losses(in, tape, workspace, exec);
+    take_losses(in, tape, context);
   }
 
-  /// dw -> ds, with what the balance losses and `add_score_gradient` give ds -> dz; then `Gate::backward`. Choices, places and
-  /// counts are constants; the weight of a dropped choice has no gradient.
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
+  /// dw -> ds, with what the balance losses give ds -> dz. Choices, places and counts are constants; the weight of a dropped
+  /// choice has no gradient.
+  void choose_backward(const Tokens<Scalar>& in, const Plan& plan, const RouterGradient<Plan>& gradient, RowView<Scalar> dz,
+                       Tape& tape, const Context& context) const {
     const Index tokens = in.count();
     const Index experts = config_.experts;
-    const Workspace::Frame frame(workspace);
-    const RowView<const Scalar> s = tape.scores();
-    const RowView<Scalar> dz = zeros(tokens, experts, workspace);  // first ∂/∂scores, then ∂/∂logits
-    const RowView<Scalar> dw = zeros(tokens, tape.top_k_, workspace);
+    const Exec& exec = context.exec;
+    const RowView<const Scalar> s = tape.scores();  // dz is first ∂/∂scores, then ∂/∂logits
+    const RowView<Scalar> dw = zeros(tokens, tape.top_k_, context.workspace);
     for (Index r = 0; r < plan.rows(); ++r) {
-      dw.data()[plan.pair(r)] = Scalar(config_.scale) * dplan.weight[r];
+      dw.data()[plan.pair(r)] = Scalar(config_.scale) * gradient.plan.weight[r];
     }
     const bool losses = config_.balance.any();
     // What does not pass through the scores on its way to the logits.
-    const RowView<Scalar> dlogits = losses ? zeros(tokens, experts, workspace) : RowView<Scalar>();
+    const RowView<Scalar> dlogits = losses ? zeros(tokens, experts, context.workspace) : RowView<Scalar>();
     if (losses) {
-      add_loss_gradients(in, din.loss_factor, tape, dz, dlogits, workspace, exec);
-    }
-    if (tape.dscores_.size() > 0) {
-      detail::add_rows(tape.dscores_.view(tokens, experts), dz);
+      add_loss_gradients(in, gradient.into.tokens.loss_factor, tape, dz, dlogits, context);
     }
     if (!config_.normalized()) {
       detail::for_each_row(tokens, exec, [&](Index t) { add_weight_gradient(tape, t, dw.row(t), dz.row(t)); });
@@ -208,19 +186,13 @@ class TopKRouter {
     if (losses) {
       detail::add_rows(dlogits, dz);
     }
-    gate_.backward(p[weight_], in, dz, din.of_gate_input(in), dp[weight_], tape.gate_, workspace, exec);
   }
 
- private:
-  /// K of a call.
-  Index choices_of(const Tokens<Scalar>& in) const {
-    return in.has_chosen() ? in.chosen.cols() : in.top_k > 0 ? in.top_k : config_.top_k;
-  }
-
-  /// Throws for a call that cannot be routed, before anything is written.
-  void expect_routable(std::string_view where, ParameterView<const Scalar> p, const Tokens<Scalar>& in, Index k,
-                       const Capacity& capacity) const {
-    detail::expect_read(where, in, {.gate_x = true, .chosen = true, .capacity_factor = true});
+  /// Throws ValueError for an `in.top_k` or `in.chosen` that the router could not have, and a selection bias that is not
+  /// finite.
+  void expect_routable(std::string_view where, ParameterView<const Scalar> p, const Tokens<Scalar>& in) const {
+    const Index k = choices_of(in);
+    const Capacity capacity = config_.capacity.with(in.capacity_factor);
     if (in.has_chosen()) {
       detail::expect_value(in.top_k == 0 || in.top_k == k, where, "top_k is not the number of columns of chosen");
       detail::expect_shape(where, "chosen", in.chosen, in.count(), k);
@@ -239,6 +211,17 @@ class TopKRouter {
     if (config_.selection_bias) {
       detail::expect_value(kernel::all_finite(config_.experts, p[bias_].data()), where, "the selection bias is not finite");
     }
+  }
+
+ private:
+  static LinearGate<Scalar> gate_of(const Config& config) {
+    config.template expect_valid<Scalar>("TopKRouter");
+    return {"TopKRouter", config.gate_input_dim(), config.experts, config.noise};
+  }
+
+  /// K of a call.
+  Index choices_of(const Tokens<Scalar>& in) const {
+    return in.has_chosen() ? in.chosen.cols() : in.top_k > 0 ? in.top_k : config_.top_k;
   }
 
   static RowView<Scalar> zeros(Index rows, Index cols, Workspace& workspace) {
@@ -260,10 +243,12 @@ class TopKRouter {
   }
 
   void select(ParameterView<const Scalar> p, const Tokens<Scalar>& in, RowView<const Scalar> z, RowView<const Scalar> s,
-              Index k, Tape& tape, Workspace& workspace, const Exec& exec) const {
+              Tape& tape, const Context& context) const {
+    const Index k = tape.top_k_;
     // Of the logits, not of the scores: rounding the softmax makes ties that the logits do not have.
     const auto best_of = [&](Buffer<Index>& chosen) {
-      detail::for_each_row(z.rows(), exec, [&](Index t) { select_top_k(z.row(t), config_.experts, k, chosen.data() + t * k); });
+      detail::for_each_row(z.rows(), context.exec,
+                           [&](Index t) { select_top_k(z.row(t), config_.experts, k, chosen.data() + t * k); });
     };
     tape.best_.resize(0);
     if (!in.has_chosen() && !config_.biased()) {
@@ -273,7 +258,7 @@ class TopKRouter {
     if (in.has_chosen()) {
       detail::copy_rows(in.chosen, RowView<Index>(tape.chosen_.data(), in.count(), k));
     } else {
-      select_biased(p, s, k, tape, workspace, exec);
+      select_biased(p, s, tape, context);
     }
     if (config_.balance.any()) {
       tape.best_.resize(z.rows() * k);
@@ -282,14 +267,14 @@ class TopKRouter {
   }
 
   /// By s + b, from the best groups.
-  void select_biased(ParameterView<const Scalar> p, RowView<const Scalar> s, Index k, Tape& tape, Workspace& workspace,
-                     const Exec& exec) const {
+  void select_biased(ParameterView<const Scalar> p, RowView<const Scalar> s, Tape& tape, const Context& context) const {
     const Index experts = config_.experts;
-    const Workspace::Frame frame(workspace);
-    const RowView<Scalar> score = workspace.matrix<Scalar>(s.rows(), experts);
-    const RowView<Scalar> group_score = workspace.matrix<Scalar>(s.rows(), config_.groups.count);
-    const RowView<Index> group = workspace.matrix<Index>(s.rows(), config_.groups.count);
-    detail::for_each_row(s.rows(), exec, [&](Index t) {
+    const Workspace::Frame frame(context.workspace);
+    const RowView<Scalar> score = context.workspace.matrix<Scalar>(s.rows(), experts);
+    const RowView<Scalar> group_score = context.workspace.matrix<Scalar>(s.rows(), config_.groups.count);
+    const RowView<Index> group = context.workspace.matrix<Index>(s.rows(), config_.groups.count);
+    const Index k = tape.top_k_;
+    detail::for_each_row(s.rows(), context.exec, [&](Index t) {
       for (Index e = 0; e < experts; ++e) {
         score(t, e) = s(t, e) + (config_.selection_bias ? p[bias_](0, e) : Scalar(0));
       }
@@ -299,7 +284,8 @@ class TopKRouter {
   }
 
   /// The weights of all choices; 0 of none.
-  void take_weights(RowView<const Scalar> z, RowView<const Scalar> s, Index k, Tape& tape, const Exec& exec) const {
+  void take_weights(RowView<const Scalar> z, RowView<const Scalar> s, Tape& tape, const Exec& exec) const {
+    const Index k = tape.top_k_;
     tape.weights_.resize(s.rows() * k);
     if (config_.normalized()) {
       tape.shares_.resize(s.rows() * k);
@@ -379,28 +365,28 @@ class TopKRouter {
 
   /// Adds the gradients of `factor` times the losses to ∂/∂scores, and to ∂/∂logits what does not pass through the scores.
   void add_loss_gradients(const Tokens<Scalar>& in, double factor, const Tape& tape, RowView<Scalar> dscores,
-                          RowView<Scalar> dlogits, Workspace& workspace, const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
+                          RowView<Scalar> dlogits, const Context& context) const {
+    const Workspace::Frame frame(context.workspace);
     const bool softmax = config_.score == Score::softmax;
     const bool normalizes = !softmax && config_.balance.of_probabilities();
-    const bool clean = tape.gate_.noisy() && config_.balance.importance > 0;
-    const RowView<Scalar> dprobabilities = normalizes ? zeros(tape.tokens_, tape.experts_, workspace) : dscores;
-    const RowView<Scalar> dclean = clean ? zeros(tape.tokens_, tape.experts_, workspace) : dprobabilities;
+    const bool clean = tape.gate().noisy() && config_.balance.importance > 0;
+    const RowView<Scalar> dprobabilities = normalizes ? zeros(tape.tokens_, tape.experts_, context.workspace) : dscores;
+    const RowView<Scalar> dclean = clean ? zeros(tape.tokens_, tape.experts_, context.workspace) : dprobabilities;
     balance_backward<Scalar>(config_.balance.times(factor), losses_of(in, tape), tape.totals_,
-                             {dprobabilities, dclean, dlogits, dlogits}, workspace);
+                             {dprobabilities, dclean, dlogits, dlogits}, context.workspace);
     if (normalizes) {
       sigmoid_probabilities_backward<Scalar>(tape.probabilities_.view(tape.tokens_, tape.experts_), tape.scores(),
-                                             dprobabilities, exec);
+                                             dprobabilities, context.exec);
       detail::add_rows(dprobabilities, dlogits);
     }
     if (clean) {
       const RowView<const Scalar> p_clean = tape.clean_probabilities_.view(tape.tokens_, tape.experts_);
       if (softmax) {
-        softmax_rows_backward(p_clean, dclean, exec);
+        softmax_rows_backward(p_clean, dclean, context.exec);
       } else {
-        const RowView<Scalar> s_clean = workspace.matrix<Scalar>(tape.tokens_, tape.experts_);
-        scores(tape.gate_.logits(), s_clean, exec);
-        sigmoid_probabilities_backward<Scalar>(p_clean, s_clean, dclean, exec);
+        const RowView<Scalar> s_clean = context.workspace.matrix<Scalar>(tape.tokens_, tape.experts_);
+        scores(tape.gate().logits(), s_clean, context.exec);
+        sigmoid_probabilities_backward<Scalar>(p_clean, s_clean, dclean, context.exec);
       }
       detail::add_rows(dclean, dlogits);
     }
@@ -417,41 +403,38 @@ class TopKRouter {
     }
     if (balance.importance > 0) {
       out.clean_probabilities =
-          tape.gate_.noisy() ? tape.clean_probabilities_.view(tape.tokens_, tape.experts_) : out.probabilities;
+          tape.gate().noisy() ? tape.clean_probabilities_.view(tape.tokens_, tape.experts_) : out.probabilities;
     }
-    out.logits = tape.gate_.logits();
-    out.noisy_logits = tape.gate_.noisy_logits();
+    out.logits = tape.gate().logits();
+    out.noisy_logits = tape.gate().noisy_logits();
     out.best = tape.best_.size() > 0 ? tape.best_.span() : tape.chosen_.span();
     out.counted = balance.count_chosen ? tape.chosen_.span() : out.best;
-    out.deviation = tape.gate_.noisy() ? gate_.deviation() : 0;
+    out.deviation = tape.gate().noisy() ? this->gate().deviation() : 0;
     return out;
   }
 
-  void take_losses(const Tokens<Scalar>& in, Tape& tape, Workspace& workspace, const Exec& exec) const {
+  void take_losses(const Tokens<Scalar>& in, Tape& tape, const Context& context) const {
     const Balance& balance = config_.balance;
     tape.totals_.clear(config_.experts);
     if (!balance.any()) {
       return;
     }
     if (config_.score == Score::sigmoid && balance.of_probabilities()) {
-      sigmoid_probabilities<Scalar>(tape.gate_.noisy_logits(), tape.scores(),
-                                    tape.probabilities_.matrix(tape.tokens_, tape.experts_), exec);
+      sigmoid_probabilities<Scalar>(tape.gate().noisy_logits(), tape.scores(),
+                                    tape.probabilities_.matrix(tape.tokens_, tape.experts_), context.exec);
     }
-    if (tape.gate_.noisy() && balance.importance > 0) {
+    if (tape.gate().noisy() && balance.importance > 0) {
       const RowView<Scalar> clean = tape.clean_probabilities_.matrix(tape.tokens_, tape.experts_);
-      scores(tape.gate_.logits(), clean, exec);
+      scores(tape.gate().logits(), clean, context.exec);
       if (config_.score == Score::sigmoid) {
-        sigmoid_probabilities<Scalar>(tape.gate_.logits(), clean, clean, exec);
+        sigmoid_probabilities<Scalar>(tape.gate().logits(), clean, clean, context.exec);
       }
     }
-    add_balance_totals(balance, losses_of(in, tape), config_.experts, tape.totals_, workspace);
+    add_balance_totals(balance, losses_of(in, tape), config_.experts, tape.totals_, context.workspace);
   }
 
   Config config_;
-  Gate<Scalar> gate_;
-  Layout layout_;
-  static constexpr Index weight_ = 0;  // positions in the layout
-  static constexpr Index bias_ = 1;
+  static constexpr Index bias_ = 1;  // its position in the layout, after the gate's weight
 };
 
 }  // namespace moxie::inline MOXIE_NAMESPACE

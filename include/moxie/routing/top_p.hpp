@@ -3,8 +3,7 @@
 
 #include <moxie/kernel/rows.hpp>
 #include <moxie/loss/entropy.hpp>
-#include <moxie/routing/gate.hpp>
-#include <moxie/routing/router.hpp>
+#include <moxie/routing/gated_router.hpp>
 #include <moxie/routing/selection.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -28,14 +27,19 @@ struct TopPRouterConfig {
 /// Huang et al. 2024, "Harder tasks need more experts", equations 3 to 5. A token has at least one expert. Pair numbers count
 /// tokens, then choices. Parameter: `gate.weight` (E,D), or (E,G) with `gate_dim`. Cost: 2TDE + O(T E log E).
 template <class Scalar_>
-class TopPRouter {
+class TopPRouter : public GatedRouter<TopPRouter<Scalar_>, Scalar_> {
+  using Base = GatedRouter<TopPRouter, Scalar_>;
+
  public:
   using Scalar = Scalar_;
-  using Plan = SparsePlan<Scalar>;
+  using typename Base::Plan;
   using Config = TopPRouterConfig;
 
-  class Tape {
+  class Tape : public Base::Tape {
    public:
+    Tape() = default;
+    explicit Tape(std::pmr::memory_resource* resource) : Base::Tape(resource), resource_(resource) {}
+
     /// s (T,E).
     RowView<const Scalar> scores() const { return scores_.view(tokens_, experts_); }
     /// The mean entropy of the scores, weighted; `backward` adds its gradient.
@@ -43,59 +47,52 @@ class TopPRouter {
 
    private:
     friend class TopPRouter;
+    detail::OwnResource resource_;
     Index tokens_ = 0;
     Index experts_ = 0;
     double loss_ = 0;
-    typename Gate<Scalar>::Tape gate_;
-    Buffer<Scalar> scores_;
-    Buffer<Index> order_;  // (T,E): experts by decreasing score
-    Buffer<Index> token_;  // of each pair
-    Buffer<Index> expert_;
-    Buffer<Scalar> weight_;
+    Buffer<Scalar> scores_{0, resource_};
+    Buffer<Index> order_{0, resource_};  // (T,E): experts by decreasing score
+    Buffer<Index> token_{0, resource_};  // of each pair
+    Buffer<Index> expert_{0, resource_};
+    Buffer<Scalar> weight_{0, resource_};
   };
 
   /// Throws ValueError for sizes below 1, p outside (0, 1], and a weight of the entropy that is negative or not finite.
   explicit TopPRouter(const Config& config)
-      : config_(config),
-        gate_("TopPRouter", config.gate_dim > 0 ? config.gate_dim : config.model_dim, config.experts, GateNoise{}) {
+      : Base("TopPRouter", config.model_dim,
+             {"TopPRouter", config.gate_dim > 0 ? config.gate_dim : config.model_dim, config.experts}),
+        config_(config) {
     constexpr std::string_view where = "TopPRouter";
     detail::expect_value(config.top_p > 0 && config.top_p <= 1, where, "top_p must be above 0 and at most 1");
-    detail::expect_at_least(where, "model_dim", config.model_dim, 1);
     detail::expect_at_least(where, "gate_dim", config.gate_dim, 0);
     detail::expect_at_least(where, "most", config.most, 0);
     detail::expect_scale<Scalar>(where, config.scale);
     detail::expect_value(config.token_entropy >= 0 && std::isfinite(config.token_entropy), where,
                          "token_entropy must be finite and not negative");
     detail::expect_in_scalar<Scalar>(where, "token_entropy", config.token_entropy);
-    weight_ = layout_.add("gate.weight", {config.experts, gate_.dim()}, {.role = Role::gate});
   }
 
+  static constexpr RouterReads reads = {.gate_x = true, .top_k = true};
+
   const Config& config() const { return config_; }
-  const Layout& layout() const { return layout_; }
-  Index experts() const { return config_.experts; }
-  Index model_dim() const { return config_.model_dim; }
   /// The most that R of a call can be: `most` experts for every token.
   Index most_rows(const Sequences& sequences) const {
     return sequences.tokens() * (config_.most > 0 ? (std::min)(config_.most, config_.experts) : config_.experts);
   }
-  void initialize(ParameterView<Scalar> p, const Rng& rng) const { gate_.initialize(p[weight_], rng); }
 
-  /// `in.top_k` is another `most` for this call. Throws ValueError naming the first token whose logits are not finite, and for
-  /// choices, weights or a capacity from elsewhere.
-  void route(ParameterView<const Scalar> p, const Tokens<Scalar>& in, Plan& plan, Tape& tape, Workspace& /*workspace*/,
-             const Exec& exec) const {
-    detail::expect_read("TopPRouter::route", in, {.gate_x = true});
+  /// `in.top_k` is another `most` for this call.
+  void choose(ParameterView<const Scalar> /*p*/, const Tokens<Scalar>& in, RowView<const Scalar> z, Plan& plan, Tape& tape,
+              const Context& context) const {
     const Index tokens = in.count();
     const Index experts = config_.experts;
     const Index limit = in.top_k > 0 ? in.top_k : config_.most > 0 ? config_.most : experts;
     tape.tokens_ = tokens;
     tape.experts_ = experts;
-    gate_.forward("TopPRouter::route", p[weight_], in, tape.gate_, exec);
     const RowView<Scalar> s = tape.scores_.matrix(tokens, experts);
-    softmax_rows(tape.gate_.logits(), s, exec);
+    softmax_rows(z, s, context.exec);
     const RowView<Index> order = tape.order_.matrix(tokens, experts);
-    detail::for_each_row(tokens, exec, [&](Index t) {
-      const RowView<const Scalar> z = tape.gate_.logits();
+    detail::for_each_row(tokens, context.exec, [&](Index t) {
       partial_sort_top_k([&](Index e) { return z(t, e); }, experts, experts, order.row(t));
     });
     tape.token_.resize(tokens * experts);
@@ -123,32 +120,23 @@ class TopPRouter {
         tokens, experts, [&](Index pair) { return tape.token_[pair]; }, tape.expert_.span(), tape.weight_.span());
   }
 
-  /// ds = γ dw for the chosen, and the entropy's gradient, through the softmax; then `Gate::backward`. How many were chosen is
-  /// constant.
-  void backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Plan& plan, const typename Plan::Gradient& dplan,
-                const TokensGradient<Scalar>& din, ParameterView<Scalar> dp, const Tape& tape, Workspace& workspace,
-                const Exec& exec) const {
-    const Workspace::Frame frame(workspace);
+  /// ds = γ dw for the chosen, and the entropy's gradient, through the softmax. How many were chosen is constant.
+  void choose_backward(const Tokens<Scalar>& in, const Plan& plan, const RouterGradient<Plan>& gradient, RowView<Scalar> dz,
+                       Tape& tape, const Context& context) const {
     const RowView<const Scalar> s = tape.scores();
-    const RowView<Scalar> dz = workspace.matrix<Scalar>(in.count(), config_.experts);
-    detail::fill_rows(dz, Scalar(0));
     for (Index r = 0; r < plan.rows(); ++r) {
-      dz(tape.token_[plan.pair(r)], tape.expert_[plan.pair(r)]) = Scalar(config_.scale) * dplan.weight[r];
+      dz(tape.token_[plan.pair(r)], tape.expert_[plan.pair(r)]) = Scalar(config_.scale) * gradient.plan.weight[r];
     }
     for (Index t = 0; t < in.count() && config_.token_entropy > 0; ++t) {
       entropy_backward(std::span<const Scalar>(s.row(t), std::size_t(s.cols())),
-                       din.loss_factor * config_.token_entropy / double(in.count()),
+                       gradient.into.tokens.loss_factor * config_.token_entropy / double(in.count()),
                        std::span<Scalar>(dz.row(t), std::size_t(s.cols())));
     }
-    softmax_rows_backward(s, dz, exec);
-    gate_.backward(p[weight_], in, dz, din.of_gate_input(in), dp[weight_], tape.gate_, workspace, exec);
+    softmax_rows_backward(s, dz, context.exec);
   }
 
  private:
   Config config_;
-  Gate<Scalar> gate_;
-  Layout layout_;
-  Index weight_ = 0;
 };
 
 }  // namespace moxie::inline MOXIE_NAMESPACE

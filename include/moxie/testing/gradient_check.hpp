@@ -206,7 +206,7 @@ std::vector<GradientReport> check_layer_gradients(const Layer& layer, const Toke
   TokensGradient<double> din(dx, dcondition);
   din.gate_x = dgate_x;
   din.weight = dweight;
-  layer.backward(parameters, moved, dy, din, grads, tape, exec);
+  layer.backward(parameters, moved, dy, {din, grads}, tape, exec);
 
   const auto plan = detail::plan_of(tape);
   const auto loss = [&] {

@@ -310,7 +310,7 @@ LawResult dispatch_is_adjoint(const Plan& plan, Index dim, const LawOptions& opt
   typename Plan::Gradient dplan;
   const Matrix<Scalar> ax = detail::gathered(dispatch(plan, RowView<const Scalar>(x), slot_rows, options.exec));
   Matrix<Scalar> dx = before;
-  dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), RowView<Scalar>(dx), dplan, options.exec);
+  dispatch_backward(plan, RowView<const Scalar>(x), RowView<const Scalar>(r), kernel::add_to<Scalar>(dx), dplan, options.exec);
   double error = detail::adjoint_error<Scalar>(ax, r, x, detail::difference<Scalar>(dx, before));
   if constexpr (requires { dplan.dispatch; }) {
     error = detail::worse(error, detail::adjoint_error<Scalar>(
@@ -329,7 +329,7 @@ LawResult combine_is_adjoint(const Plan& plan, Index dim, const LawOptions& opti
   const Matrix<Scalar> before = random_normal<Scalar>(plan.tokens(), dim, options.rng.split(2));
   typename Plan::Gradient dplan;
   Matrix<Scalar> y = before;
-  combine(plan, RowView<const Scalar>(h), RowView<Scalar>(y), options.exec);
+  combine(plan, RowView<const Scalar>(h), kernel::add_to<Scalar>(y), options.exec);
   const Matrix<Scalar> ch = detail::difference<Scalar>(y, before);
   Matrix<Scalar> dh = detail::filled(h.rows(), h.cols(), std::numeric_limits<Scalar>::quiet_NaN());
   combine_backward(plan, RowView<const Scalar>(h), RowView<const Scalar>(dy), RowView<Scalar>(dh), dplan, options.exec);
@@ -367,10 +367,10 @@ struct BankRun {
     const GroupedRows<Scalar> rows{starts, x, nullptr};
     h = filled(x.rows(), x.cols(), std::numeric_limits<Scalar>::quiet_NaN());
     drows = h;
-    Buffer<Scalar> kept;
+    typename Bank_::Tape tape{nullptr};
     Workspace workspace;
-    bank.forward(p, rows, h, kept.spread(rows.count(), bank.kept_width()), workspace, exec);
-    bank.backward(p, rows, dh, drows, grads, kept.spread_view(rows.count(), bank.kept_width()), workspace, exec);
+    bank.forward(p, rows, h, &tape, {workspace, exec});
+    bank.backward(p, rows, dh, {drows, grads}, tape, {workspace, exec});
   }
 };
 
@@ -464,13 +464,14 @@ LawResult output_gradient_is_weighted(const Bank_& bank, const LawOptions& optio
   const detail::BankRun formed(bank, p, std::vector<Index>(std::size_t(bank.experts()), each), x, dh, options.exec);
   Matrix<Scalar> h(rows, dy.cols()), drows(rows, dy.cols()), dweight(1, rows), expected(1, rows);
   auto grads = p.zeros_like();
-  Buffer<Scalar> kept;
+  typename Bank_::Tape tape{nullptr};
   Workspace workspace;
   const GroupedRows<Scalar> grouped{starts, x, nullptr};
   // Without h, as where a tape with Keep::inputs is filled.
-  bank.forward(p, grouped, RowView<Scalar>(), kept.spread(rows, bank.kept_width()), workspace, options.exec);
-  bank.backward(p, grouped, OutputGradient<Scalar>(dy, token.data(), weight.data(), dweight.data()), drows, grads,
-                kept.spread_view(rows, bank.kept_width()), workspace, options.exec);
+  const Context context(workspace, options.exec);
+  bank.forward(p, grouped, RowView<Scalar>(), &tape, context);
+  bank.backward(p, grouped, OutputGradient<Scalar>(dy, token.data(), weight.data(), dweight.data()), {drows, grads}, tape,
+                context);
   for (Index r = 0; r < rows; ++r) {
     expected(0, r) = kernel::dot(dy.cols(), formed.h.row(r).data(), dy.data() + token[std::size_t(r)] * dy.cols());
   }
