@@ -26,7 +26,7 @@ TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees w
   Matrix<double> out(B * L, D), dqkv(B * L, 3 * D);
   moxie::Workspace workspace;
   const auto loss = [&] {
-    attention.forward(qkv, out, workspace, Exec{1});
+    attention.forward(qkv, out, {workspace, Exec{1}});
     return out.cwiseProduct(dout).sum();
   };
   loss();
@@ -40,7 +40,7 @@ TEST_CASE("Attention: equals softmax(q k' / sqrt d) v, and its gradient agrees w
       CHECK((out.block(b * L, h * d, L, d) - weight * v).cwiseAbs().maxCoeff() < 1e-13);
     }
   }
-  attention.backward(qkv, dout, dqkv, workspace, Exec{1});
+  attention.backward(qkv, dout, dqkv, {workspace, Exec{1}});
   const auto report = check_gradient(loss, qkv, dqkv);
   CHECK_MESSAGE(report.passes(tolerance), report.message());
 }
@@ -54,14 +54,14 @@ TEST_CASE("Attention: long sequences are computed in parts") {
   const Matrix<float> dout = random_normal<float>(B * L, D, Rng(2));
   Matrix<float> out(B * L, D), dqkv(B * L, 3 * D);
   moxie::Workspace workspace;
-  attention.forward(qkv, out, workspace, Exec{2});
-  attention.backward(qkv, dout, dqkv, workspace, Exec{2});
+  attention.forward(qkv, out, {workspace, Exec{2}});
+  attention.backward(qkv, dout, dqkv, {workspace, Exec{2}});
   for (Index b = 0; b < B; ++b) {
     const Matrix<float> one = qkv.middleRows(b * L, L);
     const Matrix<float> done = dout.middleRows(b * L, L);
     Matrix<float> y(L, D), dx(L, 3 * D);
-    attention.forward(one, y, workspace, Exec{1});
-    attention.backward(one, done, dx, workspace, Exec{1});
+    attention.forward(one, y, {workspace, Exec{1}});
+    attention.backward(one, done, dx, {workspace, Exec{1}});
     CHECK(y == out.middleRows(b * L, L));
     CHECK(dx == dqkv.middleRows(b * L, L));
   }
@@ -88,12 +88,12 @@ TEST_CASE("SelfAttention: its gradients agree with finite differences, with norm
     nn::SelfAttention<double>::Tape tape;
     moxie::Workspace workspace;
     const auto loss = [&] {
-      attention.forward(p, x, y, tape, workspace, Exec{1});
+      attention.forward(p, x, y, tape, {workspace, Exec{1}});
       return y.cwiseProduct(dy).sum();
     };
     loss();
     Parameters<double> dp = p.zeros_like();
-    attention.backward(p, x, dy, dx, dp, tape, workspace, Exec{2});
+    attention.backward(p, x, dy, dx, dp, tape, {workspace, Exec{2}});
     const auto report = check_gradient(loss, x, dx);
     CHECK_MESSAGE(report.passes(tolerance), report.message());
     for (const auto& tensor : layout.tensors()) {

@@ -56,7 +56,7 @@ TEST_CASE("TimestepEmbedding: its gradients agree with finite differences") {
   loss();
   Parameters<double> dp = p.zeros_like();
   moxie::Workspace workspace;
-  embedding.backward(p, dout, dp, tape, workspace, Exec{1});
+  embedding.backward(p, dout, dp, tape, {workspace, Exec{1}});
   for (const auto& tensor : layout.tensors()) {
     CAPTURE(tensor.name);
     CHECK(check_gradient(loss, p[tensor.name], dp[tensor.name], {.max_elements = 200}).passes(tolerance));
