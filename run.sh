@@ -61,11 +61,17 @@ build() {
   cmake --build --preset "$preset" -j "$(nproc)" "${@:2}"
 }
 
-# One run over the trees of all presets, hence one summary.
+# build_and_test PRESET... [-- CMAKE ARGUMENT...]: one run over the trees of all presets, hence one summary.
 build_and_test() {
-  local preset
+  local preset presets=()
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    presets+=("$1")
+    shift
+  done
+  local options=("${@:2}")
+  set -- "${presets[@]}"
   for preset in "$@"; do
-    build "$preset" -DMOXIE_TEST_UNITS="$(nproc)"
+    build "$preset" -DMOXIE_TEST_UNITS="$(nproc)" "${options[@]}"
   done
   say "testing $*"
   echo "subdirs($*)" >build/CTestTestfile.cmake
@@ -117,7 +123,8 @@ case ${1:-} in
   test)
     install_missing "${need[@]}" "${need_test[@]}"
     (install_missing "${want_test[@]}") || say "no browser: the report is not opened"
-    build_and_test dev asan-ubsan no-openmp
+    # Every header alone, and the benchmarks, compile in `check presets`.
+    build_and_test dev asan-ubsan no-openmp -- -DMOXIE_CHECK_HEADERS=OFF -DMOXIE_BUILD_BENCHMARKS=OFF
     ;;
   check)
     parts=(functions portable fuzz presets configurations compilers versions planted sets)

@@ -52,7 +52,7 @@ void print_cost(const Experiment& experiment) {
   std::set<std::string> seen;
   for (const Run& run : experiment.runs) {
     if (seen.insert(run.name).second) {
-      dit::with_model(run.config, [](const auto& /*model*/) {});  // refuses what no model is
+      dit::model_of(run.config);  // refuses what no model is
       const dit::Cost cost = dit::cost_of(run.config);
       std::cout << "| " << run.name << " | " << cost.parameters << " | " << cost.activated << " | " << cost.multiply_adds
                 << " |\n";
@@ -143,10 +143,9 @@ int run(Experiment experiment, const fs::path& folder, const Exec& exec) {
   for (const Run& run : experiment.runs) {  // what cannot be is found out now
     left += results.has(run) ? 0 : 1;
     dit::cost_of(run.config);
-    dit::with_model(run.config, [&](const auto& model) {
-      compare::sampler_of(run, experiment.measures, model);
-      const dit::Training training(run.config, model, one);
-    });
+    const auto model = dit::model_of(run.config);
+    compare::sampler_of(run, experiment.measures, model);
+    const dit::Training training(run.config, model, one);
   }
   moxie::detail::expect_value(std::max(experiment.measures.samples, experiment.measures.validation) <= test.count(), "measures",
                               "there are no more than " + std::to_string(test.count()) + " images to compare with");

@@ -101,22 +101,10 @@ template <class AnyModel>
 std::vector<Index> experts_of_blocks(const AnyModel& model) {
   std::vector<Index> experts;
   for (Index block = 0; block < model.config().depth; ++block) {
-    if constexpr (dit::commands::routes<AnyModel>) {
-      experts.push_back(model.feed_forward(block).router().experts());
-    } else {
-      experts.push_back(model.config().switch_experts);
-    }
+    const Index routed = dit::routed_experts(model.feed_forward(block).layout());
+    experts.push_back(routed > 0 ? routed : model.config().switch_experts);
   }
   return experts;
-}
-/// Calls f with the tape of the layer that has these experts.
-template <class BlockTape, class F>
-void visit_routed(const BlockTape& block, F&& f) {
-  if constexpr (requires { block.feed_forward.plan(); }) {
-    f(block.feed_forward);
-  } else {
-    f(block.gated);
-  }
 }
 
 inline double median(std::vector<double> values) {
@@ -129,15 +117,16 @@ inline double median(std::vector<double> values) {
 /// Counts who was routed where in a layer's forward: choices that a capacity dropped, too.
 template <class Tape>
 void count_routing(dit::RoutingCounts& counts, Index block, Index bin, const Tape& tape, const std::vector<Index>& labels) {
-  if constexpr (requires { tape.router().top_k(); }) {
-    const std::span<const Index> choices = tape.router().choices();
-    moxie::SparsePlan<float> all;
-    all.build(tape.plan().tokens(), tape.plan().experts(), tape.router().top_k(), choices,
-              std::vector<float>(choices.size(), 1.0F));
-    counts.add(block, bin, all, labels);
-  } else {
-    counts.add(block, bin, tape.plan(), labels);
-  }
+  dit::visit_plan(tape, [&](const auto& plan) {
+    if (const auto* const router = dit::top_k_tape(tape); router != nullptr) {
+      const std::span<const Index> choices = router->choices();
+      moxie::SparsePlan<float> all;
+      all.build(plan.tokens(), plan.experts(), router->top_k(), choices, std::vector<float>(choices.size(), 1.0F));
+      counts.add(block, bin, all, labels);
+    } else {
+      counts.add(block, bin, plan, labels);
+    }
+  });
 }
 
 /// Share of the tokens that no expert computes.
@@ -174,20 +163,19 @@ std::vector<std::vector<double>> step_times(std::span<const Run> runs, const dit
   std::vector<std::vector<double>> times(runs.size());
   for (Index round = 0; round < rounds; ++round) {
     for (std::size_t i = 0; i < runs.size(); ++i) {
-      dit::with_model(runs[i].config, [&](const auto& model) {
-        dit::Training training(runs[i].config, model, data);
-        std::vector<double> milliseconds;
-        for (Index step = -3; step < steps; ++step) {
-          const auto start = Clock::now();
-          training.step(exec);
-          const std::chrono::duration<double, std::milli> time = Clock::now() - start;
-          if (step >= 0) {
-            milliseconds.push_back(time.count());
-          }
-          observe();
+      const auto model = dit::model_of(runs[i].config);
+      dit::Training training(runs[i].config, model, data);
+      std::vector<double> milliseconds;
+      for (Index step = -3; step < steps; ++step) {
+        const auto start = Clock::now();
+        training.step(exec);
+        const std::chrono::duration<double, std::milli> time = Clock::now() - start;
+        if (step >= 0) {
+          milliseconds.push_back(time.count());
         }
-        times[i].push_back(detail::median(milliseconds));
-      });
+        observe();
+      }
+      times[i].push_back(detail::median(milliseconds));
     }
   }
   return times;
@@ -207,12 +195,11 @@ inline std::int64_t step_memory(const Run& run, const dit::DataSet& data, const 
     try {
       const bool counts = detail::reset_peak_memory();
       const std::int64_t before = detail::memory("VmRSS:");
-      dit::with_model(run.config, [&](const auto& model) {
-        dit::Training training(run.config, model, data);
-        for (int step = 0; step < 3; ++step) {
-          training.step(exec);
-        }
-      });
+      const auto model = dit::model_of(run.config);
+      dit::Training training(run.config, model, data);
+      for (int step = 0; step < 3; ++step) {
+        training.step(exec);
+      }
       bytes = counts ? detail::memory("VmHWM:") - before : 0;
     } catch (const std::exception&) {  // then it is not known
     }
@@ -241,6 +228,7 @@ class BlockRouting {
   BlockRouting(const AnyModel& model, double latest)
       : experts_(experts_of_blocks(model)),
         most_(*std::max_element(experts_.begin(), experts_.end())),
+        of_mask_(dit::routed_experts(model.feed_forward().layout()) == 0),
         latest_(latest),
         counts_({model.config().depth, most_, model.config().classes, model.config().tokens(), bins}),
         dropped_(experts_.size(), 0.0),
@@ -252,11 +240,12 @@ class BlockRouting {
     const Index bin = std::clamp(Index(time / latest_ * double(bins)), Index{0}, bins - 1);
     for (std::size_t block = 0; block < experts_.size(); ++block) {
       if (experts_[block] == most_) {
-        visit_routed(tape.blocks[block], [&](const auto& layer) {
+        const auto look = [&](const auto& layer) {
           count_routing(counts_, Index(block), bin, layer, labels);
           dropped_[block] += layer.statistics().dropped;
-          unserved_[block] += unserved(layer.plan());
-        });
+          dit::visit_plan(layer, [&](const auto& plan) { unserved_[block] += unserved(plan); });
+        };
+        of_mask_ ? look(tape.blocks[block].gated) : look(tape.blocks[block].feed_forward);
       }
     }
     ++parts_;
@@ -290,6 +279,7 @@ class BlockRouting {
 
   std::vector<Index> experts_;
   Index most_;
+  bool of_mask_;  // Switch-DiT's, whose feed-forwards are dense
   double latest_;
   dit::RoutingCounts counts_;
   std::vector<double> dropped_;
@@ -354,57 +344,56 @@ inline nlohmann::json line_of(const Run& run) {
 template <class Observe>
 nlohmann::json execute(const Run& run, const Measures& measures, const dit::DataSet& data, const dit::DataSet& test,
                        const Judge& judge_of, const Exec& exec, Observe&& observe) {
-  return dit::with_model(run.config, [&]<class AnyModel>(const AnyModel& model) {
-    const dit::ModelConfig& shape = model.config();
-    dit::Training training(run.config, model, data);
-    const Validation validation(run.config, test, measures.validation, exec);
-    auto tape = model.make_tape(moxie::Keep::nothing);
-    nlohmann::json result = detail::line_of(run);
-    nlohmann::json curve = nlohmann::json::array();
-    const auto validate = [&](auto&& looked_at) {
-      curve.push_back({training.steps(), validation(model, training.averages().view(), tape, exec, looked_at)});
-    };
-    const auto nothing = [](double, const auto&) {};
-    while (training.steps() < run.steps) {
-      try {
-        training.step(exec);
-      } catch (const moxie::ValueError& error) {
-        result["error"] = "step " + std::to_string(training.steps() + 1) + ": " + error.what();
-        return result;
-      }
-      observe(training.steps());
-      if (training.steps() % measures.every == 0 && training.steps() < run.steps) {
-        validate(nothing);
-      }
-    }
-    result["training_loss"] = detail::last_loss(training.history());
-
-    // The last validation also tells who is routed where.
-    const std::vector<Index> experts = detail::experts_of_blocks(model);
-    if (*std::max_element(experts.begin(), experts.end()) > 1) {
-      detail::BlockRouting routing(model, run.config.process == "ddpm" ? double(run.config.diffusion_steps) : 1);
-      validate([&](double time, const std::vector<Index>& labels) { routing.add(time, labels, tape); });
-      result["blocks"] = routing.blocks();
-    } else {
-      validate(nothing);
-    }
-    result["validation"] = curve;
-    result["validation_loss"] = curve.back().back();
-
-    std::vector<std::int64_t> labels;
-    for (Index i = 0; i < measures.samples; ++i) {
-      labels.push_back(i % shape.classes);
-    }
-    Matrix<float> images = detail::drawn_images(sampler_of(run, measures, model), model, training.averages().view(), labels,
-                                                tape, exec, [&] { observe(run.steps); });
-    if (!images.allFinite()) {
-      result["error"] = "an image is not finite";
+  const auto model = dit::model_of(run.config);
+  const dit::ModelConfig& shape = model.config();
+  dit::Training training(run.config, model, data);
+  const Validation validation(run.config, test, measures.validation, exec);
+  auto tape = model.make_tape(moxie::Keep::nothing);
+  nlohmann::json result = detail::line_of(run);
+  nlohmann::json curve = nlohmann::json::array();
+  const auto validate = [&](auto&& looked_at) {
+    curve.push_back({training.steps(), validation(model, training.averages().view(), tape, exec, looked_at)});
+  };
+  const auto nothing = [](double, const auto&) {};
+  while (training.steps() < run.steps) {
+    try {
+      training.step(exec);
+    } catch (const moxie::ValueError& error) {
+      result["error"] = "step " + std::to_string(training.steps() + 1) + ": " + error.what();
       return result;
     }
-    images = images.array().max(-1.0F).min(1.0F);
-    detail::add_judgement(result, images, labels, measures, judge_of, exec);
+    observe(training.steps());
+    if (training.steps() % measures.every == 0 && training.steps() < run.steps) {
+      validate(nothing);
+    }
+  }
+  result["training_loss"] = detail::last_loss(training.history());
+
+  // The last validation also tells who is routed where.
+  const std::vector<Index> experts = detail::experts_of_blocks(model);
+  if (*std::max_element(experts.begin(), experts.end()) > 1) {
+    detail::BlockRouting routing(model, run.config.process == "ddpm" ? double(run.config.diffusion_steps) : 1);
+    validate([&](double time, const std::vector<Index>& labels) { routing.add(time, labels, tape); });
+    result["blocks"] = routing.blocks();
+  } else {
+    validate(nothing);
+  }
+  result["validation"] = curve;
+  result["validation_loss"] = curve.back().back();
+
+  std::vector<std::int64_t> labels;
+  for (Index i = 0; i < measures.samples; ++i) {
+    labels.push_back(i % shape.classes);
+  }
+  Matrix<float> images = detail::drawn_images(sampler_of(run, measures, model), model, training.averages().view(), labels, tape,
+                                              exec, [&] { observe(run.steps); });
+  if (!images.allFinite()) {
+    result["error"] = "an image is not finite";
     return result;
-  });
+  }
+  images = images.array().max(-1.0F).min(1.0F);
+  detail::add_judgement(result, images, labels, measures, judge_of, exec);
+  return result;
 }
 
 }  // namespace compare

@@ -250,7 +250,7 @@ inline std::vector<FileTensor> tensors_of_one_block(TrainingConfig c) {
   c.model.image_size = c.model.patch;
   c.mixture_from = 0;
   c.mixture_to = 0;
-  return with_model(c, [](const auto& model) { return file_tensors(model.layout()); });
+  return file_tensors(model_of(c).layout());
 }
 
 /// Throws SafetensorsError, naming the tensor, where the file lacks a tensor of the model of this configuration, or has it in

@@ -101,77 +101,19 @@ inline bool has_gelu_experts(const TrainingConfig& c) {
   return gelu;
 }
 
-/// The feed-forward that a configuration asks for, handed to `f` with the name that its tensors have in a block. With another
-/// `Element`, experts hold and multiply such numbers; only SwiGLU experts can. Throws ValueError.
-template <class Element = float, class F>
-auto with_layer(const TrainingConfig& c, F&& f) {
-  using SwiGlu = moxie::SwiGluExperts<float, Element>;
-  const Index dim = c.model.dim;
-  const auto balance = moxie::Balance{.expert_level = c.recipe.balance};
-  const bool gelu = has_gelu_experts(c);
-  const auto mixing = [](const std::string& name) {
-    moxie::detail::expect_value(name == "learned" || name == "uniform", "TrainingConfig", "mixing is learned or uniform");
-    return name == "learned" ? moxie::Mixing::learned : moxie::Mixing::uniform;
-  };
-  moxie::detail::expect_value(c.score == "softmax" || c.score == "sigmoid", "TrainingConfig", "score is softmax or sigmoid");
-  // Those of the router, which shared and top-k have in common.
-  const auto routed = [&]<class Config>(Config config) {
-    config.model_dim = dim;
-    config.experts = c.experts;
-    config.top_k = c.top_k;
-    config.expert.hidden_dim = c.hidden_dim;
-    config.normalize = c.normalize;
-    config.balance = balance;
-    config.score = c.score == "softmax" ? moxie::Score::softmax : moxie::Score::sigmoid;
-    config.selection_bias = c.recipe.bias_rate > 0;
-    config.capacity = {.factor = c.token_capacity,
-                       .priority = c.batch_priority ? moxie::Priority::weight : moxie::Priority::order};
-    return config;
-  };
-  const auto top_k = [&]<class Experts>(std::type_identity<Experts>) {
-    using Layer = moxie::TopKMoE<float, Experts>;
-    return f(Layer(routed(typename Layer::Config{})), "moe.");
-  };
-  if (c.feed_forward == "shared") {
-    using Layer = moxie::SharedExpertMoE<float, SwiGlu>;
-    auto config = routed(typename Layer::Config{});
-    config.shared.hidden_dim = c.shared_hidden_dim;
-    return f(Layer(config), "moe.");
-  }
-  if (c.feed_forward == "top-k" && !gelu) {
-    return top_k(std::type_identity<SwiGlu>());
-  }
-  if (c.feed_forward == "expert-choice") {
-    return f(moxie::ExpertChoiceMoE<float, SwiGlu>({.model_dim = dim,
-                                                    .experts = c.experts,
-                                                    .expert = {.hidden_dim = c.hidden_dim},
-                                                    .capacity = {.factor = c.capacity_factor}}),
-             "moe.");
-  }
-  if constexpr (std::is_same_v<Element, float>) {
-    if (c.feed_forward == "top-k") {
-      return top_k(std::type_identity<moxie::GeluTanhExperts<float>>());
-    }
-    const auto of = [&]<class Experts>(std::type_identity<Experts>) {
-      if (c.feed_forward == "soft") {
-        return f(moxie::SoftMoE<float, Experts>({.model_dim = dim,
-                                                 .experts = c.experts,
-                                                 .slots_per_expert = c.slots_per_expert,
-                                                 .expert = {.hidden_dim = c.hidden_dim},
-                                                 .dispatch = mixing(c.dispatch),
-                                                 .combine = mixing(c.combine)}),
-                 "moe.");
-      }
-      moxie::detail::expect_value(c.feed_forward == "dense", "TrainingConfig",
-                                  "feed_forward is shared, top-k, expert-choice, soft or dense");
-      return f(DenseFeedForward<float, Experts>({.model_dim = dim, .hidden_dim = c.hidden_dim}), "");
-    };
-    return gelu ? of(std::type_identity<moxie::GeluTanhExperts<float>>()) : of(std::type_identity<SwiGlu>());
-  } else {
-    throw moxie::ValueError(
-        "TrainingConfig: only SwiGLU experts of shared, top-k and expert-choice hold numbers of another kind than float");
-  }
-}
+/// The numbers that experts hold and multiply.
+enum class ExpertNumbers { float32, bfloat16 };
+
+/// The feed-forward that a configuration asks for. Throws ValueError; bfloat16 is for SwiGLU experts of shared, top-k and
+/// expert-choice alone. `layers.cpp` compiles all of them, once for all programs.
+moxie::AnyLayer<float> feed_forward_of(const TrainingConfig& c, ExpertNumbers numbers = ExpertNumbers::float32);
+/// What its tensors are called in a block.
+inline const char* feed_forward_name(const TrainingConfig& c) { return c.feed_forward == "dense" ? "" : "moe."; }
+
+/// `moxie::upcycle` of two layers that `feed_forward_of` made. Throws ValueError if the experts are of another kind than the
+/// dense feed-forward.
+void upcycle_feed_forward(const moxie::AnyLayer<float>& dense, ParameterView<const float> from,
+                          const moxie::AnyLayer<float>& sparse, ParameterView<float> to);
 
 /// The configuration of a block: the whole one's, or that of a block of one expert, which every token passes.
 inline TrainingConfig config_of_block(const TrainingConfig& c, Index block) {
@@ -196,21 +138,14 @@ inline TrainingConfig config_of_block(const TrainingConfig& c, Index block) {
   return one;
 }
 
-/// The model that a configuration asks for, handed to `f`: its type depends on the feed-forward. Throws ValueError.
-template <class F>
-auto with_model(const TrainingConfig& c, F&& f) {
-  return with_layer(c, [&]<class Layer>(const Layer& /*layer*/, const char* name) {
-    c.model.validate();
-    std::vector<Layer> layers;
-    for (Index block = 0; block < c.model.depth; ++block) {
-      with_layer(config_of_block(c, block), [&](const auto& of_block, const char* /*name*/) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(of_block)>, Layer>) {
-          layers.push_back(of_block);
-        }
-      });
-    }
-    return f(Model<Layer>(shape_of(c), layers, name));
-  });
+/// The model that a configuration asks for. Throws ValueError.
+inline Model<moxie::AnyLayer<float>> model_of(const TrainingConfig& c) {
+  c.model.validate();
+  std::vector<moxie::AnyLayer<float>> layers;
+  for (Index block = 0; block < c.model.depth; ++block) {
+    layers.push_back(feed_forward_of(config_of_block(c, block)));
+  }
+  return {shape_of(c), layers, feed_forward_name(c)};
 }
 
 }  // namespace dit

@@ -65,7 +65,7 @@ inline FeedForwardCost feed_forward_cost(const TrainingConfig& c) {
 ///     linear    L (Cin p² D + D Cout p² + Σ (4D² + F + KD²)) + blocks (6D² + ED) + 2D² + (256 + D) D
 ///     attention blocks 2 L² D
 ///
-/// Throws ValueError for a shape of images that no model has; `with_model` refuses the rest.
+/// Throws ValueError for a shape of images that no model has; `model_of` refuses the rest.
 inline Cost cost_of(const TrainingConfig& c) {
   const ModelConfig& m = c.model;
   m.validate();

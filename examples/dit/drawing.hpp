@@ -41,17 +41,12 @@ struct Drawing {
   std::optional<RoutingCounts> counts;
 };
 
-template <class AnyModel>
-constexpr bool routes = requires(const typename AnyModel::Tape& tape) {
-  tape.blocks[0].feed_forward.plan();
-};
-
-/// Experts of the blocks that have a choice; others have one.
+/// Experts of the blocks that have a choice; others have one. 0: none has a choice.
 template <class AnyModel>
 Index most_experts(const AnyModel& model) {
   Index experts = 0;
   for (Index block = 0; block < model.config().depth; ++block) {
-    experts = std::max(experts, model.feed_forward(block).router().experts());
+    experts = std::max(experts, routed_experts(model.feed_forward(block).layout()));
   }
   return experts;
 }
@@ -69,9 +64,9 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
   std::cout << "Drawing " << total << " images, " << sampler.steps() << " steps of " << sampler.config().method << ", guidance "
             << sampler.config().guidance << "\n";
   drawing.images.resize(total, shape.image_dim());
-  if constexpr (routes<AnyModel>) {
+  if (const Index experts = most_experts(model); experts > 0) {
     drawing.counts.emplace(RoutingCounts::Shape{.layers = shape.depth,
-                                                .experts = most_experts(model),
+                                                .experts = experts,
                                                 .classes = shape.classes,
                                                 .positions = shape.tokens(),
                                                 .bins = options.bins});
@@ -85,13 +80,14 @@ Drawing draw(const AnyModel& model, ParameterView<const float> weights, const Tr
     drawing.images.middleRows(first, n) =
         sampler(weights, part, Rng(options.seed).split(2), std::uint64_t(first), tape, exec, [&](double way, auto...) {
           stop_if_interrupted("interrupted while drawing; the checkpoint can be drawn with again");
-          if constexpr (routes<AnyModel>) {
+          if (drawing.counts) {
             const Index bin = std::min(Index(std::ceil(way * double(options.bins) - 1e-9)) - 1, options.bins - 1);
             for (Index layer = 0; layer < shape.depth; ++layer) {
-              const auto& plan = tape.blocks[std::size_t(layer)].feed_forward.plan();
-              if (plan.experts() == drawing.counts->shape().experts) {  // others have one, and nothing to choose
-                drawing.counts->add(layer, std::max(bin, Index{0}), plan, part);
-              }
+              visit_plan(tape.blocks[std::size_t(layer)].feed_forward, [&](const auto& plan) {
+                if (plan.experts() == drawing.counts->shape().experts) {  // others have one, and nothing to choose
+                  drawing.counts->add(layer, std::max(bin, Index{0}), plan, part);
+                }
+              });
             }
           }
         });

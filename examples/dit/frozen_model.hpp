@@ -8,26 +8,29 @@ namespace dit {
 
 /// A layer whose weights are packed, those of each block on that block's tape, in the place of the layer: it has no parameters
 /// of its own.
-template <class Layer>
 class FrozenFeedForward {
  public:
-  using Scalar = typename Layer::Scalar;
+  using Scalar = float;
+  using Layer = moxie::AnyLayer<float>;
   struct Tape {
-    std::shared_ptr<const typename Layer::Frozen> weights;
-    typename Layer::Tape tape;
+    Layer::Frozen weights;
+    Layer::Tape tape;
 
-    const auto& plan() const { return tape.plan(); }
+    template <class T>
+    const T* get_if() const {
+      return tape.get_if<T>();
+    }
   };
 
-  explicit FrozenFeedForward(const Layer& layer) : layer_(layer) {}
+  explicit FrozenFeedForward(Layer layer) : layer_(std::move(layer)) {}
 
+  /// Of its own: none.
   const Layout& layout() const { return layout_; }
-  const auto& router() const { return layer_.router(); }
   const Layer& layer() const { return layer_; }
   Tape make_tape(Index /*max_tokens*/, moxie::Keep /*keep*/) const { return {{}, layer_.make_tape(0, moxie::Keep::nothing)}; }
-  void forward(ParameterView<const Scalar> /*p*/, const moxie::Tokens<Scalar>& in, RowView<Scalar> y, Tape& tape,
+  void forward(ParameterView<const float> /*p*/, const moxie::Tokens<float>& in, RowView<float> y, Tape& tape,
                const moxie::Context& context) const {
-    layer_.forward(*tape.weights, in, y, tape.tape, context);
+    layer_.forward(tape.weights, in, y, tape.tape, context);
   }
 
  private:
@@ -37,29 +40,29 @@ class FrozenFeedForward {
 
 /// A model for inference: the weights of its feed-forwards are packed once, block after block, in the numbers that their
 /// experts hold, so that they are never in memory as floats together. Everything else is a `Model`.
-template <class Layer>
 class FrozenModel {
-  using Inner = Model<FrozenFeedForward<Layer>>;
+  using Inner = Model<FrozenFeedForward>;
 
  public:
-  using Tape = typename Inner::Tape;
+  using Tape = Inner::Tape;
 
-  /// `read(name, view)` gives the weights of each tensor: the reference's name, and where they go.
+  /// `read(name, block)` gives the weights of each tensor: the reference's name, and where they go.
   template <class Read>
-  FrozenModel(const ModelConfig& config, const Layer& layer, const std::string& name, Read&& read, const Exec& exec)
-      : model_(config, FrozenFeedForward<Layer>(layer), name), rest_(model_.layout()) {
+  FrozenModel(const ModelConfig& config, const moxie::AnyLayer<float>& layer, const std::string& name, Read&& read,
+              const Exec& exec)
+      : model_(config, FrozenFeedForward(layer), name), rest_(model_.layout()) {
     read("", rest_);
     moxie::Parameters<float> block(layer.layout());
     for (Index i = 0; i < config.depth; ++i) {
       read("blocks." + std::to_string(i) + "." + name, block);
-      blocks_.push_back(std::make_shared<const typename Layer::Frozen>(layer.freeze(block, exec)));
+      blocks_.push_back(layer.freeze(block, exec));
     }
   }
 
   const ModelConfig& config() const { return model_.config(); }
-  const FrozenFeedForward<Layer>& feed_forward(Index block = 0) const { return model_.feed_forward(block); }
+  const moxie::AnyLayer<float>& feed_forward(Index block = 0) const { return model_.feed_forward(block).layer(); }
   Index parameter_count() const {
-    return model_.layout().parameter_count() + config().depth * feed_forward().layer().layout().parameter_count();
+    return model_.layout().parameter_count() + config().depth * feed_forward().layout().parameter_count();
   }
   /// All weights but those of the feed-forwards, which `forward` takes.
   const moxie::Parameters<float>& weights() const { return rest_; }
@@ -78,23 +81,19 @@ class FrozenModel {
  private:
   Inner model_;
   moxie::Parameters<float> rest_;
-  std::vector<std::shared_ptr<const typename Layer::Frozen>> blocks_;
+  std::vector<moxie::AnyLayer<float>::Frozen> blocks_;
 };
 
-/// The model of a checkpoint with experts in bfloat16, handed to `f`. Throws SafetensorsError, and ValueError where the experts
-/// cannot be.
-template <class F>
-auto with_bfloat16_model(const SafetensorsFile& file, const TrainingConfig& c, const Exec& exec, F&& f) {
+/// The model of a checkpoint with experts in bfloat16. Throws SafetensorsError, and ValueError where the experts cannot be.
+inline FrozenModel bfloat16_model_of(const SafetensorsFile& file, const TrainingConfig& c, const Exec& exec) {
   check_checksums(file);
-  with_model(c, [&](const auto& model) {  // names and shapes are those of the whole model
+  {
+    const auto model = model_of(c);  // names and shapes are those of the whole model
     check_foreign(file, model.config(), model.layout());
-    return 0;
-  });
-  return with_layer<moxie::BFloat16>(c, [&](const auto& layer, const char* name) {
-    const std::string prefix = weights_prefix(file);
-    const auto read = [&](const std::string& part, moxie::Parameters<float>& to) { load_weights(file, to, prefix + part); };
-    return f(FrozenModel<std::decay_t<decltype(layer)>>(shape_of(c), layer, name, read, exec));
-  });
+  }
+  const std::string prefix = weights_prefix(file);
+  const auto read = [&](const std::string& part, moxie::Parameters<float>& to) { load_weights(file, to, prefix + part); };
+  return {shape_of(c), feed_forward_of(c, ExpertNumbers::bfloat16), feed_forward_name(c), read, exec};
 }
 
 }  // namespace dit

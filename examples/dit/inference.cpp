@@ -38,51 +38,45 @@ std::vector<std::string> names_of(const moxie::SafetensorsFile& file, Index clas
 template <class F>
 int with_checkpoint(const moxie::SafetensorsFile& file, const TrainingConfig& config, bool bfloat16, const Exec& exec, F&& f) {
   if (bfloat16) {
-    return with_bfloat16_model(file, config, exec,
-                               [&](const auto& model) { return f(model, model.weights().view(), model.parameter_count()); });
+    const FrozenModel model = bfloat16_model_of(file, config, exec);
+    return f(model, model.weights().view(), model.parameter_count());
   }
-  return with_model(config, [&](const auto& model) {
-    const moxie::Parameters<float> weights = load_model(file, model.config(), model.layout());
-    return f(model, weights.view(), model.layout().parameter_count());
-  });
+  const auto model = model_of(config);
+  const moxie::Parameters<float> weights = load_model(file, model.config(), model.layout());
+  return f(model, weights.view(), model.layout().parameter_count());
 }
 
-template <class Element>
-int measure_in(const NamedModel& named, const Exec& exec) {
+int measure_in(const NamedModel& named, ExpertNumbers numbers, const Exec& exec) {
   TrainingConfig config;
   apply(named, config);
-  return with_layer<Element>(config, [&](const auto& layer, const char* name) -> int {
-    using Layer = std::decay_t<decltype(layer)>;
-    if constexpr (requires { layer.router(); }) {
-      Index of_layer = 0;
-      const auto read = [&](const std::string& part, moxie::Parameters<float>& to) {
-        for (Index i = 0; i < Index(to.layout().tensors().size()) && (part.empty() || of_layer == 0); ++i) {
-          Rng(1).split(std::uint64_t(i)).fill_uniform(to.view()[i], -0.03, 0.03);
-        }
-        of_layer += part.empty() ? 0 : 1;
-      };
-      const FrozenModel<Layer> model(config.model, layer, name, read, exec);
-      const Matrix<float> x = moxie::random_normal<float>(1, config.model.image_dim(), Rng(2));
-      Matrix<float> v(1, config.model.output_dim());
-      auto tape = model.make_tape(moxie::Keep::nothing);
-      std::cout << named.name << ": " << model.parameter_count() << " trained parameters\n";
-      for (const char* which : {"first", "second"}) {
-        const auto start = std::chrono::steady_clock::now();
-        model.forward(model.weights(), x, {0.5F}, {0}, v, tape, exec);
-        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-        std::cout << which << " forward of one image: " << seconds.count() << " s\n";
-      }
-      if (!v.allFinite()) {
-        throw std::runtime_error("the output is not finite");
-      }
-      rusage usage{};
-      getrusage(RUSAGE_SELF, &usage);
-      std::cout << "memory at most: " << double(usage.ru_maxrss) / double(1 << 20) << " GiB\n";
-      return 0;
-    } else {
-      throw std::runtime_error("only mixtures are measured");
+  if (config.feed_forward == "dense") {
+    throw std::runtime_error("only mixtures are measured");
+  }
+  Index of_layer = 0;
+  const auto read = [&](const std::string& part, moxie::Parameters<float>& to) {
+    for (Index i = 0; i < Index(to.layout().tensors().size()) && (part.empty() || of_layer == 0); ++i) {
+      Rng(1).split(std::uint64_t(i)).fill_uniform(to.view()[i], -0.03, 0.03);
     }
-  });
+    of_layer += part.empty() ? 0 : 1;
+  };
+  const FrozenModel model(config.model, feed_forward_of(config, numbers), feed_forward_name(config), read, exec);
+  const Matrix<float> x = moxie::random_normal<float>(1, config.model.image_dim(), Rng(2));
+  Matrix<float> v(1, config.model.output_dim());
+  auto tape = model.make_tape(moxie::Keep::nothing);
+  std::cout << named.name << ": " << model.parameter_count() << " trained parameters\n";
+  for (const char* which : {"first", "second"}) {
+    const auto start = std::chrono::steady_clock::now();
+    model.forward(model.weights(), x, {0.5F}, {0}, v, tape, exec);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    std::cout << which << " forward of one image: " << seconds.count() << " s\n";
+  }
+  if (!v.allFinite()) {
+    throw std::runtime_error("the output is not finite");
+  }
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  std::cout << "memory at most: " << double(usage.ru_maxrss) / double(1 << 20) << " GiB\n";
+  return 0;
 }
 
 }  // namespace
@@ -175,7 +169,7 @@ int predict(const fs::path& checkpoint, const ForeignOptions& foreign, bool bflo
 }
 
 int measure(const NamedModel& named, bool bfloat16, const Exec& exec) {
-  return bfloat16 ? measure_in<moxie::BFloat16>(named, exec) : measure_in<float>(named, exec);
+  return bfloat16 ? measure_in(named, ExpertNumbers::bfloat16, exec) : measure_in(named, ExpertNumbers::float32, exec);
 }
 
 }  // namespace dit::commands

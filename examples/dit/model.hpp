@@ -540,4 +540,38 @@ class Model {
   Matrix<S> position_;
 };
 
+/// Experts that a feed-forward chooses from: 0 for a dense one.
+inline Index routed_experts(const Layout& feed_forward) {
+  Index experts = 0;
+  for (const moxie::TensorInfo& tensor : feed_forward.tensors()) {
+    experts = std::max(experts, tensor.expert + 1);
+  }
+  return experts;
+}
+
+/// Calls `f(plan)` with the plan of a feed-forward's tape, if it has one.
+template <class Tape, class F>
+void visit_plan(const Tape& tape, F&& f) {
+  if constexpr (requires { tape.plan(); }) {
+    f(tape.plan());
+  } else if (const auto* const sparse = tape.template get_if<moxie::SparsePlan<float>>(); sparse != nullptr) {
+    f(*sparse);
+  } else if (const auto* const dense = tape.template get_if<moxie::DensePlan<float>>(); dense != nullptr) {
+    f(*dense);
+  }
+}
+
+/// The tape of the top-k router within a feed-forward's tape; null if there is none.
+template <class Tape>
+const moxie::TopKRouter<float>::Tape* top_k_tape(const Tape& tape) {
+  using Router = moxie::TopKRouter<float>::Tape;
+  if constexpr (requires { tape.template get_if<Router>(); }) {
+    return tape.template get_if<Router>();
+  } else if constexpr (std::is_same_v<std::remove_cvref_t<decltype(tape.router())>, Router>) {
+    return &tape.router();
+  } else {
+    return nullptr;
+  }
+}
+
 }  // namespace dit

@@ -268,15 +268,14 @@ int train(TrainingConfig config, const TrainingOptions& options, const DrawingOp
   DataSet data = load_data_set(options.data);
   const bool resumed = options.resume && fs::exists(files("checkpoint.safetensors"));
   fit(config, data, options, resumed);
-  return with_model(config, [&](const auto& model) {
-    Run run(config, options, drawing, files, model, data, exec);
-    run.begin(resumed);
-    const int status = run.train();
-    if (status == 0) {
-      run.finish();
-    }
-    return status;
-  });
+  const auto model = model_of(config);
+  Run run(config, options, drawing, files, model, data, exec);
+  run.begin(resumed);
+  const int status = run.train();
+  if (status == 0) {
+    run.finish();
+  }
+  return status;
 }
 
 }  // namespace dit::commands

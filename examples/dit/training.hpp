@@ -209,13 +209,12 @@ class Training {
   }
   // How often each expert of each block was chosen, in this batch.
   void count_choices() {
-    if constexpr (requires { tape_.blocks[0].feed_forward.router().times_chosen(); }) {
-      for (std::size_t block = 0; block < chosen_.size(); ++block) {
-        if (has_selection_bias(block)) {
-          const std::vector<std::int64_t> counts = tape_.blocks[block].feed_forward.router().times_chosen();
-          chosen_[block].resize(counts.size());
-          std::transform(counts.begin(), counts.end(), chosen_[block].begin(), chosen_[block].begin(), std::plus<>());
-        }
+    for (std::size_t block = 0; block < chosen_.size(); ++block) {
+      const auto* const router = top_k_tape(tape_.blocks[block].feed_forward);
+      if (router != nullptr && has_selection_bias(block)) {
+        const std::vector<std::int64_t> counts = router->times_chosen();
+        chosen_[block].resize(counts.size());
+        std::transform(counts.begin(), counts.end(), chosen_[block].begin(), chosen_[block].begin(), std::plus<>());
       }
     }
   }
@@ -229,14 +228,11 @@ class Training {
   }
 
   float max_load() const {
-    if constexpr (requires { tape_.blocks[0].feed_forward.statistics(); }) {
-      double sum = 0;
-      for (const auto& block : tape_.blocks) {
-        sum += 1 + block.feed_forward.statistics().max_violation;
-      }
-      return float(sum / double(tape_.blocks.size()));
+    double sum = 0;
+    for (const auto& block : tape_.blocks) {
+      sum += 1 + block.feed_forward.statistics().max_violation;
     }
-    return 1;
+    return float(sum / double(tape_.blocks.size()));
   }
 
   TrainingConfig config_;

@@ -48,8 +48,8 @@ moxie::Parameters<float> upcycled(const Dense& dense, const moxie::Parameters<fl
     }
   }
   for (Index block = 0; block < sparse.config().depth; ++block) {
-    moxie::upcycle(dense.feed_forward().experts(), dense.feed_forward_part(weights.view(), block),
-                   sparse.feed_forward().experts(), sparse.feed_forward_part(p.view(), block));
+    upcycle_feed_forward(dense.feed_forward(block), dense.feed_forward_part(weights.view(), block), sparse.feed_forward(block),
+                         sparse.feed_forward_part(p.view(), block));
   }
   return p;
 }
@@ -59,29 +59,21 @@ moxie::Parameters<float> upcycled(const Dense& dense, const moxie::Parameters<fl
 inline Index upcycle_checkpoint(const SafetensorsFile& file, const TrainingConfig& config, const UpcyclingOptions& options,
                                 const std::filesystem::path& path) {
   const TrainingConfig sparse_config = upcycled_config(config, options);
-  return with_model(config, [&](const auto& dense) {
-    const moxie::Parameters<float> weights = load_model(file, dense.config(), dense.layout());
-    return with_model(sparse_config, [&](const auto& sparse) -> Index {
-      using DenseBank = std::decay_t<decltype(dense.feed_forward().experts())>;
-      using SparseBank = std::decay_t<decltype(sparse.feed_forward().experts())>;
-      if constexpr (std::is_same_v<DenseBank, SparseBank>) {
-        const moxie::Parameters<float> p = upcycled(dense, weights, sparse, options);
-        CheckpointWriter writer;
-        writer.add(p);
-        writer.add_position_embedding(sparse.config());
-        writer.config(sparse_config);
-        for (const auto& [key, value] : file.metadata()) {
-          if (key.starts_with("class.")) {
-            writer.metadata(key, value);
-          }
-        }
-        writer.save(path);
-        return sparse.layout().parameter_count();
-      } else {
-        throw moxie::ValueError("upcycle: the experts are of another kind than the dense feed-forward");
-      }
-    });
-  });
+  const auto dense = model_of(config);
+  const moxie::Parameters<float> weights = load_model(file, dense.config(), dense.layout());
+  const auto sparse = model_of(sparse_config);
+  const moxie::Parameters<float> p = upcycled(dense, weights, sparse, options);
+  CheckpointWriter writer;
+  writer.add(p);
+  writer.add_position_embedding(sparse.config());
+  writer.config(sparse_config);
+  for (const auto& [key, value] : file.metadata()) {
+    if (key.starts_with("class.")) {
+      writer.metadata(key, value);
+    }
+  }
+  writer.save(path);
+  return sparse.layout().parameter_count();
 }
 
 }  // namespace dit

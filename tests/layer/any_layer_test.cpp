@@ -397,6 +397,12 @@ TEST_CASE("AnyLayer: the layer and the tape within are there for who knows their
   REQUIRE(tape.get_if<moxie::TopKMoE<float>::Tape>() != nullptr);
   CHECK(tape.get_if<moxie::TopKMoE<float>::Tape>()->plan().rows() == 2 * tokens);
   CHECK(std::as_const(tape).get_if<moxie::SoftMoE<float>::Tape>() == nullptr);
+  // Its parts.
+  REQUIRE(std::as_const(tape).get_if<moxie::SparsePlan<float>>() != nullptr);
+  CHECK(tape.get_if<moxie::SparsePlan<float>>() == &tape.get_if<moxie::TopKMoE<float>::Tape>()->plan());
+  CHECK(tape.get_if<moxie::TopKRouter<float>::Tape>() == &tape.get_if<moxie::TopKMoE<float>::Tape>()->router());
+  CHECK(tape.get_if<moxie::DensePlan<float>>() == nullptr);
+  CHECK(tape.get_if<moxie::SparsePlan<double>>() == nullptr);
 }
 
 /// Of what a user's configuration file says.

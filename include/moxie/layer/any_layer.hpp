@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <typeinfo>
 #include <utility>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -19,6 +20,8 @@ class TapeBase {
   virtual std::unique_ptr<TapeBase> clone() const = 0;
   virtual double balance_loss() const = 0;
   virtual RoutingStatistics statistics() const = 0;
+  /// The tape itself, its plan or its router's tape, whichever is of this type; null if none is.
+  virtual void* find(const std::type_info& type) = 0;
 
  protected:
   TapeBase() = default;
@@ -71,6 +74,17 @@ struct TapeOf final : TapeBase {
   std::unique_ptr<TapeBase> clone() const override { return std::make_unique<TapeOf>(tape); }
   double balance_loss() const override { return tape.balance_loss(); }
   RoutingStatistics statistics() const override { return tape.statistics(); }
+  void* find(const std::type_info& type) override {
+    void* found = type == typeid(Tape) ? &tape : nullptr;
+    if constexpr (requires(const Tape& t) { t.plan(); }) {
+      using Plan = std::remove_cvref_t<decltype(tape.plan())>;
+      found = type == typeid(Plan) ? const_cast<Plan*>(&std::as_const(tape).plan()) : found;
+    }
+    if constexpr (requires(Tape & t) { t.router(); }) {
+      found = type == typeid(tape.router()) ? &tape.router() : found;
+    }
+    return found;
+  }
 
   Tape tape;
 };
@@ -182,16 +196,16 @@ class AnyLayer {
     double balance_loss() const { return tape_ != nullptr ? tape_->balance_loss() : 0; }
     RoutingStatistics statistics() const { return tape_ != nullptr ? tape_->statistics() : RoutingStatistics(); }
 
-    /// The tape itself, if it is a `T`: `tape.get_if<TopKMoE<float>::Tape>()->plan()`; null if it is another.
+    /// The tape itself, its plan or its router's tape, if that is a `T`; null if none is:
+    ///
+    ///     tape.get_if<SparsePlan<float>>()     tape.get_if<TopKRouter<float>::Tape>()     tape.get_if<TopKMoE<float>::Tape>()
     template <class T>
     T* get_if() {
-      auto* const found = dynamic_cast<detail::TapeOf<T>*>(tape_.get());
-      return found != nullptr ? &found->tape : nullptr;
+      return tape_ != nullptr ? static_cast<T*>(tape_->find(typeid(T))) : nullptr;
     }
     template <class T>
     const T* get_if() const {
-      const auto* const found = dynamic_cast<const detail::TapeOf<T>*>(tape_.get());
-      return found != nullptr ? &found->tape : nullptr;
+      return tape_ != nullptr ? static_cast<const T*>(tape_->find(typeid(T))) : nullptr;
     }
 
    private:

@@ -57,8 +57,7 @@ TEST_CASE("execute: measures every feed-forward alike, the same with any number 
     CHECK(calls >= 4 + 2);
     CHECK(result["name"] == run.name);
     CHECK(result["config"] == nlohmann::json(run.config));
-    CHECK(result["parameters"] ==
-          dit::with_model(run.config, [](const auto& model) { return model.layout().parameter_count(); }));
+    CHECK(result["parameters"] == dit::model_of(run.config).layout().parameter_count());
     CHECK(result["validation"].size() == 2);
     CHECK(result["validation"][0][0] == 2);
     CHECK(result["validation"][1][0] == 4);
@@ -93,7 +92,7 @@ TEST_CASE("step_memory: is at least the weights, gradients, moments and averages
   const dit::DataSet data = dit::generated_shapes(60, Rng(1));
   compare::Run run = small("top-k");
   run.config.hidden_dim = 4096;
-  const auto parameters = dit::with_model(run.config, [](const auto& model) { return model.layout().parameter_count(); });
+  const auto parameters = dit::model_of(run.config).layout().parameter_count();
   const std::int64_t bytes = compare::step_memory(run, data, Exec{1});
   CHECK(bytes >= 5 * 4 * parameters);
   CHECK(bytes < 10 * 4 * parameters + (Index{1} << 26));
@@ -165,7 +164,8 @@ TEST_CASE("Validation: the same noise and times for every call, of the process's
   dit::TrainingConfig config = small("dense").config;
   const compare::Validation validation(config, data, 110, Exec{1});
   CHECK_THROWS_AS(compare::Validation(config, data, 121, Exec{1}), moxie::ValueError);
-  dit::with_model(config, [&](const auto& model) {
+  {
+    const auto model = dit::model_of(config);
     moxie::Parameters<float> weights(model.layout());
     model.initialize(weights, Rng(1));
     auto tape = model.make_tape();
@@ -181,5 +181,5 @@ TEST_CASE("Validation: the same noise and times for every call, of the process's
     CHECK(times.front() > 0);
     CHECK(times.back() < 1);
     CHECK(validation(model, weights.view(), tape, Exec{2}, [](auto...) {}) == once);
-  });
+  }
 }

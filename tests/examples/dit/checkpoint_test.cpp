@@ -63,10 +63,10 @@ SafetensorsFile golden(const std::string& name) {
 // Everything that drawing with a foreign file does before it draws.
 void load(const fs::path& path, const dit::ForeignOptions& options) {
   const SafetensorsFile file(path);
-  dit::with_model(dit::config_of(file, options), [&](const auto& model) {
+  {
+    const auto model = dit::model_of(dit::config_of(file, options));
     dit::load_model(file, model.config(), model.layout());
-    return 0;
-  });
+  }
 }
 
 // Random numbers in all tensors.
@@ -91,7 +91,8 @@ struct Ours {
   void save(const fs::path& path) const { save(path, config, dit::format_name); }
   // With a file that says something else of itself.
   void save(const fs::path& path, const dit::TrainingConfig& said, const char* format) const {
-    dit::with_model(config, [&](const auto& model) {
+    {
+      const auto model = dit::model_of(config);
       const moxie::Parameters<float> p = filled(model.layout());
       const moxie::Parameters<float> half = filled(model.layout(), 0.5F);
       dit::CheckpointWriter writer;
@@ -101,8 +102,7 @@ struct Ours {
       writer.config(said);
       writer.metadata("format", format);
       writer.save(path);
-      return 0;
-    });
+    }
   }
 };
 
@@ -127,7 +127,8 @@ TEST_CASE("checkpoint: a reference's state dict loads, and gives the reference's
     CHECK(config.model.classes == std::stol(recorded.metadata().at("num_classes")));
     CHECK(config.model.learn_sigma);
     CHECK(config.latents == (config.model.channels == 4));
-    dit::with_model(config, [&](const auto& model) {
+    {
+      const auto model = dit::model_of(config);
       const moxie::Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
       const Index batch = recorded.info("input/x").shape[0];
       Matrix<float> x(batch, config.model.image_dim());
@@ -153,8 +154,7 @@ TEST_CASE("checkpoint: a reference's state dict loads, and gives the reference's
         largest = std::max(largest, std::abs(double(expected[i])));
       }
       CHECK(difference < 2e-5 * largest);
-      return 0;
-    });
+    }
   }
 }
 
@@ -378,14 +378,14 @@ TEST_CASE("checkpoint: ours survives, with averages where there are any") {
   CHECK(nlohmann::json(dit::config_of(file)) == nlohmann::json(ours.config));
   CHECK(file.contains("blocks.1.moe.experts.2.gate_proj.weight"));
   CHECK(file.info("routers.1.experts.w").shape == std::vector<Index>{2, 8, 8});
-  dit::with_model(ours.config, [&](const auto& model) {
+  {
+    const auto model = dit::model_of(ours.config);
     const moxie::Parameters<float> expected = filled(model.layout());
     moxie::Parameters<float> bare(model.layout());
     dit::load_weights(file, bare);
     CHECK((bare.flat() == expected.flat()).all());
     CHECK((dit::load_model(file, model.config(), model.layout()).flat() == 0.5F * expected.flat()).all());
-    return 0;
-  });
+  }
 }
 
 TEST_CASE("checkpoint: a flipped bit anywhere is found, and one in the data by the tensor's name") {

@@ -21,27 +21,25 @@ TEST_CASE("TrainingConfig: survives JSON") {
   CHECK(back.model.switch_experts == 5);
 }
 
-TEST_CASE("with_model: every feed-forward, and no other") {
+TEST_CASE("model_of: every feed-forward, and no other") {
   dit::TrainingConfig config;
   config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 1, .heads = 2, .classes = 2};
   for (const char* name : {"shared", "top-k", "expert-choice", "soft", "dense"}) {
     config.feed_forward = name;
-    const bool moe = dit::with_model(config, [](const auto& model) {
-      return model.layout().find("blocks.0.moe.experts.0.gate_proj.weight") >= 0 ||
-             model.layout().find("blocks.0.moe.experts.0.fc1.weight") >= 0;
-    });
+    const auto model = dit::model_of(config);
+    const bool moe = model.layout().find("blocks.0.moe.experts.0.gate_proj.weight") >= 0 ||
+                     model.layout().find("blocks.0.moe.experts.0.fc1.weight") >= 0;
     CHECK(moe == (config.feed_forward != "dense"));
   }
   config.feed_forward = "loud";
-  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) { return 0; }), moxie::ValueError);
+  CHECK_THROWS_AS(dit::model_of(config), moxie::ValueError);
 }
 
-TEST_CASE("with_model: experts are of the papers' kind, or of the one that is asked for") {
+TEST_CASE("model_of: experts are of the papers' kind, or of the one that is asked for") {
   dit::TrainingConfig config;
   config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 1, .heads = 2, .classes = 2};
   const auto has = [&](const char* tensor) {
-    return dit::with_model(config,
-                           [&](const auto& model) { return model.layout().find(std::string("blocks.0.") + tensor) >= 0; });
+    return dit::model_of(config).layout().find(std::string("blocks.0.") + tensor) >= 0;
   };
   config.feed_forward = "dense";
   CHECK(has("mlp.fc1.weight"));
@@ -63,7 +61,7 @@ TEST_CASE("with_model: experts are of the papers' kind, or of the one that is as
   CHECK_THROWS_AS(has(""), moxie::ValueError);
 }
 
-TEST_CASE("with_model: options of the router and of Soft MoE reach their layers") {
+TEST_CASE("model_of: options of the router and of Soft MoE reach their layers") {
   dit::TrainingConfig config;
   config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 1, .heads = 2, .classes = 2};
   config.experts = 4;
@@ -71,38 +69,35 @@ TEST_CASE("with_model: options of the router and of Soft MoE reach their layers"
   config.token_capacity = 1.25;
   config.batch_priority = true;
   config.recipe.bias_rate = 0.001;
-  for (const char* name : {"shared", "top-k"}) {
-    config.feed_forward = name;
-    dit::with_model(config, [](const auto& model) {
-      if constexpr (requires { model.feed_forward().router().config().score; }) {
-        const auto& router = model.feed_forward().router().config();
-        CHECK(router.score == moxie::Score::sigmoid);
-        CHECK(router.capacity.factor == 1.25);
-        CHECK(router.capacity.priority == moxie::Priority::weight);
-        CHECK(router.selection_bias);
-        return;
-      }
-      FAIL("not a top-k router");
-    });
-  }
+  const auto check = [](const auto* layer) {
+    REQUIRE(layer != nullptr);
+    const moxie::TopKRouterConfig& router = layer->router().config();
+    CHECK(router.score == moxie::Score::sigmoid);
+    CHECK(router.capacity.factor == 1.25);
+    CHECK(router.capacity.priority == moxie::Priority::weight);
+    CHECK(router.selection_bias);
+  };
+  config.feed_forward = "shared";
+  const moxie::AnyLayer<float> shared = dit::feed_forward_of(config);
+  check(shared.get_if<moxie::SharedExpertMoE<float>>());
+  config.feed_forward = "top-k";
+  const moxie::AnyLayer<float> top_k = dit::feed_forward_of(config);
+  check(top_k.get_if<moxie::TopKMoE<float>>());
   config.feed_forward = "soft";
   config.dispatch = "uniform";
-  dit::with_model(config, [](const auto& model) {
-    if constexpr (requires { model.feed_forward().router().config().dispatch; }) {
-      CHECK(model.feed_forward().router().config().dispatch == moxie::Mixing::uniform);
-      CHECK(model.feed_forward().router().config().combine == moxie::Mixing::learned);
-      return;
-    }
-    FAIL("not a soft router");
-  });
+  const moxie::AnyLayer<float> soft = dit::feed_forward_of(config);
+  const auto* const layer = soft.get_if<moxie::SoftMoE<float, moxie::GeluTanhExperts<float>>>();
+  REQUIRE(layer != nullptr);
+  CHECK(layer->router().config().dispatch == moxie::Mixing::uniform);
+  CHECK(layer->router().config().combine == moxie::Mixing::learned);
   config.combine = "none";
-  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+  CHECK_THROWS_AS(dit::model_of(config), moxie::ValueError);
   config = {};
   config.score = "none";
-  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+  CHECK_THROWS_AS(dit::model_of(config), moxie::ValueError);
 }
 
-TEST_CASE("with_model: some blocks have experts, the others one that is as wide as all that a token chooses") {
+TEST_CASE("model_of: some blocks have experts, the others one that is as wide as all that a token chooses") {
   dit::TrainingConfig config;
   config.model = {.image_size = 4, .channels = 1, .patch = 2, .dim = 8, .depth = 4, .heads = 2, .classes = 2};
   config.feed_forward = "top-k";
@@ -112,7 +107,8 @@ TEST_CASE("with_model: some blocks have experts, the others one that is as wide 
   config.recipe.bias_rate = 0.1;
   config.mixture_from = 1;
   config.mixture_to = 3;
-  dit::with_model(config, [](const auto& model) {
+  {
+    const auto model = dit::model_of(config);
     for (const Index block : {0, 1, 2, 3}) {
       const bool mixture = block == 1 || block == 2;
       const std::string name = "blocks." + std::to_string(block) + ".moe.";
@@ -122,28 +118,31 @@ TEST_CASE("with_model: some blocks have experts, the others one that is as wide 
       CHECK(tensors[std::size_t(model.layout().find(name + "experts.0.up_proj.weight"))].shape ==
             std::vector<Index>{mixture ? 16 : 32, 8});
     }
-  });
+  }
   config.mixture_to = 0;
-  dit::with_model(config, [](const auto& model) { CHECK(model.layout().find("blocks.3.moe.experts.3.up_proj.weight") >= 0); });
+  {
+    const auto model = dit::model_of(config);
+    CHECK(model.layout().find("blocks.3.moe.experts.3.up_proj.weight") >= 0);
+  }
   for (const auto& [from, to] : {std::pair{-1, 2}, std::pair{2, 2}, std::pair{0, 5}, std::pair{4, 0}}) {
     config.mixture_from = from;
     config.mixture_to = to;
-    CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+    CHECK_THROWS_AS(dit::model_of(config), moxie::ValueError);
   }
   config.mixture_from = 1;
   config.mixture_to = 0;
   config.feed_forward = "soft";
-  CHECK_THROWS_AS(dit::with_model(config, [](const auto& /*model*/) {}), moxie::ValueError);
+  CHECK_THROWS_AS(dit::model_of(config), moxie::ValueError);
 }
 
-TEST_CASE("with_model: the prior's timesteps are those of the process") {
+TEST_CASE("model_of: the prior's timesteps are those of the process") {
   dit::TrainingConfig config;
   config.feed_forward = "dense";
   config.process = "ddpm";
   config.diffusion_steps = 50;
-  CHECK(dit::with_model(config, [](const auto& model) { return model.config().timestep(49); }) == 49);
+  CHECK(dit::model_of(config).config().timestep(49) == 49);
   config.process = "flow";
-  CHECK(dit::with_model(config, [](const auto& model) { return model.config().timestep(0.5); }) == 500);
+  CHECK(dit::model_of(config).config().timestep(0.5) == 500);
 }
 
 TEST_CASE("process_of: the two processes, and no others") {

@@ -31,19 +31,18 @@ dit::TrainingConfig small(const std::string& feed_forward) {
 
 // A checkpoint with random numbers in all tensors, averages among them.
 Parameters<float> save(const dit::TrainingConfig& config, const fs::path& path) {
-  return dit::with_model(config, [&](const auto& model) {
-    Parameters<float> p(model.layout());
-    for (std::size_t i = 0; i < model.layout().tensors().size(); ++i) {
-      Rng(2).split(i).fill_normal(p.view()[Index(i)], 0.2);
-    }
-    const Parameters<float> not_averaged = p.zeros_like();
-    dit::CheckpointWriter writer;
-    writer.add(not_averaged);
-    writer.add(p, "ema.");
-    writer.config(config);
-    writer.save(path);
-    return p;
-  });
+  const auto model = dit::model_of(config);
+  Parameters<float> p(model.layout());
+  for (std::size_t i = 0; i < model.layout().tensors().size(); ++i) {
+    Rng(2).split(i).fill_normal(p.view()[Index(i)], 0.2);
+  }
+  const Parameters<float> not_averaged = p.zeros_like();
+  dit::CheckpointWriter writer;
+  writer.add(not_averaged);
+  writer.add(p, "ema.");
+  writer.config(config);
+  writer.save(path);
+  return p;
 }
 
 struct Pass {
@@ -56,9 +55,9 @@ Pass pass(const AnyModel& model, const Parameters<float>& weights) {
   Pass result{Matrix<float>(3, model.config().output_dim()), {}};
   auto tape = model.make_tape();
   model.forward(weights, x, {0.2F, 0.5F, 0.7F}, {0, 2, 3}, result.v, tape, Exec{2});
-  if constexpr (requires { tape.blocks[1].feed_forward.plan().tokens_per_expert(); }) {
-    const auto& counts = tape.blocks[1].feed_forward.plan().tokens_per_expert();
-    result.tokens_per_expert.assign(counts.begin(), counts.end());
+  const auto& feed_forward = tape.blocks[1].feed_forward;
+  if (const auto* const plan = feed_forward.template get_if<moxie::SparsePlan<float>>(); plan != nullptr) {
+    result.tokens_per_expert.assign(plan->tokens_per_expert().begin(), plan->tokens_per_expert().end());
   }
   return result;
 }
@@ -70,45 +69,37 @@ TEST_CASE("FrozenModel: with experts in float, the bits of the model, and its ro
   for (const char* feed_forward : {"shared", "top-k", "expert-choice"}) {
     const dit::TrainingConfig config = small(feed_forward);
     const Parameters<float> weights = save(config, file.path);
-    const Pass expected = dit::with_model(config, [&](const auto& model) { return pass(model, weights); });
+    const Pass expected = pass(dit::model_of(config), weights);
     const dit::SafetensorsFile stored(file.path);
-    const Pass frozen = dit::with_layer(config, [&](const auto& layer, const char* name) {
-      if constexpr (requires { layer.router(); }) {
-        const auto read = [&](const std::string& part, Parameters<float>& to) { dit::load_weights(stored, to, "ema." + part); };
-        const dit::FrozenModel<std::decay_t<decltype(layer)>> model(config.model, layer, name, read, Exec{2});
-        CHECK(model.parameter_count() == weights.layout().parameter_count());
-        return pass(model, model.weights());
-      } else {
-        return Pass{};
-      }
-    });
+    const auto read = [&](const std::string& part, Parameters<float>& to) { dit::load_weights(stored, to, "ema." + part); };
+    const dit::FrozenModel model(config.model, dit::feed_forward_of(config), dit::feed_forward_name(config), read, Exec{2});
+    CHECK(model.parameter_count() == weights.layout().parameter_count());
+    const Pass frozen = pass(model, model.weights());
     CHECK(frozen.v == expected.v);
     CHECK(frozen.tokens_per_expert == expected.tokens_per_expert);
     CHECK_FALSE(frozen.tokens_per_expert.empty());
   }
 }
 
-TEST_CASE("with_bfloat16_model: close to the float model, and not equal") {
+TEST_CASE("bfloat16_model_of: close to the float model, and not equal") {
   const TemporaryFile file;
   for (const char* feed_forward : {"shared", "top-k"}) {
     const dit::TrainingConfig config = small(feed_forward);
     const Parameters<float> weights = save(config, file.path);
-    const Matrix<float> expected = dit::with_model(config, [&](const auto& model) { return pass(model, weights).v; });
-    const Matrix<float> rounded = dit::with_bfloat16_model(dit::SafetensorsFile(file.path), config, Exec{2},
-                                                           [](const auto& model) { return pass(model, model.weights()).v; });
+    const Matrix<float> expected = pass(dit::model_of(config), weights).v;
+    const dit::FrozenModel model = dit::bfloat16_model_of(dit::SafetensorsFile(file.path), config, Exec{2});
+    const Matrix<float> rounded = pass(model, model.weights()).v;
     const float error = (rounded - expected).norm() / expected.norm();
     CHECK(error < 1e-2F);
     CHECK(error > 1e-5F);
   }
 }
 
-TEST_CASE("with_bfloat16_model: experts that are not SwiGLU are refused") {
+TEST_CASE("bfloat16_model_of: experts that are not SwiGLU are refused") {
   const TemporaryFile file;
   for (const char* feed_forward : {"dense", "soft"}) {
     const dit::TrainingConfig config = small(feed_forward);
     save(config, file.path);
-    CHECK_THROWS_AS(
-        dit::with_bfloat16_model(dit::SafetensorsFile(file.path), config, Exec{1}, [](const auto& /*model*/) { return 0; }),
-        moxie::ValueError);
+    CHECK_THROWS_AS(dit::bfloat16_model_of(dit::SafetensorsFile(file.path), config, Exec{1}), moxie::ValueError);
   }
 }

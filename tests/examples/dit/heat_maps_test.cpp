@@ -15,6 +15,8 @@
 using namespace dit::test;
 using dit::Index;
 
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+
 TEST_CASE("draw_expert_load: every cell has room for its number, from 1 x 1 to 30 x 64") {
   if (gnuplot_is_missing()) {
     return;
@@ -40,7 +42,7 @@ TEST_CASE("draw_expert_load: every cell has room for its number, from 1 x 1 to 3
 TEST_CASE("draw_expert_load: refuses shares that are none") {
   moxie::Matrix<double> shares = equal_shares(2, 4);
   CHECK_THROWS_AS(dit::draw_expert_load("never-written.png", shares.topRows(0)), moxie::ValueError);
-  for (const double wrong : {-0.1, 1.5, double(NAN)}) {
+  for (const double wrong : {-0.1, 1.5, double(not_a_number)}) {
     shares(1, 2) = wrong;
     CHECK_THROWS_AS(dit::draw_expert_load("never-written.png", shares), moxie::ValueError);
   }
@@ -95,7 +97,7 @@ TEST_CASE("draw_heat_maps: a single row or column is drawn, and NaN is not 0") {
       dit::draw_heat_maps(dir.path / "map.png", "Map", {{"layer 0", shares}, {"layer 1", ones}}, {"class", "expert", {}});
       return file_bytes(dir.path / "map.png");
     };
-    const std::vector<std::string> pictures = {picture_of(1), picture_of(0.5), picture_of(0), picture_of(NAN)};
+    const std::vector<std::string> pictures = {picture_of(1), picture_of(0.5), picture_of(0), picture_of(not_a_number)};
     CHECK(picture_of(1) == pictures[0]);
     for (std::size_t i = 0; i < pictures.size(); ++i) {
       for (std::size_t j = 0; j < i; ++j) {

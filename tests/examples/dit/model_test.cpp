@@ -30,14 +30,13 @@ dit::ModelConfig switched() {
 
 template <class Layer>
 dit::Model<Layer> shared_model() {
-  using S = typename Layer::Scalar;
   return {small,
           Layer({.model_dim = 8,
                  .experts = 4,
                  .top_k = 2,
                  .expert = {.hidden_dim = 5},
                  .shared = {.hidden_dim = 6},
-                 .balance = {.expert_level = S(0.3)}}),
+                 .balance = {.expert_level = 0.3}}),
           "moe."};
 }
 

@@ -19,6 +19,9 @@ using dit::Index;
 
 namespace {
 
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+constexpr double infinite = std::numeric_limits<double>::infinity();
+
 const dit::Series loss{"loss", {0, 1, 2, 3}, {1.0, 0.5, 0.3, 0.25}};
 
 }  // namespace
@@ -113,7 +116,7 @@ TEST_CASE("draw_curve: draws any number of points, several scales, and gaps") {
       {{"one point", {3}, {5}}},
       {{"zeros", {1, 2}, {0, 0}}},
       {{"negative", {1, 2}, {-1, -5}}},
-      {{"gap", {1, 2, 3, 4}, {1, NAN, INFINITY, 2}}},
+      {{"gap", {1, 2, 3, 4}, {1, not_a_number, infinite, 2}}},
       {{"tiny", {1, 2, 3}, {1e-12, 1e-6, 1e-3}}},
       {loss, {"no points", {}, {}}},
       {loss, {"balance", {0, 1}, {0.01, 0.02}}},
@@ -136,7 +139,7 @@ TEST_CASE("draw_curve: draws any number of points, several scales, and gaps") {
 TEST_CASE("draw_curve: refuses what it cannot draw") {
   CHECK_THROWS_AS(dit::draw_curve("never-written.png", "", "", {{"a", {1, 2}, {1}}}), moxie::ShapeError);
   CHECK_THROWS_AS(dit::draw_curve("never-written.png", "", "", {}), moxie::ValueError);
-  CHECK_THROWS_AS(dit::draw_curve("never-written.png", "", "", {{"a", {1, 2}, {NAN, INFINITY}}}), moxie::ValueError);
+  CHECK_THROWS_AS(dit::draw_curve("never-written.png", "", "", {{"a", {1, 2}, {not_a_number, infinite}}}), moxie::ValueError);
   CHECK(!fs::exists("never-written.png"));
 }
 
@@ -146,7 +149,7 @@ TEST_CASE("smoothed: keeps a constant and the first value, and is not moved by a
   CHECK(dit::detail::smoothed({}).empty());
   y[0] = 9.0;
   y[200] = 1000.0;
-  y[300] = NAN;
+  y[300] = not_a_number;
   const std::vector<double> s = dit::detail::smoothed(y);
   CHECK(s[0] == 9.0);
   CHECK(s[199] == 2.0);

@@ -20,6 +20,8 @@
 
 namespace {
 
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+
 namespace fs = std::filesystem;
 using dit::Index;
 using dit::Matrix;
@@ -116,8 +118,8 @@ Report full_report(const fs::path& folder, const RandomRouting& routing) {
   report.title = "A run";
   report.facts = {{"Parameters", "1,234"}, {"Time", "4:49"}};
   report.curves = {{"Loss", "step", "loss", {loss}},
-                   {"Others", "step", "", {{"balance", {1, 2, 3, 4}, {1, NAN, infinity, -1}}, {"one", {2}, {0.5}}}},
-                   {"Nothing", "step", "", {{"nan", {1, 2}, {NAN, -infinity}}, {"none", {}, {}}}}};
+                   {"Others", "step", "", {{"balance", {1, 2, 3, 4}, {1, not_a_number, infinity, -1}}, {"one", {2}, {0.5}}}},
+                   {"Nothing", "step", "", {{"nan", {1, 2}, {not_a_number, -infinity}}, {"none", {}, {}}}}};
   report.pictures = {{"Samples", "One pixel", folder / "pixel.png"}};
   report.routing = &routing.counts;
   for (Index c = 0; c < routing.counts.shape().classes; ++c) {
@@ -314,7 +316,7 @@ TEST_CASE("report: long curves are means of equal stretches, and what is not fin
   dit::Series series{"s", {}, {}};
   for (int i = 0; i < 10; ++i) {
     series.x.push_back(i);
-    series.y.push_back(i == 4 || i == 5 || i == 7 ? double(NAN) : 10.0 * i);
+    series.y.push_back(i == 4 || i == 5 || i == 7 ? double(not_a_number) : 10.0 * i);
   }
   const dit::Series same = dit::detail::thinned(series, 10);
   CHECK(same.x == series.x);
@@ -330,9 +332,9 @@ TEST_CASE("report: long curves are means of equal stretches, and what is not fin
     std::vector<double> x(y.size(), 1.0);
     return dit::detail::line_chart({"", "", "", {{"s", std::move(x), std::move(y)}}}, may_be_logarithmic);
   };
-  CHECK(chart({1, NAN, -std::numeric_limits<double>::infinity()}, true)["data"][0]["values"][0]["y"].dump() ==
+  CHECK(chart({1, not_a_number, -std::numeric_limits<double>::infinity()}, true)["data"][0]["values"][0]["y"].dump() ==
         "[1.0,null,null]");
-  CHECK(chart({NAN}, true).is_null());
+  CHECK(chart({not_a_number}, true).is_null());
   CHECK(chart({}, true).is_null());
   CHECK(chart({1, 11}, true)["scales"][1]["type"] == "log");
   CHECK(chart({1, 11}, false)["scales"][1]["type"] == "linear");

@@ -29,7 +29,8 @@ dit::TrainingConfig dense_config(const std::string& feed_forward) {
 
 // A checkpoint with random numbers in all tensors.
 void save_dense(const dit::TrainingConfig& config, const fs::path& path) {
-  dit::with_model(config, [&](const auto& model) {
+  {
+    const auto model = dit::model_of(config);
     Parameters<float> p(model.layout());
     for (std::size_t i = 0; i < model.layout().tensors().size(); ++i) {
       Rng(2).split(i).fill_normal(p.view()[Index(i)], 0.3);
@@ -40,20 +41,18 @@ void save_dense(const dit::TrainingConfig& config, const fs::path& path) {
     writer.config(config);
     writer.metadata("class.0", "left");
     writer.save(path);
-    return 0;
-  });
+  }
 }
 
 Matrix<float> output(const fs::path& path) {
   const dit::SafetensorsFile file(path);
-  return dit::with_model(dit::config_of(file), [&](const auto& model) {
-    const Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
-    const Matrix<float> x = moxie::random_normal<float>(2, model.config().image_dim(), Rng(5));
-    Matrix<float> v(2, model.config().output_dim());
-    auto tape = model.make_tape();
-    model.forward(weights, x, {0.2F, 0.7F}, {0, 2}, v, tape, Exec{1});
-    return v;
-  });
+  const auto model = dit::model_of(dit::config_of(file));
+  const Parameters<float> weights = dit::load_model(file, model.config(), model.layout());
+  const Matrix<float> x = moxie::random_normal<float>(2, model.config().image_dim(), Rng(5));
+  Matrix<float> v(2, model.config().output_dim());
+  auto tape = model.make_tape();
+  model.forward(weights, x, {0.2F, 0.7F}, {0, 2}, v, tape, Exec{1});
+  return v;
 }
 
 }  // namespace
