@@ -49,7 +49,8 @@ sources=()
 for test in $tests; do
   case $test in
     -*) sources+=("$test") ;;
-    *) sources+=("$here/$test") ;;
+    *_test.cpp) sources+=("$here/$test") ;;
+    *) sources+=("$scratch/$test") ;;
   esac
 done
 "$1" "-I$scratch/include" "-I$scratch/examples" "${@:2}" "${sources[@]}" -o "$scratch/tests" || error "does not compile"
