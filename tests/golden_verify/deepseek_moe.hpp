@@ -128,7 +128,7 @@ void verify_deepseek_moe(GoldenCase& golden) {
     moxie::select_top_k(scores.row(t), c.experts, c.top_k, unbiased.data() + t * c.top_k);
     Matrix<Scalar> biased = scores.middle_rows(t, 1).eigen() + bias;
     std::vector<Index> group(std::size_t(c.groups.count)), chosen(std::size_t(c.top_k));
-    moxie::select_top_k_in_groups(biased.data(), c.experts, c.top_k, c.groups, &group_scores(t, 0), group.data(),
+    moxie::select_top_k_in_groups(biased.data(), c.experts, c.top_k, c.groups, {&group_scores(t, 0), group.data()},
                                   chosen.data());
   }
   golden.compare_exactly("routing/unbiased_topk_index", {unbiased.begin(), unbiased.end()});

@@ -49,7 +49,7 @@ TEST_CASE_TEMPLATE("packing: panels hold the columns of B, one vector after the 
         for (const auto& [transpose, later] : {std::pair{false, false}, std::pair{true, false}, std::pair{true, true}}) {
           const Index stride = depth * cols + 64;
           Buffer<S> out(panels.count() * stride);
-          panels.pack(transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b), 0, panels.count(), k0, depth, out.data(),
+          panels.pack(transpose ? kernel::transposed<S>(bt) : kernel::plain<S>(b), {0, panels.count(), k0, depth}, out.data(),
                       stride,
                       later ? panels.source(kernel::transposed<S>(bt), 0, 0, 0, bt.cols()) : kernel::detail::PrefetchRun{});
           Index wrong = 0;
@@ -85,7 +85,7 @@ void check_fresh(const kernel::Rows<const Source>& rows, Index k0, Index depth, 
   const Index steps = (depth + elements - 1) / elements;
   for (Index q = 0; q < columns / cols; ++q) {
     Buffer<kernel::Unit<Element>> packed(steps * cols), fresh(steps * cols), loaded(steps * cols);
-    panels.pack(b, q, 1, k0, depth, packed.data(), steps * cols);
+    panels.pack(b, {q, 1, k0, depth}, packed.data(), steps * cols);
     const kernel::detail::PackingPanel<S, Element, Arch, Source> panel{b, k0, k0 + depth, q * cols, fresh.data()};
     for (Index step = 0; step < steps; ++step) {
       const auto vectors = panel.load(step);

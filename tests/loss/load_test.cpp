@@ -29,8 +29,8 @@ TEST_CASE("load loss: backward matches central differences of logits and thresho
   const Matrix<double> start_threshold = moxie::test::random<double>(1, 7, 554);
   Matrix<double> dz = start, dthreshold = start_threshold;
   std::vector<double> scratch(5);
-  moxie::load_loss_backward(RowView<const double>(z), std::span<const double>(threshold.data(), 7), 0.6, 0.3,
-                            RowView<double>(dz), std::span<double>(dthreshold.data(), 7), scratch);
+  moxie::load_loss_backward<double>(z, std::span<const double>(threshold.data(), 7), 0.6, 0.3,
+                                    {dz, std::span<double>(dthreshold.data(), 7)}, scratch);
   const auto loss = [&] {
     return 0.3 * loss_of(z, threshold, 0.6) + z.cwiseProduct(start).sum() + threshold.cwiseProduct(start_threshold).sum();
   };

@@ -13,12 +13,10 @@ using moxie::Index;
 using moxie::Priority;
 using moxie::Sequences;
 
-struct Places {
-  Buffer<Index> place, assigned, order, taken;
-
+struct Places : moxie::Places {
   Places(const Sequences& sequences, Index experts, Index k, const Capacity& c, const std::vector<Index>& expert,
          const std::vector<double>& weight) {
-    assign_places<double>(sequences, experts, k, c, expert, weight, place, assigned, order, taken);
+    assign_places<double>(sequences, {experts, k, expert, weight}, c, *this);
   }
   static std::vector<Index> list(const Buffer<Index>& b) { return {b.begin(), b.end()}; }
 };

@@ -64,17 +64,17 @@ TEST_CASE("top-k: a K that the scores do not have is refused") {
     CHECK(message_of<moxie::ValueError>([&] { moxie::select_top_k(score.data(), 4, k, chosen.data()); }) ==
           "select_top_k: k must be between 1 and the number of scores");
     CHECK(message_of<moxie::ValueError>([&] {
-            moxie::select_top_k_in_groups(scratch.data(), 4, k, {.count = 2, .chosen = 2}, group_score.data(), group.data(),
+            moxie::select_top_k_in_groups(scratch.data(), 4, k, {.count = 2, .chosen = 2}, {group_score.data(), group.data()},
                                           chosen.data());
           }) == "select_top_k_in_groups: k must be between 1 and the number of scores in the chosen groups");
   }
   CHECK(message_of<moxie::ValueError>([&] { moxie::select_largest(score.data(), 4, 5, chosen.data()); }) != "");
   CHECK(message_of<moxie::ValueError>([&] {
-          moxie::select_top_k_in_groups(scratch.data(), 4, 3, {.count = 2, .chosen = 1}, group_score.data(), group.data(),
+          moxie::select_top_k_in_groups(scratch.data(), 4, 3, {.count = 2, .chosen = 1}, {group_score.data(), group.data()},
                                         chosen.data());
         }) == "select_top_k_in_groups: k must be between 1 and the number of scores in the chosen groups");
   CHECK(message_of<moxie::ValueError>([&] {
-          moxie::select_top_k_in_groups(scratch.data(), 4, 1, {.count = 3, .chosen = 1}, group_score.data(), group.data(),
+          moxie::select_top_k_in_groups(scratch.data(), 4, 1, {.count = 3, .chosen = 1}, {group_score.data(), group.data()},
                                         chosen.data());
         }) == "select_top_k_in_groups: groups.count must divide the number of scores");
   CHECK(scratch == score);

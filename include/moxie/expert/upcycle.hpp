@@ -80,6 +80,62 @@ double standard_deviation(RowView<const Scalar> w) {
   return std::sqrt(mean_of([&](double v) { return (v - mean) * (v - mean); }));
 }
 
+/// A tensor of the dense feed-forward, and what experts get of it.
+template <class Scalar>
+struct UpcyclingSource {
+  RowView<const Scalar> w;
+  UpcycledTensor kind;
+  double deviation = 0;  // of the noise
+  double factor = 1;
+};
+
+inline void expect_upcycling(const UpcycleOptions& options, Index dense_experts, Index experts) {
+  const Index parts = options.parts;
+  expect_value(dense_experts == 1, "upcycle", "the dense feed-forward has to be a bank of one expert");
+  expect_at_least("upcycle", "parts", parts, 1);
+  expect_value(experts % parts == 0, "upcycle",
+               std::to_string(experts) + " experts are no multiple of " + std::to_string(parts) + " parts");
+  expect_value(std::isfinite(options.weight_sum) && options.weight_sum > 0, "upcycle",
+               "weight_sum must be finite and positive");
+  expect_value(std::isfinite(options.noise) && options.noise >= 0, "upcycle", "noise must be finite and not negative");
+}
+
+/// All tensors of the dense feed-forward. Throws ValueError for hidden units that cannot be cut.
+template <class Bank_, class Scalar>
+std::vector<UpcyclingSource<Scalar>> upcycling_sources(const Bank_& dense, ParameterView<const Scalar> weights,
+                                                       const UpcycleOptions& options) {
+  using Hidden = UpcycledTensor::Hidden;
+  const std::vector<UpcycledTensor> kinds = upcycled_tensors(dense);
+  const bool cuts = kinds.front().hidden != Hidden::none;
+  expect_value(options.parts == 1 || cuts, "upcycle", "linear experts have no hidden units to cut into parts");
+  std::vector<UpcyclingSource<Scalar>> sources;
+  for (std::size_t i = 0; i < kinds.size(); ++i) {
+    const UpcycledTensor& kind = kinds[i];
+    const RowView<const Scalar> w = upcycling_tensor(weights, dense.layout().tensors()[i]);
+    const Index units = kind.hidden == Hidden::rows ? w.rows() : w.cols();
+    expect_value(kind.hidden == Hidden::none || units % options.parts == 0, "upcycle",
+                 "hidden_dim " + std::to_string(units) + " is no multiple of " + std::to_string(options.parts) + " parts");
+    const double parts = kind.hidden == Hidden::none ? 1 : double(options.parts);
+    sources.push_back(
+        {w, kind, options.noise > 0 ? options.noise * standard_deviation(w) : 0, kind.output ? parts / options.weight_sum : 1});
+  }
+  return sources;
+}
+
+/// Expert number `expert`'s part of a source, with its noise.
+template <class Scalar>
+void upcycle_tensor(const UpcyclingSource<Scalar>& source, RowView<Scalar> w, Index part, const Rng& rng) {
+  using Hidden = UpcycledTensor::Hidden;
+  const Index row = source.kind.hidden == Hidden::rows ? part * w.rows() : 0;
+  const Index col = source.kind.hidden == Hidden::cols ? part * w.cols() : 0;
+  for (Index r = 0; r < w.rows(); ++r) {
+    for (Index c = 0; c < w.cols(); ++c) {
+      const double noise = source.deviation > 0 ? source.deviation * rng.normal(std::uint64_t(r * w.cols() + c)) : 0;
+      w(r, c) = Scalar(source.factor * (double(source.w(row + r, col + c)) + noise));
+    }
+  }
+}
+
 }  // namespace detail
 
 /// Sparse upcycling: overwrites the weights of a bank of E experts with those of a dense feed-forward, which is a bank of one
@@ -110,74 +166,32 @@ void upcycle(const Bank_& dense, ParameterView<const std::type_identity_t<typena
   static_assert(detail::Upcyclable<Bank_>, "upcycle: the bank has to be GluExperts, MlpExperts or LinearExperts");
   using Scalar = typename Bank_::Scalar;
   using Hidden = detail::UpcycledTensor::Hidden;
-  const Index experts = bank.experts();
-  const Index parts = options.parts;
-  detail::expect_value(dense.experts() == 1, "upcycle", "the dense feed-forward has to be a bank of one expert");
-  detail::expect_at_least("upcycle", "parts", parts, 1);
-  detail::expect_value(experts % parts == 0, "upcycle",
-                       std::to_string(experts) + " experts are no multiple of " + std::to_string(parts) + " parts");
-  detail::expect_value(std::isfinite(options.weight_sum) && options.weight_sum > 0, "upcycle",
-                       "weight_sum must be finite and positive");
-  detail::expect_value(std::isfinite(options.noise) && options.noise >= 0, "upcycle", "noise must be finite and not negative");
+  detail::expect_upcycling(options, dense.experts(), bank.experts());
   if constexpr (requires(const typename Bank_::Config& config) { config.unit; }) {
     detail::expect_value(dense.unit() == bank.unit(), "upcycle",
                          "the gated unit of the experts has other options than that of the dense feed-forward");
   }
-  const std::vector<detail::UpcycledTensor> kinds = detail::upcycled_tensors(dense);
-  const std::vector<TensorInfo>& from_infos = dense.layout().tensors();
-  const std::vector<TensorInfo>& to_infos = bank.layout().tensors();
-  if (to_infos.size() != kinds.size() * std::size_t(experts)) {
+  const std::vector<TensorInfo>& infos = bank.layout().tensors();
+  const auto sources = detail::upcycling_sources<Bank_, Scalar>(dense, dense_weights, options);
+  if (infos.size() != sources.size() * std::size_t(bank.experts())) {
     throw ShapeError("upcycle: the experts have other tensors than the dense feed-forward (a bias)");
   }
-
-  struct Source {
-    RowView<const Scalar> w;
-    double deviation;
-    double factor;
-  };
-  std::vector<Source> sources;
+  const Index parts = options.parts;
   std::vector<RowView<Scalar>> targets;
-  for (std::size_t i = 0; i < kinds.size(); ++i) {
-    const auto [hidden, output] = kinds[i];
-    const RowView<const Scalar> w = detail::upcycling_tensor(dense_weights, from_infos[i]);
-    const Index units = hidden == Hidden::rows ? w.rows() : w.cols();
-    if (hidden == Hidden::none) {
-      detail::expect_value(parts == 1 || kinds.front().hidden != Hidden::none, "upcycle",
-                           "linear experts have no hidden units to cut into parts");
-    } else {
-      detail::expect_value(units % parts == 0, "upcycle",
-                           "hidden_dim " + std::to_string(units) + " is no multiple of " + std::to_string(parts) + " parts");
-    }
-    const double factor = output ? (hidden == Hidden::none ? 1 : double(parts)) / options.weight_sum : 1;
-    sources.push_back({w, options.noise > 0 ? options.noise * detail::standard_deviation(w) : 0, factor});
-  }
-  for (std::size_t i = 0; i < to_infos.size(); ++i) {
-    const auto [hidden, output] = kinds[i % kinds.size()];
-    const TensorInfo& dense_info = from_infos[i % kinds.size()];
-    const RowView<Scalar> w = detail::upcycling_tensor(weights, to_infos[i]);
-    detail::expect_shape("upcycle", to_infos[i].name, w, dense_info.rows / (hidden == Hidden::rows ? parts : 1),
-                         dense_info.cols / (hidden == Hidden::cols ? parts : 1));
-    for (const Source& source : sources) {
-      detail::expect_value(!detail::overlaps(source.w, w), "upcycle", "the weights overlap the dense ones");
+  for (std::size_t i = 0; i < infos.size(); ++i) {
+    const auto& source = sources[i % sources.size()];
+    const RowView<Scalar> w = detail::upcycling_tensor(weights, infos[i]);
+    detail::expect_shape("upcycle", infos[i].name, w, source.w.rows() / (source.kind.hidden == Hidden::rows ? parts : 1),
+                         source.w.cols() / (source.kind.hidden == Hidden::cols ? parts : 1));
+    for (const auto& other : sources) {
+      detail::expect_value(!detail::overlaps(other.w, w), "upcycle", "the weights overlap the dense ones");
     }
     targets.push_back(w);
   }
-
   for (std::size_t i = 0; i < targets.size(); ++i) {
-    const std::size_t tensor = i % kinds.size();
-    const Source& source = sources[tensor];
-    const RowView<Scalar> w = targets[i];
-    const Index expert = Index(i / kinds.size());
-    const Index part = expert % parts;
-    const Index row = kinds[tensor].hidden == Hidden::rows ? part * w.rows() : 0;
-    const Index col = kinds[tensor].hidden == Hidden::cols ? part * w.cols() : 0;
-    const Rng rng = options.rng.split(std::uint64_t(expert)).split(tensor);
-    for (Index r = 0; r < w.rows(); ++r) {
-      for (Index c = 0; c < w.cols(); ++c) {
-        const double noise = source.deviation > 0 ? source.deviation * rng.normal(std::uint64_t(r * w.cols() + c)) : 0;
-        w(r, c) = Scalar(source.factor * (double(source.w(row + r, col + c)) + noise));
-      }
-    }
+    const std::size_t tensor = i % sources.size();
+    const Index expert = Index(i / sources.size());
+    detail::upcycle_tensor(sources[tensor], targets[i], expert % parts, options.rng.split(std::uint64_t(expert)).split(tensor));
   }
 }
 

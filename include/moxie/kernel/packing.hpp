@@ -161,17 +161,25 @@ struct Panels {
     return {first, rows.stride * size, row >= rows.gap_at ? lines : (std::min)(lines, rows.gap_at - row)};
   }
 
-  /// Packs rows [k0, k0 + depth) of panels [q0, q0 + panels) of B to `out`, (steps x nr) each,
-  /// `stride` apart. The sums of columns beyond the last are never stored. A last step with one
-  /// number gets a zero as its second. If B is transposed, prefetches the lines of `next`
-  /// meanwhile.
+  /// A part of B: rows [k0, k0 + depth) of panels [q0, q0 + panels).
+  struct Part {
+    Index q0;
+    Index panels;
+    Index k0;
+    Index depth;
+  };
+
+  /// Packs a part of B to `out`, (steps x nr) a panel, `stride` apart. The sums of columns beyond
+  /// the last are never stored. A last step with one number gets a zero as its second. If B is
+  /// transposed, prefetches the lines of `next` meanwhile.
   template <class Source>
-  void pack(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out, Index stride,
+  void pack(const Operand<Source>& b, const Part& part, Unit<Element>* out, Index stride,
             const detail::PrefetchRun& next = {}) const {
     if (b.transposed()) {
-      pack_transposed(b, q0, panels, k0, depth, out, stride, next);
+      pack_transposed(b, part, out, stride, next);
       return;
     }
+    const auto [q0, panels, k0, depth] = part;
     constexpr Index distance = 32;  // rows between prefetching and reading
     for (Index p = 0; p < depth; p += elements) {
       const auto rows = detail::rows_of_step<Element>(b, k0 + p, k0 + depth);
@@ -193,8 +201,9 @@ struct Panels {
   static constexpr Index square = T::width * elements;  // numbers of a column that are transposed at once
 
   template <class Source>
-  void pack_transposed(const Operand<Source>& b, Index q0, Index panels, Index k0, Index depth, Unit<Element>* out,
-                       Index stride, const detail::PrefetchRun& next) const {
+  void pack_transposed(const Operand<Source>& b, const Part& part, Unit<Element>* out, Index stride,
+                       const detail::PrefetchRun& next) const {
+    const auto [q0, panels, k0, depth] = part;
     const Index squares = (std::max)(Index{1}, depth / square * 2 * panels);
     const Index lines = (next.lines + squares - 1) / squares;  // that each square prefetches
     auto line = reinterpret_cast<std::uintptr_t>(next.from);
@@ -291,7 +300,7 @@ template <class Arch = DefaultArch, class Scalar, class Element>
 void prepack(const Product<Scalar, Element>& p, Unit<Element>* out) {
   const Panels<Scalar, Arch, Element> panels{p.n, p.gated};
   p.b.visit([&](const auto& b) {
-    panels.pack(b, 0, panels.count(), 0, p.k, out, p.steps() * detail::RegisterTile<Scalar, Arch>::cols);
+    panels.pack(b, {0, panels.count(), 0, p.k}, out, p.steps() * detail::RegisterTile<Scalar, Arch>::cols);
   });
 }
 

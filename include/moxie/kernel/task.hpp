@@ -154,7 +154,7 @@ class Task {
     const bool share = product_.b.transposed() && group_ == 1 && tiles_ == 1;
     const PrefetchRun next = share ? queue_.take() : PrefetchRun{};
     product_.b.visit([&](const auto& b) {
-      panels_.pack(b, first_ + packing_, group_ - packing_, k0_, depth_, packed_panels_ + packing_ * packed_panel_stride_,
+      panels_.pack(b, {first_ + packing_, group_ - packing_, k0_, depth_}, packed_panels_ + packing_ * packed_panel_stride_,
                    packed_panel_stride_, next);
     });
   }

@@ -362,8 +362,9 @@ void balance_backward(const Balance& weights, const BalanceInput<Scalar>& in, co
       const RowView<const Scalar> threshold = detail::thresholds(in, begin, end, workspace);
       const RowView<Scalar> dthreshold = workspace.matrix<Scalar>(1, length);
       std::fill_n(dthreshold.row(0), length, Scalar(0));
-      load_loss_backward(in.logits.middle_rows(begin, length), detail::row_span(threshold), in.deviation, weights.load / b,
-                         gradient.logits.middle_rows(begin, length), detail::row_span(dthreshold), detail::row_span(scratch));
+      load_loss_backward<Scalar>(in.logits.middle_rows(begin, length), detail::row_span(threshold), in.deviation,
+                                 weights.load / b, {gradient.logits.middle_rows(begin, length), detail::row_span(dthreshold)},
+                                 detail::row_span(scratch));
       for (Index t = begin; t < end; ++t) {
         gradient.noisy_logits(t, in.best[std::size_t((t + 1) * in.top_k - 1)]) += dthreshold(0, t - begin);
       }

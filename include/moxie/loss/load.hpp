@@ -32,7 +32,15 @@ double load_loss(RowView<const Scalar> logits, std::span<const Scalar> threshold
   return squared_variation(scratch);
 }
 
-/// Adds weight · ∂loss/∂z_ti to `dlogits` (n,E), and weight · ∂loss/∂θ_t to `dthreshold` (n), with the normal density φ:
+/// Where the gradient of the load loss goes: added to both.
+template <class Scalar>
+struct LoadGradient {
+  RowView<Scalar> logits;       ///< (n,E)
+  std::span<Scalar> threshold;  ///< n
+};
+
+/// Adds weight · ∂loss/∂z_ti to the gradient of the logits, and weight · ∂loss/∂θ_t to that of the thresholds, with the normal
+/// density φ:
 ///
 ///     g_i = ∂CV²/∂load_i,   ∂/∂z_ti = g_i φ(u_ti) / σ,   ∂/∂θ_t = -Σ_i g_i φ(u_ti) / σ
 ///
@@ -40,8 +48,10 @@ double load_loss(RowView<const Scalar> logits, std::span<const Scalar> threshold
 template <class Scalar>
 void load_loss_backward(RowView<const std::type_identity_t<Scalar>> logits,
                         std::span<const std::type_identity_t<Scalar>> threshold, double deviation, double weight,
-                        RowView<Scalar> dlogits, std::span<Scalar> dthreshold, std::span<double> scratch) {
+                        const LoadGradient<Scalar>& gradient, std::span<double> scratch) {
   constexpr std::string_view where = "load_loss_backward";
+  const RowView<Scalar>& dlogits = gradient.logits;
+  const std::span<Scalar> dthreshold = gradient.threshold;
   detail::expect_shape(where, "dlogits", dlogits, logits.rows(), logits.cols());
   detail::expect_as_many(where, "dthreshold", dthreshold.size(), std::size_t(logits.rows()));
   load_loss<Scalar>(logits, threshold, deviation, scratch);

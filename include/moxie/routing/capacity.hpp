@@ -9,22 +9,47 @@
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
-/// Gives every pair its place at its expert, and drops what does not fit.
+/// The choices of tokens: pair t·K + k is the k-th of token t.
+template <class Scalar>
+struct ChosenPairs {
+  Index experts = 0;
+  Index top_k = 0;
+  std::span<const Index> expert;   ///< T·K: the expert of each pair, -1 for none
+  std::span<const Scalar> weight;  ///< T·K
+};
+
+/// What a capacity makes of pairs.
+struct Places {
+  Places() = default;
+  explicit Places(std::pmr::memory_resource* resource)
+      : place(0, resource), assigned(0, resource), order(0, resource), taken(0, resource) {}
+
+  Buffer<Index> place;     ///< T·K: the place of each pair at its expert, -1 of none; dropped pairs have one too
+  Buffer<Index> assigned;  ///< T·K: the expert, or -1 where the pair is dropped
+  Buffer<Index> order;     ///< T: the tokens of each sequence in the order in which they came
+  Buffer<Index> taken;     ///< scratch
+};
+
+/// Gives every pair its place at its expert, and drops what does not fit: `places` is overwritten.
 ///
-/// Pair t·K + k is the k-th choice of token t; `expert` (T·K) its expert or -1 for none, `weight` its weight. In each sequence,
-/// all first choices come before any second one, and so on; within a choice tokens come by `capacity.priority`. Places are
-/// counted over dropped pairs too. Where `place >= C` of the sequence, `assigned` is -1, elsewhere the expert. `place`,
-/// `assigned` and `order` (T) are overwritten; `order` has the tokens of each sequence in the order in which they came.
+/// In each sequence, all first choices come before any second one, and so on; within a choice tokens come by
+/// `capacity.priority`. Pairs are dropped where `place >= C` of the sequence.
 ///
 /// Throws ShapeError unless there are T·K experts and weights, ValueError for an expert outside [-1, E), a weight that is NaN
 /// where the weights decide, and a capacity below 1.
 ///
 /// GShard (Lepikhin et al. 2020), Algorithm 1; V-MoE (Riquelme et al. 2021), Algorithms 1 and 2. O(T K + T log T).
 template <class Scalar>
-void assign_places(const Sequences& sequences, Index experts, Index top_k, const Capacity& capacity,
-                   std::span<const Index> expert, std::span<const std::type_identity_t<Scalar>> weight, Buffer<Index>& place,
-                   Buffer<Index>& assigned, Buffer<Index>& order, Buffer<Index>& taken) {
+void assign_places(const Sequences& sequences, const ChosenPairs<std::type_identity_t<Scalar>>& pairs, const Capacity& capacity,
+                   Places& places) {
   constexpr std::string_view where = "assign_places";
+  const Index experts = pairs.experts;
+  const Index top_k = pairs.top_k;
+  const std::span<const Index> expert = pairs.expert;
+  const std::span<const Scalar> weight = pairs.weight;
+  Buffer<Index>& place = places.place;
+  Buffer<Index>& assigned = places.assigned;
+  Buffer<Index>& order = places.order;
   detail::expect_at_least(where, "top_k", top_k, 1);
   if (Index(expert.size()) != sequences.tokens() * top_k || weight.size() != expert.size()) {
     throw ShapeError(std::string(where) + ": there are " + std::to_string(expert.size()) + " experts and " +
@@ -60,12 +85,12 @@ void assign_places(const Sequences& sequences, Index experts, Index top_k, const
         return u > v || (u == v && a < b);
       });
     }
-    taken.assign(experts, 0);
+    places.taken.assign(experts, 0);
     for (Index k = 0; k < top_k; ++k) {
       for (Index i = begin; i < end; ++i) {
         const Index pair = order[i] * top_k + k;
         const Index e = expert[std::size_t(pair)];
-        place[pair] = e < 0 ? -1 : taken[e]++;
+        place[pair] = e < 0 ? -1 : places.taken[e]++;
         assigned[pair] = place[pair] < room ? e : -1;
       }
     }

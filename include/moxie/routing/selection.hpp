@@ -54,11 +54,18 @@ void select_largest(const Scalar* score, Index n, Index k, Index* order) {
   }
 }
 
+/// Room for the score of each group, and for the groups that are chosen.
+template <class Scalar>
+struct GroupScratch {
+  Scalar* score;
+  Index* group;
+};
+
 /// The K largest of those n scores that are in the best groups, ties to the lower index, of groups too. `score` is overwritten
-/// where a group is left out. `group_score` and `group` are scratch for G numbers. Scores must be finite. Throws ValueError for
+/// where a group is left out. `scratch` has room for G numbers. Scores must be finite. Throws ValueError for
 /// groups that do not divide the scores, and unless 1 <= K <= the number of scores in the groups that may be chosen.
 template <class Scalar>
-void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups& groups, Scalar* group_score, Index* group,
+void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups& groups, GroupScratch<Scalar> scratch,
                             Index* chosen) {
   constexpr std::string_view where = "select_top_k_in_groups";
   detail::expect_value(groups.count >= 1 && n % groups.count == 0, where, "groups.count must divide the number of scores");
@@ -75,9 +82,10 @@ void select_top_k_in_groups(Scalar* score, Index n, Index k, const ExpertGroups&
       second = (std::max)(second, (std::min)(first, s[i]));
       first = (std::max)(first, s[i]);
     }
-    group_score[g] = groups.score == GroupScore::largest || size == 1 ? first : first + second;
+    scratch.score[g] = groups.score == GroupScore::largest || size == 1 ? first : first + second;
   }
-  select_top_k(group_score, groups.count, groups.chosen, group);
+  Index* const group = scratch.group;
+  select_top_k(scratch.score, groups.count, groups.chosen, group);
   std::sort(group, group + groups.chosen);
   for (Index g = 0, next = 0; g < groups.count; ++g) {
     if (next < groups.chosen && group[next] == g) {

@@ -52,7 +52,7 @@ class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
     std::span<const Index> choices() const { return chosen_.span(); }
     /// The place of every choice at its expert, T·K, -1 of no choice; empty without a capacity. Choices with place >= C are
     /// dropped.
-    std::span<const Index> places() const { return place_.span(); }
+    std::span<const Index> places() const { return places_.place.span(); }
     /// K of this forward.
     Index top_k() const { return top_k_; }
     /// Weighted sum of the balance losses; `backward` adds its gradient.
@@ -90,10 +90,7 @@ class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
     Buffer<Scalar> clean_probabilities_{0, resource_};  // of the logits without noise
     Buffer<Index> chosen_{0, resource_};
     Buffer<Index> best_{0, resource_};  // the K largest logits, where others may have been chosen and losses look at them
-    Buffer<Index> place_{0, resource_};
-    Buffer<Index> assigned_{0, resource_};
-    Buffer<Index> order_{0, resource_};
-    Buffer<Index> taken_{0, resource_};
+    Places places_{resource_};
     Buffer<Scalar> weights_{0, resource_};
     Buffer<Scalar> shares_{0, resource_};  // normalized weights without the scale
     Balance balance_;
@@ -148,11 +145,11 @@ class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
     select(p, in, z, s, tape, context);
     take_weights(z, s, tape, exec);
     std::span<const Index> assigned = tape.chosen_.span();
-    tape.place_.resize(0);
+    tape.places_.place.resize(0);
     if (capacity.limited()) {
-      assign_places<Scalar>(capacity.groups(in.sequences), experts, k, capacity, tape.chosen_.span(), tape.weights_.span(),
-                            tape.place_, tape.assigned_, tape.order_, tape.taken_);
-      assigned = tape.assigned_.span();
+      assign_places<Scalar>(capacity.groups(in.sequences), {experts, k, tape.chosen_.span(), tape.weights_.span()}, capacity,
+                            tape.places_);
+      assigned = tape.places_.assigned.span();
     }
     plan.build(tokens, experts, k, assigned, tape.weights_.span());
     take_losses(in, tape, context);
@@ -278,7 +275,7 @@ class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
       for (Index e = 0; e < experts; ++e) {
         score(t, e) = s(t, e) + (config_.selection_bias ? p[bias_](0, e) : Scalar(0));
       }
-      select_top_k_in_groups(score.row(t), experts, k, config_.groups, group_score.row(t), group.row(t),
+      select_top_k_in_groups(score.row(t), experts, k, config_.groups, {group_score.row(t), group.row(t)},
                              tape.chosen_.data() + t * k);
     });
   }
