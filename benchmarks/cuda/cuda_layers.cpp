@@ -128,7 +128,7 @@ void measure(const char* name, const Layer& layer, Index tokens, Index length, c
   auto tape = layer.make_tape();
   const DeviceTokens<S> sequences(in, length);
   const auto forward = [&] { layer.forward(exec, weights, sequences, out, tape); };
-  const auto backward = [&] { layer.backward(exec, weights, sequences, out, din, grads, tape); };
+  const auto backward = [&] { layer.backward(exec, weights, sequences, out, {din, grads}, tape); };
   exec.reset_counts();
   forward();
   backward();

@@ -44,7 +44,7 @@ Step step_on_device(const std::vector<float>& parameters, const std::vector<floa
 
   auto tape = layer.make_tape();
   layer.forward(exec, weights, {in, length}, y, tape);
-  layer.backward(exec, weights, {in, length}, from, dx, grads, tape);
+  layer.backward(exec, weights, {in, length}, from, {dx, grads}, tape);
 
   Step step{std::vector<float>(x.size()), std::vector<float>(x.size()), std::vector<float>(parameters.size())};
   exec.read(y.data, step.y.data(), tokens * dim);  // waits for the stream

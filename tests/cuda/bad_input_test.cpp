@@ -86,7 +86,7 @@ TEST_CASE("device: other shapes, blocks and tapes are refused before anything is
                               "have another layout than the layer"));
   const auto backward = [&](const DeviceTokens<float>& tokens, DeviceRows<float> dy, DeviceRows<float> dx,
                             DeviceParameters<float>& to) {
-    return message_of<std::exception>([&] { layer.backward(exec, p, tokens, dy, dx, to, tape); });
+    return message_of<std::exception>([&] { layer.backward(exec, p, tokens, dy, {dx, to}, tape); });
   };
   Matrix<float> d = Matrix<float>::Ones(60, 8);
   const DeviceRows<float> dy(d.data(), 60, 8);
@@ -164,7 +164,7 @@ TEST_CASE(
   DeviceParameters<float> grads(exec, next.layout());
   Matrix<float> dx(6, 4);
   CHECK(moxie::test::contains(message_of<moxie::ValueError>([&] {
-                                next.backward(exec, moved, in, out, DeviceRows<float>(dx.data(), 6, 4), grads, tape);
+                                next.backward(exec, moved, in, out, {DeviceRows<float>(dx.data(), 6, 4), grads}, tape);
                               }),
                               "holds no forward of this layer"));
 }

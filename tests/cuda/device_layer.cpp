@@ -78,7 +78,7 @@ class Implementation final : public DeviceLayer<typename Layer::Scalar> {
     const cuda::DeviceRows<Scalar> from(dy_.resize(exec, tokens * dim()), tokens, dim());
     exec.upload(dy, from.data, tokens * dim());
     exec.reset_counts();
-    layer_.backward(exec, weights_, in, from, to, grads_, tape_);
+    layer_.backward(exec, weights_, in, from, {to, grads_}, tape_);
     take_cost();
     exec.read(to.data, dx, tokens * dim());
     grads_.download(exec, grads);

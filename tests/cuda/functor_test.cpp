@@ -41,9 +41,11 @@ TEST_CASE("column_reduce: sums and maxima of each group's columns, in pieces, ad
   const Groups groups{starts, starts.data()};
   Matrix<double> sums = Matrix<double>::Ones(4, 5);
   const moxie::cuda::ElementOf<double, double> value{view(m)};
-  moxie::cuda::column_sums<double>(exec, groups, 3, value, sums.data(), 5, true);
+  moxie::cuda::column_sums<double>(exec, groups, 3, value,
+                                   moxie::cuda::GroupRows<double>{sums.data(), 5, moxie::kernel::Write::add});
   Matrix<double> largest(4, 3);
-  moxie::cuda::column_reduce<moxie::cuda::Largest, double>(exec, groups, 3, value, largest.data(), 3, false);
+  moxie::cuda::column_reduce<moxie::cuda::Largest, double>(exec, groups, 3, value,
+                                                           moxie::cuda::GroupRows<double>{largest.data(), 3});
   for (Index g = 0; g < 4; ++g) {
     const auto part = m.middleRows(groups.begin(g), groups.rows(g));
     for (Index j = 0; j < 3; ++j) {

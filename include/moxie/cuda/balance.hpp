@@ -256,7 +256,6 @@ class BalanceTape {
     const Index experts = in.logits.cols;
     const Index count = sequences.count();
     const auto k = int(in.top_k);
-    const bool noisy = in.deviation > 0;
     double* loss = loss_.resize(exec, 1);
     known_ = false;
     if (sequences.tokens() == 0) {
@@ -276,7 +275,7 @@ class BalanceTape {
     }
     const auto sums = [&](auto value) {
       double* out = exec.scratch<double>(count * experts);
-      column_sums<double>(exec, groups, experts, value, out, experts, false, sequences.room());
+      column_sums<double>(exec, groups, experts, value, GroupRows<double>{out, experts}, sequences.room());
       return out;
     };
     const auto of_batch = [&](const double* of_sequence) {
@@ -294,27 +293,12 @@ class BalanceTape {
     row.of_sequence = exec.scratch<double>(count);
     exec.zero(row.coefficient, count * experts);
     exec.for_each_row(count, row);
-    const double share = 1 / double(row.nonempty);
-    if (weights.importance > 0) {
-      double* coefficient = row.coefficient;
-      if (noisy) {
-        coefficient = importance_.resize(exec, count * experts);
-        exec.zero(coefficient, count * experts);
-      }
-      const double* of_clean = noisy ? sums(ElementOf<double, Scalar>{in.clean}) : row.p;
-      exec.for_each_row(count, VariationRow{of_clean, experts, weights.importance * share, coefficient, row.of_sequence});
-    }
-    if (weights.load > 0 && noisy) {
-      double* coefficient = load_.resize(exec, count * experts);
-      exec.zero(coefficient, count * experts);
-      const double* load = sums(LoadOf<Scalar>{in.logits, in.noisy_logits, in.best, k, in.deviation});
-      exec.for_each_row(count, VariationRow{load, experts, weights.load * share, coefficient, row.of_sequence});
-    }
+    add_variations(exec, row, in, sums);
     double* of_tokens = exec.scratch<double>(2);
     if (weights.z > 0 || weights.token_entropy > 0) {
       const TokenLoss<Scalar> value{weights.z > 0 ? in.logits : DeviceRows<const Scalar>(),
                                     weights.token_entropy > 0 ? p : DeviceRows<const Scalar>()};
-      column_sums<double>(exec, sequences.tokens(), 2, value, of_tokens, false, sequences.room());
+      column_sums<double>(exec, sequences.tokens(), 2, value, GroupRows<double>{of_tokens, 2}, sequences.room());
     } else {
       exec.zero(of_tokens, 2);
     }
@@ -335,6 +319,31 @@ class BalanceTape {
   }
 
  private:
+  /// The importance and load losses. `sums(value)` adds a value up over the tokens of each sequence.
+  template <class Scalar, class Sums>
+  void add_variations(DeviceExec& exec, const BalanceRow& row, const BalanceInput<Scalar>& in, const Sums& sums) {
+    const Balance& weights = row.weights;
+    const Index count = row.sequences;
+    const Index experts = row.experts;
+    const bool noisy = in.deviation > 0;
+    const double share = 1 / double(row.nonempty);
+    if (weights.importance > 0) {
+      double* coefficient = row.coefficient;
+      if (noisy) {
+        coefficient = importance_.resize(exec, count * experts);
+        exec.zero(coefficient, count * experts);
+      }
+      const double* of_clean = noisy ? sums(ElementOf<double, Scalar>{in.clean}) : row.p;
+      exec.for_each_row(count, VariationRow{of_clean, experts, weights.importance * share, coefficient, row.of_sequence});
+    }
+    if (weights.load > 0 && noisy) {
+      double* coefficient = load_.resize(exec, count * experts);
+      exec.zero(coefficient, count * experts);
+      const double* load = sums(LoadOf<Scalar>{in.logits, in.noisy_logits, in.best, int(in.top_k), in.deviation});
+      exec.for_each_row(count, VariationRow{load, experts, weights.load * share, coefficient, row.of_sequence});
+    }
+  }
+
   DeviceBuffer<double> coefficient_, importance_, load_;
   DeviceBuffer<double> loss_;
   mutable double value_ = 0;

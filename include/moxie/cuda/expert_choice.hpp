@@ -118,8 +118,8 @@ class ExpertChoiceRouter {
   Index model_dim() const { return config_.model_dim; }
 
   /// Throws ValueError for `in.top_k`, which experts do not have.
-  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
-             Tape& tape) const {
+  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Plan& plan, Tape& tape) const {
+    const DeviceSequences& sequences = *in.division;
     constexpr std::string_view where = "ExpertChoiceRouter::route";
     detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
     const Index tokens = in.count();
@@ -163,15 +163,15 @@ class ExpertChoiceRouter {
     });
   }
 
-  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& /*sequences*/,
-                const Plan& plan, const Scalar* dweight, DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const Plan& plan,
+                const SparsePlanGradient<Scalar>& gradient, const Tape& tape) const {
     const Index tokens = in.count();
     const DeviceExec::Frame frame(exec);
     const DeviceRows<Scalar> dz(exec.scratch<Scalar>(in.room() * config_.experts), tokens, config_.experts);
     exec.zero(dz.data, tokens * config_.experts);
-    exec.for_each(plan.rows(), detail::ScatterWeight<Scalar>{plan.token(), plan.expert(), dweight, dz});
+    exec.for_each(plan.rows(), detail::ScatterWeight<Scalar>{plan.token(), plan.expert(), gradient.weight, dz});
     exec.for_each_row(tokens, SoftmaxBackwardRow<Scalar>{DeviceRows<const Scalar>(tape.scores(), tokens, config_.experts), dz});
-    gate_.backward(exec, p, in, dz, dx, grads, tape.gate_);
+    gate_.backward(exec, p, in, dz, gradient.into, tape.gate_);
   }
 
  private:

@@ -170,7 +170,9 @@ class GluExperts {
 
   /// drows (R,D), overwritten; gradients of the parameters are added. From the dh (R,D) of a forward's h, and its tape.
   void backward(DeviceExec& exec, const Scalar* p, const GroupedRows<Scalar>& in, DeviceRows<const Element> dh,
-                DeviceRows<Scalar> drows, Scalar* grads, const Tape& tape) const {
+                const DeviceGradient<Scalar>& into, const Tape& tape) const {
+    const DeviceRows<Scalar> drows = into.x;
+    Scalar* const grads = into.parameters;
     using Sum = SumOf<Element>;
     const Index rows = in.count();
     const DeviceExec::Frame frame(exec);
@@ -314,7 +316,9 @@ class MlpExperts {
   }
 
   void backward(DeviceExec& exec, const Scalar* p, const GroupedRows<Scalar>& in, DeviceRows<const Element> dh,
-                DeviceRows<Scalar> drows, Scalar* grads, const Tape& tape) const {
+                const DeviceGradient<Scalar>& into, const Tape& tape) const {
+    const DeviceRows<Scalar> drows = into.x;
+    Scalar* const grads = into.parameters;
     using Sum = SumOf<Element>;
     const Index rows = in.count();
     const DeviceExec::Frame frame(exec);
@@ -348,10 +352,12 @@ class MlpExperts {
                                .b = rows_of(x),
                                .c = fc1_.series(grads),
                                .add = true});
-    column_sums<Sum>(exec, in.groups, hidden_, ElementOf<Sum, Element>{da}, grads + bias1_.offset, bias1_.distance, true,
-                     in.room());
-    column_sums<Sum>(exec, in.groups, model_dim(), ElementOf<Sum, Element>{dh}, grads + bias2_.offset, bias2_.distance, true,
-                     in.room());
+    const auto add_sums = [&](const detail::BankTensor& bias, DeviceRows<const Element> rows_summed) {
+      column_sums<Sum>(exec, in.groups, rows_summed.cols, ElementOf<Sum, Element>{rows_summed},
+                       GroupRows<Scalar>{grads + bias.offset, bias.distance, kernel::Write::add}, in.room());
+    };
+    add_sums(bias1_, da);
+    add_sums(bias2_, dh);
   }
 
  private:

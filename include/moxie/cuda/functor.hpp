@@ -303,11 +303,18 @@ struct ReducePieces {
 
 }  // namespace detail
 
-/// For every group and column: out_gj = value(r, j) of all rows r of g, taken together by `Op`; or added to what is there. Row
-/// g of out is `distance` elements after row g-1. Pieces of 64 rows first, then these: in the same order always. `room`: how
-/// many rows there may be in other steps, so that scratch does not grow.
+/// Where numbers of groups and columns go: row g is `distance` elements after row g-1. They replace or add to what is there.
+template <class T>
+struct GroupRows {
+  T* data;
+  Index distance;
+  kernel::Write write = kernel::Write::replace;
+};
+
+/// For every group and column: out_gj = value(r, j) of all rows r of g, taken together by `Op`. Pieces of 64 rows first, then
+/// these: in the same order always. `room`: how many rows there may be in other steps, so that scratch does not grow.
 template <class Op, class T, class Value, class Out>
-void column_reduce(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add,
+void column_reduce(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, const GroupRows<Out>& out,
                    Index room = 0) {
   if (groups.count() <= 0) {
     return;
@@ -317,21 +324,22 @@ void column_reduce(DeviceExec& exec, const Groups& groups, Index cols, const Val
   const DeviceExec::Frame frame(exec);
   T* parts = exec.scratch<T>(numbers(room > groups.rows() ? room : groups.rows()) * cols);
   exec.for_each(numbers(groups.rows()) * cols, detail::ReducePiece<Op, T, Value>{value, pieces, cols, parts});
-  exec.for_each(groups.count() * cols, detail::ReducePieces<Op, T, Out>{parts, pieces, cols, out, distance, add});
+  exec.for_each(groups.count() * cols,
+                detail::ReducePieces<Op, T, Out>{parts, pieces, cols, out.data, out.distance, out.write == kernel::Write::add});
 }
 template <class Sum, class Value, class Out>
-void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, Out* out, Index distance, bool add,
+void column_sums(DeviceExec& exec, const Groups& groups, Index cols, const Value& value, const GroupRows<Out>& out,
                  Index room = 0) {
-  column_reduce<Plus, Sum>(exec, groups, cols, value, out, distance, add, room);
+  column_reduce<Plus, Sum>(exec, groups, cols, value, out, room);
 }
 /// Of all rows together.
 template <class Sum, class Value, class Out>
-void column_sums(DeviceExec& exec, Index rows, Index cols, const Value& value, Out* out, bool add, Index room = 0) {
+void column_sums(DeviceExec& exec, Index rows, Index cols, const Value& value, const GroupRows<Out>& out, Index room = 0) {
   const int whole[] = {0, int(rows)};
   const DeviceExec::Frame frame(exec);
   int* starts = exec.scratch<int>(2);
   exec.for_each(2, detail::Ends{int(rows), starts});
-  column_sums<Sum>(exec, Groups{whole, starts}, cols, value, out, cols, add, room);
+  column_sums<Sum>(exec, Groups{whole, starts}, cols, value, out, room);
 }
 
 }  // namespace MOXIE_CUDA_BACKEND

@@ -30,24 +30,32 @@ void linear(DeviceExec& exec, DeviceRows<const Scalar> x, const Scalar* weight, 
                                   .b = block_of(DeviceRows<const Scalar>(weight, to.cols, x.cols), 0, true),
                                   .c = block_of(to, 0)});
 }
+/// A result, and whether it is added to what is there.
+template <class T>
+struct Result {
+  T to;
+  kernel::Write write;
+  bool adds() const { return write == kernel::Write::add; }
+};
+
 /// dW = dzᵀ x, dx = dz W, or added to what is there.
 template <class Scalar>
 void linear_backward(DeviceExec& exec, DeviceRows<const Scalar> x, const Scalar* weight, DeviceRows<const Scalar> dz,
-                     DeviceRows<Scalar> dx, bool add_dx, Scalar* dweight, bool add_dweight) {
+                     const Result<DeviceRows<Scalar>>& dx, const Result<Scalar*>& dweight) {
   multiply<Scalar, Scalar>(exec, {.m = dz.cols,
                                   .n = x.cols,
                                   .k = x.rows,
                                   .a = block_of(dz, 0, true),
                                   .b = block_of(x, 0),
-                                  .c = block_of(DeviceRows<Scalar>(dweight, dz.cols, x.cols), 0),
-                                  .add = add_dweight});
+                                  .c = block_of(DeviceRows<Scalar>(dweight.to, dz.cols, x.cols), 0),
+                                  .add = dweight.adds()});
   multiply<Scalar, Scalar>(exec, {.m = x.rows,
                                   .n = x.cols,
                                   .k = dz.cols,
                                   .a = block_of(dz, 0),
                                   .b = block_of(DeviceRows<const Scalar>(weight, dz.cols, x.cols), 0),
-                                  .c = block_of(dx, 0),
-                                  .add = add_dx});
+                                  .c = block_of(dx.to, 0),
+                                  .add = dx.adds()});
 }
 
 struct SetStatus {
@@ -190,15 +198,16 @@ class Gate {
 
   /// From the sum of the gradients of z and z'; adds to dx and to dW.
   void backward(DeviceExec& exec, const Scalar* weight, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dz,
-                DeviceRows<Scalar> dx, Scalar* dweight, const Tape& tape) const {
+                const DeviceGradient<Scalar>& into, const Tape& tape) const {
+    using kernel::Write;
     if (tape.factor_.data == nullptr) {
-      detail::linear_backward<Scalar>(exec, in.x, weight, dz, dx, true, dweight, true);
+      detail::linear_backward<Scalar>(exec, in.x, weight, dz, {into.x, Write::add}, {into.parameters, Write::add});
       return;
     }
     const DeviceExec::Frame frame(exec);
     const DeviceRows<Scalar> dinput(exec.scratch<Scalar>(in.room() * model_dim_), in.count(), model_dim_);
-    detail::linear_backward<Scalar>(exec, tape.input_, weight, dz, dinput, false, dweight, true);
-    exec.for_each_row(in.count(), JitterBackwardRow<Scalar>{tape.factor_, dinput, dx});
+    detail::linear_backward<Scalar>(exec, tape.input_, weight, dz, {dinput, Write::replace}, {into.parameters, Write::add});
+    exec.for_each_row(in.count(), JitterBackwardRow<Scalar>{tape.factor_, dinput, into.x});
   }
 
  private:

@@ -89,6 +89,13 @@ class DeviceParameters {
   DeviceBuffer<Scalar> block_;
 };
 
+/// Where a layer's backward puts its results: dx (T,D) is overwritten, the gradients of all parameters are added to.
+template <class Scalar>
+struct DeviceGradients {
+  DeviceRows<Scalar> x;
+  DeviceParameters<Scalar>& parameters;
+};
+
 /// The mixture-of-experts layer on the device: what `moxie::Moe` is on the CPU.
 ///
 ///     y = combine(experts(dispatch(x))) [+ shared(x)]
@@ -225,8 +232,10 @@ class Moe {
   /// sequences and mask, rows overlap, or what is written overlaps what is read, before anything is written. CudaError where a
   /// call fails.
   void backward(DeviceExec& exec, const DeviceParameters<Scalar>& parameters, const DeviceTokens<Scalar>& in,
-                DeviceRows<const Scalar> dy, DeviceRows<Scalar> dx, DeviceParameters<Scalar>& grads, const Tape& tape) const {
+                DeviceRows<const Scalar> dy, const DeviceGradients<Scalar>& into, const Tape& tape) const {
     const std::string where = name_ + "::backward";
+    const DeviceRows<Scalar> dx = into.x;
+    DeviceParameters<Scalar>& grads = into.parameters;
     detail::expect_tokens(where, in, model_dim());
     expect_rows(where, "dy", dy, in);
     expect_rows(where, "dx", dx, in);
@@ -240,14 +249,15 @@ class Moe {
     expect_apart(where, "the gradients overlap what they are computed from, or dx", memory_of(grads),
                  {in.x.extent(), dy.extent(), dx.extent(), memory_of(parameters)});
     if (!tape.masked_) {
-      run_backward(exec, parameters.data(), in, dy, dx, grads.data(), tape);
+      run_backward(exec, parameters.data(), in, dy, {dx, grads.data()}, tape);
       return;
     }
     const DeviceExec::Frame frame(exec);
     const DeviceTokens<Scalar> part = unmasked_tokens(in, tape);
     const DeviceRows<Scalar> dx_part(exec.scratch<Scalar>(in.count() * model_dim()), part.count(), model_dim());
     run_backward(exec, parameters.data(), part,
-                 gather<Scalar>(exec, dy, tape.unmasked_.device_rows(), part.count(), in.count()), dx_part, grads.data(), tape);
+                 gather<Scalar>(exec, dy, tape.unmasked_.device_rows(), part.count(), in.count()), {dx_part, grads.data()},
+                 tape);
     exec.for_each_row(in.count(), dx.cols, RestoreRow<Scalar>{dx_part, tape.unmasked_.device_place(), dx});
   }
 
@@ -347,11 +357,17 @@ class Moe {
     return out;
   }
   static bool reads_noise(const DeviceTokens<Scalar>& in) { return in.training && in.noise.rows != 0; }
+  /// The tokens as a router reads them.
+  static DeviceTokens<Scalar> divided(const DeviceTokens<Scalar>& in, const Tape& tape) {
+    DeviceTokens<Scalar> out = in;
+    out.division = &tape.sequences_;
+    return out;
+  }
   /// The three steps, over tokens that are not masked; the arguments have been checked.
   template <class Weights>
   void run(DeviceExec& exec, const Weights& weights, const DeviceTokens<Scalar>& in, DeviceRows<Scalar> y, Tape& tape) const {
     tape.sequences_.set(exec, in.sequences, in.room());
-    router_.route(exec, router_part(weights), in, tape.sequences_, tape.plan_, tape.router_);
+    router_.route(exec, router_part(weights), divided(in, tape), tape.plan_, tape.router_);
     if (shared_) {
       tape.whole_.set(exec, Sequences().over(in.count()), in.room());
       if (in.count() > 0) {
@@ -362,13 +378,13 @@ class Moe {
     run_experts(exec, experts_part(weights), in, y, tape);
   }
   void run_backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dy,
-                    DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+                    const DeviceGradient<Scalar>& into, const Tape& tape) const {
     const DeviceExec::Frame frame(exec);
     if (shared_ && in.count() > 0) {
       shared_->backward(exec, shared_part(p), {tape.whole_.groups(), in.x, nullptr, nullptr, in.room()},
-                        elements(exec, dy, in.room()), dx, grads + shared_offset_, tape.shared_);
+                        elements(exec, dy, in.room()), {into.x, into.parameters + shared_offset_}, tape.shared_);
     }
-    run_experts_backward(exec, p, in, dy, dx, grads, tape);
+    run_experts_backward(exec, p, divided(in, tape), dy, into, tape);
   }
 
   /// Rows as products read them.
@@ -431,69 +447,76 @@ class Moe {
   }
 
   void run_experts_backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dy,
-                            DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+                            const DeviceGradient<Scalar>& into, const Tape& tape) const requires(sparse) {
+    const DeviceRows<Scalar> dx = into.x;
+    Scalar* const grads = into.parameters;
     const Index rows = tape.plan_.rows();
     const Index dim = model_dim();
     const DeviceRows<const Scalar> kept(tape.h_.data(), rows, dim);
     const DeviceRows<Scalar> drows(exec.scratch<Scalar>(tape.plan_.room() * dim), rows, dim);
-    if constexpr (sparse) {
-      Scalar* dweight = exec.scratch<Scalar>(tape.plan_.room());
-      const DeviceRows<Element> dh(exec.scratch<Element>(tape.plan_.room() * dim), rows, dim);
-      exec.for_each_row(rows,
-                        CombineBackwardRow<Scalar, Element>{tape.plan_.token(), tape.plan_.weight(), kept, dy, dh, dweight});
-      experts_.backward(exec, p + experts_offset_,
-                        {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), tape.plan_.room()}, dh, drows,
-                        grads + experts_offset_, tape.experts_);
-      exec.for_each_row(in.count(), dx.cols,
-                        CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
-      router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, dweight, dx, grads + router_offset_,
-                       tape.router_);
-    } else {
-      const Groups groups = tape.sequences_.groups();
-      const Index slot_count = tape.plan_.slot_count();
-      const Index tokens = in.count();
-      const DeviceRows<const Scalar> dispatch = tape.plan_.dispatch();
-      const DeviceRows<const Scalar> combine = tape.plan_.combine();
-      const DeviceRows<const Scalar> mixed(tape.slots_.data(), rows, dim);
-      const DeviceRows<Scalar> dout(exec.scratch<Scalar>(rows * dim), rows, dim);  // dỸ, then dX̃
-      const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
-      const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
-      multiply<Scalar, Scalar>(exec, groups,
-                               {.m = slot_count,
-                                .n = dim,
-                                .k = of_group,
-                                .a = rows_of(combine, true),
-                                .b = rows_of(dy),
-                                .c = slots_of(dout, slot_count)});
-      multiply<Scalar, Scalar>(exec, groups,
-                               {.m = of_group,
-                                .n = slot_count,
-                                .k = dim,
-                                .a = rows_of(dy),
-                                .b = slots_of(kept, slot_count, true),
-                                .c = rows_of(dcombine)});
-      experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
-                        gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows, rows), drows, grads + experts_offset_,
-                        tape.experts_);
-      exec.for_each_row(rows, dout.cols, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
-      multiply<Scalar, Scalar>(exec, groups,
-                               {.m = of_group,
-                                .n = slot_count,
-                                .k = dim,
-                                .a = rows_of(in.x),
-                                .b = slots_of(DeviceRows<const Scalar>(dout), slot_count, true),
-                                .c = rows_of(ddispatch)});
-      multiply<Scalar, Scalar>(exec, groups,
-                               {.m = of_group,
-                                .n = dim,
-                                .k = slot_count,
-                                .a = rows_of(dispatch),
-                                .b = slots_of(DeviceRows<const Scalar>(dout), slot_count),
-                                .c = rows_of(dx),
-                                .add = shared_.has_value()});
-      router_.backward(exec, p + router_offset_, in, tape.sequences_, tape.plan_, ddispatch, dcombine, dx,
-                       grads + router_offset_, tape.router_);
-    }
+    Scalar* dweight = exec.scratch<Scalar>(tape.plan_.room());
+    const DeviceRows<Element> dh(exec.scratch<Element>(tape.plan_.room() * dim), rows, dim);
+    exec.for_each_row(rows,
+                      CombineBackwardRow<Scalar, Element>{tape.plan_.token(), tape.plan_.weight(), kept, dy, dh, dweight});
+    experts_.backward(exec, p + experts_offset_,
+                      {tape.plan_.groups(), in.x, tape.plan_.token(), tape.plan_.expert(), tape.plan_.room()}, dh,
+                      {drows, grads + experts_offset_}, tape.experts_);
+    exec.for_each_row(in.count(), dx.cols,
+                      CombineRow<Scalar>{tape.plan_.rows_of_token(), nullptr, drows, dx, shared_.has_value()});
+    router_.backward(exec, p + router_offset_, in, tape.plan_, {dweight, {dx, grads + router_offset_}}, tape.router_);
+  }
+  void run_experts_backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, DeviceRows<const Scalar> dy,
+                            const DeviceGradient<Scalar>& into, const Tape& tape) const requires(!sparse) {
+    const DeviceRows<Scalar> dx = into.x;
+    Scalar* const grads = into.parameters;
+    const Index rows = tape.plan_.rows();
+    const Index dim = model_dim();
+    const DeviceRows<const Scalar> kept(tape.h_.data(), rows, dim);
+    const DeviceRows<Scalar> drows(exec.scratch<Scalar>(tape.plan_.room() * dim), rows, dim);
+    const Groups groups = tape.sequences_.groups();
+    const Index slot_count = tape.plan_.slot_count();
+    const Index tokens = in.count();
+    const DeviceRows<const Scalar> dispatch = tape.plan_.dispatch();
+    const DeviceRows<const Scalar> combine = tape.plan_.combine();
+    const DeviceRows<const Scalar> mixed(tape.slots_.data(), rows, dim);
+    const DeviceRows<Scalar> dout(exec.scratch<Scalar>(rows * dim), rows, dim);  // dỸ, then dX̃
+    const DeviceRows<Scalar> ddispatch(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
+    const DeviceRows<Scalar> dcombine(exec.scratch<Scalar>(in.room() * slot_count), tokens, slot_count);
+    multiply<Scalar, Scalar>(exec, groups,
+                             {.m = slot_count,
+                              .n = dim,
+                              .k = of_group,
+                              .a = rows_of(combine, true),
+                              .b = rows_of(dy),
+                              .c = slots_of(dout, slot_count)});
+    multiply<Scalar, Scalar>(exec, groups,
+                             {.m = of_group,
+                              .n = slot_count,
+                              .k = dim,
+                              .a = rows_of(dy),
+                              .b = slots_of(kept, slot_count, true),
+                              .c = rows_of(dcombine)});
+    experts_.backward(exec, p + experts_offset_, {tape.plan_.groups(), mixed, tape.plan_.slot_of_row(), tape.plan_.expert()},
+                      gather<Element>(exec, dout, tape.plan_.slot_of_row(), rows, rows), {drows, grads + experts_offset_},
+                      tape.experts_);
+    exec.for_each_row(rows, dout.cols, GatherRow<Scalar, Scalar>{drows, tape.plan_.row_of_slot(), dout});
+    multiply<Scalar, Scalar>(exec, groups,
+                             {.m = of_group,
+                              .n = slot_count,
+                              .k = dim,
+                              .a = rows_of(in.x),
+                              .b = slots_of(DeviceRows<const Scalar>(dout), slot_count, true),
+                              .c = rows_of(ddispatch)});
+    multiply<Scalar, Scalar>(exec, groups,
+                             {.m = of_group,
+                              .n = dim,
+                              .k = slot_count,
+                              .a = rows_of(dispatch),
+                              .b = slots_of(DeviceRows<const Scalar>(dout), slot_count),
+                              .c = rows_of(dx),
+                              .add = shared_.has_value()});
+    router_.backward(exec, p + router_offset_, in, tape.plan_, {ddispatch, dcombine, {dx, grads + router_offset_}},
+                     tape.router_);
   }
 
   std::string name_;

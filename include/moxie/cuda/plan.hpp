@@ -12,6 +12,15 @@
 namespace moxie::inline MOXIE_NAMESPACE::cuda {
 inline namespace MOXIE_CUDA_BACKEND {
 
+class DeviceSequences;
+
+/// Where a backward puts the gradient of its input, and adds those of its parameters.
+template <class Scalar>
+struct DeviceGradient {
+  DeviceRows<Scalar> x;
+  Scalar* parameters;
+};
+
 /// Tokens of the device, and how they divide into sequences; what `moxie::Tokens` is on the host. Converts from rows.
 template <class Scalar>
 struct DeviceTokens {
@@ -30,6 +39,8 @@ struct DeviceTokens {
   /// Set by the layer where it left masked tokens out: the row of each token in the caller's x, and how all divide.
   std::span<const int> rows = {};
   Sequences whole = {};
+  /// Set by the layer for its router: how they divide, on the device.
+  const DeviceSequences* division = nullptr;
 
   DeviceTokens() = default;
   template <class T>
@@ -258,6 +269,17 @@ void sort_by_key_descending(DeviceExec& exec, Key* keys, int* values, Index n) {
 
 }  // namespace detail
 
+/// The choices of tokens, on the device: pair t·K + k is the k-th of token t. Memory is for `room` tokens.
+template <class Scalar>
+struct ChosenPairs {
+  Index tokens;
+  Index room;
+  Index experts;
+  Index top_k;
+  const int* expert;  ///< -1: none
+  const Scalar* weight;
+};
+
 /// A sparse plan on the device: R rows, sorted by expert; with token choice then by token, as in `moxie::SparsePlan`.
 template <class Scalar>
 class SparsePlan {
@@ -285,8 +307,8 @@ class SparsePlan {
 
   /// Of K choices a token: pair t·K + k has an expert, -1 for none, and a weight. Waits for the device, to know how many rows
   /// every expert has; `status` (one number of the device) comes along, and is returned.
-  int build(DeviceExec& exec, Index tokens, Index room, Index experts, Index k, const int* expert, const Scalar* weight,
-            const int* status) {
+  int build(DeviceExec& exec, const ChosenPairs<Scalar>& chosen, const int* status) {
+    const auto [tokens, room, experts, k, expert, weight] = chosen;
     const Index pairs = detail::to_index("SparsePlan::build", tokens * k);
     tokens_ = tokens;
     room_ = room * k;
@@ -345,6 +367,20 @@ class SparsePlan {
   DeviceBuffer<int> token_, expert_;
   DeviceBuffer<Scalar> weight_;
   DeviceBuffer<int> token_rows_, token_starts_;
+};
+
+/// The gradient of a sparse plan, of each row's weight, and where the router puts what follows from it.
+template <class Scalar>
+struct SparsePlanGradient {
+  const Scalar* weight;
+  DeviceGradient<Scalar> into;
+};
+/// That of a dense plan.
+template <class Scalar>
+struct DensePlanGradient {
+  DeviceRows<const Scalar> dispatch;
+  DeviceRows<const Scalar> combine;
+  DeviceGradient<Scalar> into;
 };
 
 }  // namespace MOXIE_CUDA_BACKEND

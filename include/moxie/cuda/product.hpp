@@ -114,63 +114,83 @@ bool aligned(const Product<Element, Out>& p) {
   return sizeof(Element) > 2 || (fits(p.a) && fits(p.b) && fits(p.c));
 }
 
-/// Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
+inline cublasOperation_t operation(bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; }
+template <class Element>
+inline constexpr cublasComputeType_t compute_type = std::is_same_v<Element, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+
+/// Sums of nothing are zeros.
 template <class Element, class Out>
-void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
-  using Sum = std::conditional_t<std::is_same_v<Element, double>, double, float>;
-  constexpr cublasComputeType_t compute = std::is_same_v<Element, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
-  const auto operation = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
-  const Index count = groups.count();
-  const bool by_rows = p.m == p.of_group || p.k == p.of_group;
-  if (!p.add) {
-    for (Index g = 0; g < count; ++g) {
-      if (p.depth(groups, g) == 0 && p.rows(groups, g) > 0) {  // a sum of nothing
-        expect_success(cudaMemset2DAsync(p.c.of(g, groups.begin(g)), std::size_t(p.c.stride) * sizeof(Out), 0,
-                                         std::size_t(p.n) * sizeof(Out), std::size_t(p.rows(groups, g)), exec.stream()),
-                       "cudaMemset2DAsync");
-      }
+void clear_empty_products(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
+  for (Index g = 0; g < groups.count(); ++g) {
+    if (p.depth(groups, g) == 0 && p.rows(groups, g) > 0) {
+      expect_success(cudaMemset2DAsync(p.c.of(g, groups.begin(g)), std::size_t(p.c.stride) * sizeof(Out), 0,
+                                       std::size_t(p.n) * sizeof(Out), std::size_t(p.rows(groups, g)), exec.stream()),
+                     "cudaMemset2DAsync");
     }
   }
+}
+
 #if CUBLAS_VERSION >= 120500
-  // One call for all groups that have something to do, where cuBLAS has one for these types.
+/// One call for all groups that have something to do, where cuBLAS has one for these types and that pays. Whether it was made.
+template <class Element, class Out>
+bool multiply_at_once(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
+  using Sum = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+  const Index count = groups.count();
   double work = 0;
   for (Index g = 0; g < count; ++g) {
     work += double(p.rows(groups, g)) * double(p.depth(groups, g)) * double(p.n);
   }
-  if (std::is_same_v<Element, Out> && count > 1 && work <= exec.group_up_to * double(count) && aligned(p)) {
-    std::vector<int> rows, depth;
-    for (Index g = 0; g < count; ++g) {
-      if (!by_rows || groups.rows(g) > 0) {
-        rows.push_back(to_int(p.rows(groups, g)));
-        depth.push_back(to_int(p.depth(groups, g)));
-      }
+  if (!std::is_same_v<Element, Out> || count <= 1 || work > exec.group_up_to * double(count) || !aligned(p)) {
+    return false;
+  }
+  const bool by_rows = p.m == p.of_group || p.k == p.of_group;
+  std::vector<int> rows, depth;
+  for (Index g = 0; g < count; ++g) {
+    if (!by_rows || groups.rows(g) > 0) {
+      rows.push_back(to_int(p.rows(groups, g)));
+      depth.push_back(to_int(p.depth(groups, g)));
     }
-    const std::size_t n = rows.size();
-    if (n == 0) {
-      return;
-    }
-    const std::vector<cublasOperation_t> of_a(n, operation(p.a.transposed));
-    const std::vector<cublasOperation_t> of_b(n, operation(p.b.transposed));
-    const std::vector<int> cols(n, to_int(p.n)), one(n, 1);
-    const std::vector<int> lda(n, to_int(p.a.stride)), ldb(n, to_int(p.b.stride)), ldc(n, to_int(p.c.stride));
-    const std::vector<Sum> alpha(n, Sum(1));
-    const std::vector<Sum> beta(n, p.add ? Sum(1) : Sum(0));
-    const DeviceExec::Frame frame(exec);
-    const void** a = exec.scratch<const void*>(count);
-    const void** b = exec.scratch<const void*>(count);
-    void** c = exec.scratch<void*>(count);
-    exec.for_each(count, Addresses<Element, Out>{p.a, p.b, p.c, groups.device, by_rows, a, b, c});
-    exec.count_product();
-    expect_success(cublasGemmGroupedBatchedEx(exec.handle(), of_b.data(), of_a.data(), cols.data(), rows.data(), depth.data(),
-                                              alpha.data(), b, type_of<Element>, ldb.data(), a, type_of<Element>, lda.data(),
-                                              beta.data(), c, type_of<Out>, ldc.data(), int(n), one.data(), compute),
-                   "cublasGemmGroupedBatchedEx");
+  }
+  const std::size_t n = rows.size();
+  if (n == 0) {
+    return true;
+  }
+  const std::vector<cublasOperation_t> of_a(n, operation(p.a.transposed));
+  const std::vector<cublasOperation_t> of_b(n, operation(p.b.transposed));
+  const std::vector<int> cols(n, to_int(p.n)), one(n, 1);
+  const std::vector<int> lda(n, to_int(p.a.stride)), ldb(n, to_int(p.b.stride)), ldc(n, to_int(p.c.stride));
+  const std::vector<Sum> alpha(n, Sum(1));
+  const std::vector<Sum> beta(n, p.add ? Sum(1) : Sum(0));
+  const DeviceExec::Frame frame(exec);
+  const void** a = exec.scratch<const void*>(count);
+  const void** b = exec.scratch<const void*>(count);
+  void** c = exec.scratch<void*>(count);
+  exec.for_each(count, Addresses<Element, Out>{p.a, p.b, p.c, groups.device, by_rows, a, b, c});
+  exec.count_product();
+  expect_success(
+      cublasGemmGroupedBatchedEx(exec.handle(), of_b.data(), of_a.data(), cols.data(), rows.data(), depth.data(), alpha.data(),
+                                 b, type_of<Element>, ldb.data(), a, type_of<Element>, lda.data(), beta.data(), c, type_of<Out>,
+                                 ldc.data(), int(n), one.data(), compute_type<Element>),
+      "cublasGemmGroupedBatchedEx");
+  return true;
+}
+#endif
+
+/// Row-major C = A B is column-major Cᵀ = Bᵀ Aᵀ.
+template <class Element, class Out>
+void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out>& p) {
+  using Sum = std::conditional_t<std::is_same_v<Element, double>, double, float>;
+  if (!p.add) {
+    clear_empty_products(exec, groups, p);
+  }
+#if CUBLAS_VERSION >= 120500
+  if (multiply_at_once(exec, groups, p)) {
     return;
   }
 #endif
   const Sum alpha = 1;
   const Sum beta = p.add ? 1 : 0;
-  for (Index g = 0; g < count; ++g) {
+  for (Index g = 0; g < groups.count(); ++g) {
     const Index rows = p.rows(groups, g);
     const Index depth = p.depth(groups, g);
     if (rows == 0 || depth == 0) {
@@ -181,7 +201,7 @@ void multiply(DeviceExec& exec, const Groups& groups, const Product<Element, Out
     expect_success(cublasGemmEx(exec.handle(), operation(p.b.transposed), operation(p.a.transposed), to_int(p.n), to_int(rows),
                                 to_int(depth), &alpha, p.b.of(g, first), type_of<Element>, to_int(p.b.stride), p.a.of(g, first),
                                 type_of<Element>, to_int(p.a.stride), &beta, p.c.of(g, first), type_of<Out>, to_int(p.c.stride),
-                                compute, CUBLAS_GEMM_DEFAULT),
+                                compute_type<Element>, CUBLAS_GEMM_DEFAULT),
                    "cublasGemmEx");
   }
 }

@@ -253,8 +253,8 @@ class SoftRouter {
 
   /// Throws ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it, and
   /// ValueError for `in.top_k`, which slots do not have.
-  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
-             Tape& tape) const {
+  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Plan& plan, Tape& tape) const {
+    const DeviceSequences& sequences = *in.division;
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
     const Index tokens = in.count();
     const Index slot_count = config_.slot_count();
@@ -288,10 +288,10 @@ class SoftRouter {
       }
       const SlotLogit<Scalar> logit{z, scale};
       Scalar* largest = exec.scratch<Scalar>(groups.count() * slot_count);
-      column_reduce<Largest, Scalar>(exec, groups, slot_count, logit, largest, slot_count, false, in.room());
+      column_reduce<Largest, Scalar>(exec, groups, slot_count, logit, GroupRows<Scalar>{largest, slot_count}, in.room());
       const SlotExponential<Scalar> exponential{logit, sequences.of_token(), largest};
       Scalar* sum = exec.scratch<Scalar>(groups.count() * slot_count);
-      column_reduce<Plus, Scalar>(exec, groups, slot_count, exponential, sum, slot_count, false, in.room());
+      column_reduce<Plus, Scalar>(exec, groups, slot_count, exponential, GroupRows<Scalar>{sum, slot_count}, in.room());
       exec.for_each_row(tokens, DispatchRow<Scalar>{exponential, sum, plan.dispatch()});
     } else {
       exec.for_each_row(tokens, ConstantRow<Scalar>{config_.dispatch == Mixing::identity, true, groups.device,
@@ -300,9 +300,11 @@ class SoftRouter {
   }
 
   /// From dD and dC (T,N); adds to dx and to the gradients of Φ and the scale.
-  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences,
-                const Plan& plan, DeviceRows<const Scalar> ddispatch, DeviceRows<const Scalar> dcombine, DeviceRows<Scalar> dx,
-                Scalar* grads, const Tape& tape) const {
+  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const Plan& plan,
+                const DensePlanGradient<Scalar>& gradient, const Tape& tape) const {
+    using kernel::Write;
+    const DeviceSequences& sequences = *in.division;
+    const auto& [ddispatch, dcombine, into] = gradient;
     if (!config_.learned()) {
       return;
     }
@@ -318,28 +320,28 @@ class SoftRouter {
     if (config_.dispatch == Mixing::learned) {
       row.d = plan.dispatch();
       Scalar* dots = exec.scratch<Scalar>(sequences.count() * slot_count);
-      column_reduce<Plus, Scalar>(exec, sequences.groups(), slot_count, ElementProduct<Scalar>{row.d, ddispatch}, dots,
-                                  slot_count, false, in.room());
+      column_reduce<Plus, Scalar>(exec, sequences.groups(), slot_count, ElementProduct<Scalar>{row.d, ddispatch},
+                                  GroupRows<Scalar>{dots, slot_count}, in.room());
       row.dots = dots;
     }
     exec.for_each_row(tokens, row);
     if (!config_.normalize) {
-      detail::linear_backward<Scalar>(exec, in.x, p, dz, dx, true, grads, true);
+      detail::linear_backward<Scalar>(exec, in.x, p, dz, {into.x, Write::add}, {into.parameters, Write::add});
       return;
     }
     const DeviceRows<const Scalar> x_hat(tape.x_.data(), tokens, dim);
     const DeviceRows<const Scalar> phi_hat(tape.phi_.data(), slot_count, dim);
     const DeviceRows<Scalar> dx_hat(exec.scratch<Scalar>(in.room() * dim), tokens, dim);
     const DeviceRows<Scalar> dphi_hat(exec.scratch<Scalar>(slot_count * dim), slot_count, dim);
-    detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, dx_hat, false, dphi_hat.data, false);
+    detail::linear_backward<Scalar>(exec, x_hat, phi_hat.data, dz, {dx_hat, Write::replace}, {dphi_hat.data, Write::replace});
     const Index scale_offset = detail::device_offset(layout_, 1);
     const Scalar* scale = p + scale_offset;
     Scalar* dots = exec.scratch<Scalar>(slot_count);
-    const DeviceRows<Scalar> dphi(grads, slot_count, dim);
+    const DeviceRows<Scalar> dphi(into.parameters, slot_count, dim);
     exec.for_each_row(slot_count, NormalizeBackwardRow<Scalar>{phi_hat, dphi_hat, tape.phi_factor_.data(), scale, dphi, dots});
-    exec.for_each_row(tokens, NormalizeBackwardRow<Scalar>{x_hat, dx_hat, tape.x_factor_.data(), scale, dx, nullptr});
+    exec.for_each_row(tokens, NormalizeBackwardRow<Scalar>{x_hat, dx_hat, tape.x_factor_.data(), scale, into.x, nullptr});
     column_sums<Scalar>(exec, slot_count, 1, ElementOf<Scalar, Scalar>{DeviceRows<const Scalar>(dots, slot_count, 1)},
-                        grads + scale_offset, true);
+                        GroupRows<Scalar>{into.parameters + scale_offset, 1, kernel::Write::add});
   }
 
  private:

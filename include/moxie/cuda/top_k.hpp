@@ -470,8 +470,8 @@ class TopKRouter {
         return;
       }
       detail::expect_value(load.size() == row_.experts, "add_times_chosen", "the load is not of as many experts");
-      column_sums<double>(exec, chosen_.size() / top_k_, row_.experts, TimesChosen{chosen_.data(), row_.k, row_.k}, load.data(),
-                          true, most_tokens_);
+      column_sums<double>(exec, chosen_.size() / top_k_, row_.experts, TimesChosen{chosen_.data(), row_.k, row_.k},
+                          GroupRows<double>{load.data(), row_.experts, kernel::Write::add}, most_tokens_);
     }
     double balance_loss(DeviceExec& exec) const { return losses_ ? balance_.loss(exec) : 0; }
 
@@ -523,8 +523,8 @@ class TopKRouter {
   }
 
   /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
-  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences, Plan& plan,
-             Tape& tape) const {
+  void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Plan& plan, Tape& tape) const {
+    const DeviceSequences& sequences = *in.division;
     constexpr std::string_view where = "TopKRouter::route";
     const Index tokens = in.count();
     const Index experts = config_.experts;
@@ -574,37 +574,23 @@ class TopKRouter {
     if (tape.placed_) {
       assigned = assign(exec, sequences, row, tape);
     }
-    tape.status_.expect_finite(where, plan.build(exec, tokens, room, experts, k, assigned, row.weight, row.first_bad));
+    tape.status_.expect_finite(where, plan.build(exec, {tokens, room, experts, k, assigned, row.weight}, row.first_bad));
     tape.losses_ = balance.any();
     if (tape.losses_) {
-      BalanceInput<Scalar>& seen = tape.seen_;
-      seen = {};
-      seen.top_k = k;
-      seen.probabilities = {row.probability == nullptr ? row.s.data : row.probability, tokens, experts};
-      seen.clean = seen.probabilities;
-      seen.logits = tape.gate_.logits();
-      seen.noisy_logits = row.z;
-      seen.best = row.best == nullptr ? row.chosen : row.best;
-      seen.counted = balance.count_chosen ? row.chosen : seen.best;
-      if (tape.gate_.noisy()) {
-        seen.deviation = gate_.deviation();
-        if (balance.importance > 0) {
-          seen.clean = clean_probabilities(exec, seen.logits, room, row, tape);
-        }
-      }
-      tape.balance_.set(exec, balance, sequences, seen);
+      take_losses(exec, in, tape);
     }
   }
 
   /// From ∂/∂ of the rows' weights; adds to dx and to the gradient of the gate.
-  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const DeviceSequences& sequences,
-                const Plan& plan, const Scalar* dweight, DeviceRows<Scalar> dx, Scalar* grads, const Tape& tape) const {
+  void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const Plan& plan,
+                const SparsePlanGradient<Scalar>& gradient, const Tape& tape) const {
+    const DeviceSequences& sequences = *in.division;
     const Index tokens = in.count();
     const DeviceExec::Frame frame(exec);
     const Index room = in.room() * config_.experts;
     const DeviceRows<Scalar> dz(exec.scratch<Scalar>(room), tokens, config_.experts);
     const Balance& balance = config_.balance;
-    TopKBackwardRow<Scalar> row{.row = tape.row_, .rows_of = plan.rows_of_token(), .dweight = dweight};
+    TopKBackwardRow<Scalar> row{.row = tape.row_, .rows_of = plan.rows_of_token(), .dweight = gradient.weight};
     row.sequence = sequences.of_token();
     row.coefficient = tape.losses_ && balance.of_probabilities() ? tape.balance_.coefficient() : nullptr;
     row.z_loss = tokens == 0 ? 0 : balance.z / double(tokens);
@@ -625,10 +611,33 @@ class TopKRouter {
                                                  scratch,
                                                  dz});
     }
-    gate_.backward(exec, p, in, dz, dx, grads, tape.gate_);
+    gate_.backward(exec, p, in, dz, gradient.into, tape.gate_);
   }
 
  private:
+  /// The balance losses of what was routed.
+  void take_losses(DeviceExec& exec, const DeviceTokens<Scalar>& in, Tape& tape) const {
+    const Balance& balance = config_.balance;
+    const TopKRow<Scalar>& row = tape.row_;
+    const Index tokens = in.count();
+    BalanceInput<Scalar>& seen = tape.seen_;
+    seen = {};
+    seen.top_k = tape.top_k_;
+    seen.probabilities = {row.probability == nullptr ? row.s.data : row.probability, tokens, config_.experts};
+    seen.clean = seen.probabilities;
+    seen.logits = tape.gate_.logits();
+    seen.noisy_logits = row.z;
+    seen.best = row.best == nullptr ? row.chosen : row.best;
+    seen.counted = balance.count_chosen ? row.chosen : seen.best;
+    if (tape.gate_.noisy()) {
+      seen.deviation = gate_.deviation();
+      if (balance.importance > 0) {
+        seen.clean = clean_probabilities(exec, seen.logits, in.room(), row, tape);
+      }
+    }
+    tape.balance_.set(exec, balance, *in.division, seen);
+  }
+
   /// Probabilities of the logits without noise.
   DeviceRows<const Scalar> clean_probabilities(DeviceExec& exec, DeviceRows<const Scalar> z, Index room,
                                                const TopKRow<Scalar>& row, Tape& tape) const {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <moxie/core/field_count.hpp>
 #include <moxie/routing/config.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -31,6 +32,7 @@ struct TopKMoEConfig {
   Index gate_dim = 0;
 
   TopKRouterConfig router() const {
+    static_assert(field_count<TopKRouterConfig> == 14, "an option of the router is missing here");
     return {model_dim, experts, top_k,          order,    normalize, scale,   balance, allow_constant_weights,
             score,     groups,  selection_bias, capacity, noise,     gate_dim};
   }
@@ -55,6 +57,7 @@ struct SoftMoEConfig {
   Index gate_dim = 0;
 
   SoftRouterConfig router() const {
+    static_assert(field_count<SoftRouterConfig> == 9, "an option of the router is missing here");
     return {model_dim, experts, slots_per_expert, normalize, dispatch, combine, scale, initial_scale, gate_dim};
   }
 };
@@ -70,7 +73,10 @@ struct ExpertChoiceMoEConfig {
   double scale = 1;
   Index gate_dim = 0;
 
-  ExpertChoiceRouterConfig router() const { return {model_dim, experts, capacity, noise, scale, gate_dim}; }
+  ExpertChoiceRouterConfig router() const {
+    static_assert(field_count<ExpertChoiceRouterConfig> == 6, "an option of the router is missing here");
+    return {model_dim, experts, capacity, noise, scale, gate_dim};
+  }
 };
 
 }  // namespace moxie::inline MOXIE_NAMESPACE
