@@ -110,10 +110,12 @@ class AdamW {
   AdamW(const AdamWConfig& config, const Parameters<S>& weights)
       : AdamW(config, weights, [&](const TensorInfo&) { return TensorRule{.weight_decay = config.weight_decay}; }) {}
 
-  /// `rule(info)` gives the `TensorRule` of each tensor; it is called here only. No decay for vectors, for example:
+  /// `rule(info)` gives the `TensorRule` of each tensor; it is called here only. Decay for the weights alone, and half the
+  /// rate for gates, for example:
   ///
   ///     AdamW<float> adam(config, weights, [](const moxie::TensorInfo& t) {
-  ///       return nn::TensorRule{.weight_decay = t.shape.size() > 1 ? 0.1 : 0};
+  ///       return nn::TensorRule{.rate = t.role == moxie::Role::gate ? 0.5 : 1,
+  ///                             .weight_decay = t.role == moxie::Role::weight ? 0.1 : 0};
   ///     });
   ///
   /// Throws ValueError if a rate or a decay is negative or not finite.

@@ -109,7 +109,7 @@ class LabelEmbedding {
  public:
   /// Declares `name`.weight, (labels,D).
   LabelEmbedding(Layout& layout, const std::string& name, Index labels, Index dim)
-      : table_(layout.add(name + ".weight", {labels, dim})) {}
+      : table_(layout.add(name + ".weight", {labels, dim}, {.role = moxie::Role::embedding})) {}
 
   void initialize(ParameterView<S> p, const Rng& rng) const { rng.split(std::uint64_t(table_)).fill_normal(p[table_], 0.02); }
 

@@ -31,7 +31,8 @@ class LayerNorm {
 
   /// Declares `name`.weight and `name`.bias.
   LayerNorm(Layout& layout, const std::string& name, Index d)
-      : weight_(layout.add(name + ".weight", {d})), bias_(layout.add(name + ".bias", {d})) {}
+      : weight_(layout.add(name + ".weight", {d}, {.role = moxie::Role::norm})),
+        bias_(layout.add(name + ".bias", {d}, {.role = moxie::Role::bias})) {}
 
   /// The weight becomes 1. The bias is left as it is.
   void initialize(ParameterView<S> p) const { p[weight_].eigen().setOnes(); }

@@ -30,7 +30,8 @@ class Linear {
   Linear(Layout& layout, const std::string& name, Index in, Index out) : Linear(layout, name, {out, in}, out) {}
   /// The weight has another shape, whose rows are the outputs: a convolution over disjoint patches has (out,C,p,p).
   Linear(Layout& layout, const std::string& name, std::vector<Index> shape, Index out)
-      : weight_(layout.add(name + ".weight", std::move(shape))), bias_(layout.add(name + ".bias", {out})) {}
+      : weight_(layout.add(name + ".weight", std::move(shape))),
+        bias_(layout.add(name + ".bias", {out}, {.role = moxie::Role::bias})) {}
 
   /// Glorot's uniform initialization: W from ±√(6 / (in + out)). The bias is left as it is.
   void initialize(ParameterView<S> p, const Rng& rng) const {

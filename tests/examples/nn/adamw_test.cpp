@@ -3,7 +3,11 @@
 
 #include <limits>
 #include <map>
+#include <moxie/layer/top_k_moe.hpp>
 #include <nn/adamw.hpp>
+#include <nn/embedding.hpp>
+#include <nn/layer_norm.hpp>
+#include <nn/linear.hpp>
 #include <string>
 #include <vector>
 
@@ -112,6 +116,29 @@ TEST_CASE("AdamW: rate, decay and schedule are a function of the tensor") {
   CHECK(asked.size() == 4);
   CHECK((w["frozen"].eigen().array() == 2).all());
   CHECK((adam.ema()["frozen"].eigen().array() - 2).abs().maxCoeff() < 1e-14);
+}
+
+TEST_CASE("AdamW: a rule may go by the role of a tensor, of the parts of a transformer and of a layer with experts alike") {
+  moxie::Layout l;
+  const nn::Linear<float> linear(l, "linear", 4, 3);
+  const nn::LayerNorm<float> norm(l, "norm", 4);
+  const nn::LabelEmbedding<float> labels(l, "labels", 5, 4);
+  const moxie::TopKMoE<float> layer(
+      {.model_dim = 4, .experts = 2, .expert = {.hidden_dim = 3, .bias = true}, .selection_bias = true});
+  l.add_part("moe.", layer.layout());
+  const Parameters<float> w(l);
+  std::map<moxie::Role, std::vector<std::string>> names;
+  const nn::AdamW<float> adam({}, w, [&](const moxie::TensorInfo& t) {
+    names[t.role].push_back(t.name);
+    return nn::TensorRule{};
+  });
+  using moxie::Role;
+  CHECK(names[Role::norm] == std::vector<std::string>{"norm.weight"});
+  CHECK(names[Role::embedding] == std::vector<std::string>{"labels.weight"});
+  CHECK(names[Role::gate] == std::vector<std::string>{"moe.gate.weight"});
+  CHECK(names[Role::weight].size() == 1 + 2 * 3);
+  CHECK(names[Role::bias].size() == 2 + 2 * 3);
+  CHECK(names[Role::state].empty());  // no gradient trains it: it is not asked for
 }
 
 TEST_CASE("AdamW: a tensor that no gradient trains is neither moved nor decayed, and its average follows it") {
