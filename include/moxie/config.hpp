@@ -5,9 +5,13 @@
 #include <moxie/version.hpp>
 
 // The sums and `kernel::exp` depend on the order of floating-point operations, and the checks of logits on NaN. -ffast-math
-// gives up both: values become wrong without a message (docs/numerics.md).
-#if defined(__FAST_MATH__) && !defined(MOXIE_ALLOW_FAST_MATH)
-#error "moxie: -ffast-math makes results wrong; compile without it, or define MOXIE_ALLOW_FAST_MATH to try it all the same"
+// gives up both: values become wrong without a message (docs/numerics.md). So do three of the flags that it is made of, where
+// the compiler tells them (clang does not tell -fassociative-math and -freciprocal-math).
+#if !defined(MOXIE_ALLOW_FAST_MATH) &&                                                          \
+    (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+     (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__))
+#error \
+    "moxie: -ffast-math and its parts -fassociative-math, -freciprocal-math and -ffinite-math-only make results wrong; compile without them, or define MOXIE_ALLOW_FAST_MATH to try it all the same"
 #endif
 
 /// Everything lives in an inline namespace, which a user never writes. `MOXIE_VERSION_NAMESPACE` names the version: error types

@@ -21,7 +21,7 @@ dit::TrainingConfig small(const std::string& feed_forward) {
   return c;
 }
 
-std::int64_t counted(const dit::TrainingConfig& c) { return std::int64_t(dit::model_of(c).layout().parameter_count()); }
+std::int64_t counted(const dit::TrainingConfig& c) { return dit::model_of(c).layout().parameter_count(); }
 
 }  // namespace
 
