@@ -13,6 +13,8 @@ namespace formula = moxie::formula;
 
 double sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
 
+moxie::Score score_of(bool softmax) { return softmax ? moxie::Score::softmax : moxie::Score::sigmoid; }
+
 // Shares of the chosen experts of a token.
 struct Shares {
   static constexpr std::size_t k = 3;
@@ -27,10 +29,10 @@ struct Shares {
     for (std::size_t e = 0; e < z.size(); ++e) {
       s[e] = softmax ? std::exp(z[e]) / sum : sigmoid(z[e]);
     }
-    const auto all = formula::share_sum(softmax, z.data(), s.data(), chosen.data(), Index{k});
+    const auto all = formula::share_sum(score_of(softmax), z.data(), s.data(), chosen.data(), Index{k});
     for (std::size_t j = 0; j < k; ++j) {
       const auto e = std::size_t(chosen[j]);
-      w[j] = formula::share(softmax, z[e], s[e], all);
+      w[j] = formula::share(score_of(softmax), z[e], s[e], all);
     }
   }
 };
@@ -61,8 +63,8 @@ TEST_CASE("formula: shares keep their ratios where all scores vanish, and tend t
     CHECK(vanishing.w[j] == doctest::Approx(expected.w[j]).epsilon(1e-12));
   }
   const int one[] = {3};
-  const auto alone = formula::share_sum(false, z.data(), vanishing.s.data(), one, 1);
-  CHECK(formula::share(false, z[3], vanishing.s[3], alone) == 1);
+  const auto alone = formula::share_sum(moxie::Score::sigmoid, z.data(), vanishing.s.data(), one, 1);
+  CHECK(formula::share(moxie::Score::sigmoid, z[3], vanishing.s[3], alone) == 1);
 }
 
 TEST_CASE("formula: the adjoint of shares matches central differences") {
@@ -88,7 +90,7 @@ TEST_CASE("formula: the adjoint of shares matches central differences") {
           return dw[0] * of.w[0] + dw[1] * of.w[1] + dw[2] * of.w[2];
         };
         const double h = 1e-5;
-        CHECK(formula::share_slope(softmax, shares.s[e], shares.w[j], dw[j], dot) ==
+        CHECK(formula::share_slope(score_of(softmax), shares.s[e], shares.w[j], dw[j], dot) ==
               doctest::Approx((loss(at[e] + h) - loss(at[e] - h)) / (2 * h)).epsilon(1e-7));
       }
     }

@@ -119,7 +119,7 @@ class ExpertChoiceRouter {
 
   /// Throws ValueError for `in.top_k`, which experts do not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Plan& plan, Tape& tape) const {
-    const DeviceSequences& sequences = *in.division;
+    const DeviceSequences& sequences = *in.on_device;
     constexpr std::string_view where = "ExpertChoiceRouter::route";
     detail::expect_value(in.top_k == 0, where, "experts choose their tokens, so there is no top_k to set");
     const Index tokens = in.count();

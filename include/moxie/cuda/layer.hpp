@@ -360,7 +360,7 @@ class Moe {
   /// The tokens as a router reads them.
   static DeviceTokens<Scalar> divided(const DeviceTokens<Scalar>& in, const Tape& tape) {
     DeviceTokens<Scalar> out = in;
-    out.division = &tape.sequences_;
+    out.on_device = &tape.sequences_;
     return out;
   }
   /// The three steps, over tokens that are not masked; the arguments have been checked.

@@ -39,8 +39,8 @@ struct DeviceTokens {
   /// Set by the layer where it left masked tokens out: the row of each token in the caller's x, and how all divide.
   std::span<const int> rows = {};
   Sequences whole = {};
-  /// Set by the layer for its router: how they divide, on the device.
-  const DeviceSequences* division = nullptr;
+  /// Set by the layer for its router: the sequences on the device.
+  const DeviceSequences* on_device = nullptr;
 
   DeviceTokens() = default;
   template <class T>

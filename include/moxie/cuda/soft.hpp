@@ -254,7 +254,7 @@ class SoftRouter {
   /// Throws ShapeError for a sequence that has not as many tokens as there are slots, where identity mixing needs it, and
   /// ValueError for `in.top_k`, which slots do not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Plan& plan, Tape& tape) const {
-    const DeviceSequences& sequences = *in.division;
+    const DeviceSequences& sequences = *in.on_device;
     detail::expect_value(in.top_k == 0, "SoftRouter::route", "every token uses all slots, so there is no top_k to set");
     const Index tokens = in.count();
     const Index slot_count = config_.slot_count();
@@ -303,7 +303,7 @@ class SoftRouter {
   void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const Plan& plan,
                 const DensePlanGradient<Scalar>& gradient, const Tape& tape) const {
     using kernel::Write;
-    const DeviceSequences& sequences = *in.division;
+    const DeviceSequences& sequences = *in.on_device;
     const auto& [ddispatch, dcombine, into] = gradient;
     if (!config_.learned()) {
       return;

@@ -238,14 +238,15 @@ struct TopKRow {
 
   MOXIE_HOST_DEVICE void weigh(Index t, auto lanes) const {
     const int* e = chosen + t * k;
+    const Score score = softmax ? Score::softmax : Score::sigmoid;
     formula::ShareSum<Scalar> all{};
     if (normalized) {
-      all = formula::share_sum(softmax, z.row(t), s.row(t), e, k);
+      all = formula::share_sum(score, z.row(t), s.row(t), e, k);
     }
     for (int j = lanes.first(); j < k; j += lanes.step()) {
       Scalar w = s(t, e[j]);
       if (normalized) {
-        w = formula::share(softmax, z(t, e[j]), w, all);
+        w = formula::share(score, z(t, e[j]), w, all);
         share[t * k + j] = w;
       }
       weight[t * k + j] = scale * w;
@@ -331,7 +332,8 @@ struct TopKBackwardRow {
       dot += dw(t, j) * w[j];
     }
     for (int j = 0; j < row.k; ++j) {
-      add(d, chosen[j], formula::share_slope(row.softmax, s[chosen[j]], w[j], dw(t, j), dot), lanes);
+      add(d, chosen[j], formula::share_slope(row.softmax ? Score::softmax : Score::sigmoid, s[chosen[j]], w[j], dw(t, j), dot),
+          lanes);
     }
   }
 };
@@ -524,7 +526,7 @@ class TopKRouter {
 
   /// Throws ValueError naming the first token whose logits are not finite, and for `in.top_k` that the router could not have.
   void route(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, Plan& plan, Tape& tape) const {
-    const DeviceSequences& sequences = *in.division;
+    const DeviceSequences& sequences = *in.on_device;
     constexpr std::string_view where = "TopKRouter::route";
     const Index tokens = in.count();
     const Index experts = config_.experts;
@@ -584,7 +586,7 @@ class TopKRouter {
   /// From ∂/∂ of the rows' weights; adds to dx and to the gradient of the gate.
   void backward(DeviceExec& exec, const Scalar* p, const DeviceTokens<Scalar>& in, const Plan& plan,
                 const SparsePlanGradient<Scalar>& gradient, const Tape& tape) const {
-    const DeviceSequences& sequences = *in.division;
+    const DeviceSequences& sequences = *in.on_device;
     const Index tokens = in.count();
     const DeviceExec::Frame frame(exec);
     const Index room = in.room() * config_.experts;
@@ -635,7 +637,7 @@ class TopKRouter {
         seen.clean = clean_probabilities(exec, seen.logits, in.room(), row, tape);
       }
     }
-    tape.balance_.set(exec, balance, *in.division, seen);
+    tape.balance_.set(exec, balance, *in.on_device, seen);
   }
 
   /// Probabilities of the logits without noise.

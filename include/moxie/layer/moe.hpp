@@ -104,7 +104,7 @@ class Moe {
     /// The router's own record: scores and choices of `TopKRouter`, for example.
     const typename Router_::Tape& router() const { return router_; }
     typename Router_::Tape& router() { return router_; }
-    /// The balance losses of the last forward, weighted. `backward` adds their gradient with factor 1.
+    /// The balance losses of the last forward, weighted. `backward` adds their gradient times `TokensGradient::loss_factor`.
     double balance_loss() const { return router_.balance_loss(); }
     RoutingStatistics statistics() const { return routing_statistics(plan_); }
 

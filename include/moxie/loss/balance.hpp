@@ -8,6 +8,7 @@
 #include <moxie/core/workspace.hpp>
 #include <moxie/loss/config.hpp>
 #include <moxie/loss/entropy.hpp>
+#include <moxie/loss/formula.hpp>
 #include <moxie/loss/importance.hpp>
 #include <moxie/loss/load.hpp>
 #include <moxie/loss/z.hpp>
@@ -67,7 +68,7 @@ struct BalanceTotals {
 
   /// f_i, 0 for no tokens.
   double frequency(std::size_t expert) const {
-    return pairs == 0 ? 0 : double(counts.size()) * double(counts[expert]) / double(pairs);
+    return pairs == 0 ? 0 : formula::frequency(double(counts[expert]), double(counts.size()), double(pairs));
   }
   /// Calls `f(i, mean f over the experts of i's device)` for every expert i.
   template <class F>
@@ -99,7 +100,7 @@ struct BalanceTotals {
     for (std::size_t i = 0; i < counts.size(); ++i) {
       const double p = probability(i);
       expert_level += frequency(i) * p;
-      mean_entropy -= p > 0 ? p * std::log(p) : 0;
+      mean_entropy += formula::entropy_term(p);
     }
     if (weights.device_level > 0) {
       for_each_device_frequency(weights.devices, [&](std::size_t i, double f) { device_level += f * probability(i); });
@@ -176,7 +177,7 @@ struct FrequencyLoss {
   }
   double factor(Index begin, Index end, RowView<double> counts) const {
     const double n = double(end - begin);
-    return double(counts.cols()) / (double(k) * n * n);
+    return formula::sequence_factor(double(counts.cols()), double(k), n);
   }
 };
 
@@ -303,7 +304,7 @@ inline void batch_gradient(const Balance& weights, const BalanceTotals& totals, 
     const double p = totals.probability(e);
     of_batch(0, i) = weights.expert_level * totals.frequency(e) / n;
     if (weights.mean_entropy > 0) {
-      of_batch(0, i) += weights.mean_entropy * (std::log((std::max)(p, (std::numeric_limits<double>::min)())) + 1) / n;
+      of_batch(0, i) -= weights.mean_entropy * formula::entropy_slope<double>(p) / n;
     }
   }
   if (weights.device_level > 0) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <moxie/loss/config.hpp>
+#include <moxie/loss/formula.hpp>
 #include <span>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -14,7 +15,7 @@ template <class Scalar>
 double entropy(std::span<const Scalar> p) {
   double sum = 0;
   for (const Scalar x : p) {
-    sum -= x > 0 ? double(x) * std::log(double(x)) : 0;
+    sum += formula::entropy_term(double(x));
   }
   return sum;
 }
@@ -25,7 +26,7 @@ template <class Scalar>
 void entropy_backward(std::span<const std::type_identity_t<Scalar>> p, double weight, std::span<Scalar> dp) {
   detail::expect_as_many("entropy_backward", "dp", dp.size(), p.size());
   for (std::size_t i = 0; i < p.size(); ++i) {
-    dp[i] -= Scalar(weight * (std::log((std::max)(double(p[i]), double((std::numeric_limits<Scalar>::min)()))) + 1));
+    dp[i] += Scalar(weight * formula::entropy_slope<Scalar>(double(p[i])));
   }
 }
 

@@ -67,8 +67,9 @@ MOXIE_HOST_DEVICE inline double normal_distribution(double u) { return 0.5 * std
 MOXIE_HOST_DEVICE inline double normal_density(double u) { return 0.39894228040143267794 * std::exp(-0.5 * u * u); }
 
 /// sign(mean load - load): the direction in which the selection bias of an expert moves. `total` is the load of all E experts.
-MOXIE_HOST_DEVICE inline double load_direction(double load, double total, double experts) {
-  const double missing = total - load * experts;  // of integers: exact
+template <class Count>
+MOXIE_HOST_DEVICE double load_direction(Count load, Count total, Count experts) {
+  const Count missing = total - load * experts;  // of integers: exact
   return double((missing > 0) - (missing < 0));
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <moxie/core/matrix.hpp>
 #include <moxie/loss/config.hpp>
+#include <moxie/loss/formula.hpp>
 #include <span>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -31,14 +32,14 @@ struct Moments {
 /// The squared coefficient of variation of n numbers, (deviation / mean)², with the population's deviation; 0 if all are zero.
 inline double squared_variation(std::span<const double> v) {
   const detail::Moments m(v);
-  return m.mean == 0 ? 0 : m.variance / (m.mean * m.mean);
+  return formula::squared_variation(m.mean, m.variance);
 }
 
 /// ∂/∂v_i = 2 / (n mean²) ((v_i - mean) - variance / mean), overwriting v.
 inline void squared_variation_backward(std::span<double> v) {
   const detail::Moments m(v);
   for (double& x : v) {
-    x = m.mean == 0 ? 0 : 2 / (double(v.size()) * m.mean * m.mean) * ((x - m.mean) - m.variance / m.mean);
+    x = formula::squared_variation_slope(x, double(v.size()), m.mean, m.variance);
   }
 }
 

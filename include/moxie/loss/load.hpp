@@ -3,8 +3,8 @@
 
 #include <cmath>
 #include <moxie/core/matrix.hpp>
+#include <moxie/loss/formula.hpp>
 #include <moxie/loss/importance.hpp>
-#include <numbers>
 #include <span>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -26,7 +26,7 @@ double load_loss(RowView<const Scalar> logits, std::span<const Scalar> threshold
   for (Index t = 0; t < logits.rows(); ++t) {
     for (Index i = 0; i < logits.cols(); ++i) {
       const double u = (double(logits(t, i)) - double(threshold[std::size_t(t)])) / deviation;
-      scratch[std::size_t(i)] += 0.5 * std::erfc(-u / std::numbers::sqrt2);
+      scratch[std::size_t(i)] += formula::normal_distribution(u);
     }
   }
   return squared_variation(scratch);
@@ -56,12 +56,11 @@ void load_loss_backward(RowView<const std::type_identity_t<Scalar>> logits,
   detail::expect_as_many(where, "dthreshold", dthreshold.size(), std::size_t(logits.rows()));
   load_loss<Scalar>(logits, threshold, deviation, scratch);
   squared_variation_backward(scratch);
-  const double density = weight / (deviation * std::sqrt(2 * std::numbers::pi));
   for (Index t = 0; t < logits.rows(); ++t) {
     double sum = 0;
     for (Index i = 0; i < logits.cols(); ++i) {
       const double u = (double(logits(t, i)) - double(threshold[std::size_t(t)])) / deviation;
-      const double d = scratch[std::size_t(i)] * density * std::exp(-0.5 * u * u);
+      const double d = scratch[std::size_t(i)] * weight / deviation * formula::normal_density(u);
       dlogits(t, i) += Scalar(d);
       sum += d;
     }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <moxie/core/matrix.hpp>
 #include <moxie/loss/config.hpp>
+#include <moxie/loss/formula.hpp>
 #include <span>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -27,8 +28,7 @@ void update_selection_bias(RowView<Scalar> bias, std::span<const std::int64_t> l
     total += n;
   }
   for (std::size_t i = 0; i < load.size(); ++i) {
-    const std::int64_t excess = total - load[i] * std::int64_t(load.size());
-    bias(0, Index(i)) += Scalar(rate * double((excess > 0) - (excess < 0)));
+    bias(0, Index(i)) += Scalar(rate * formula::load_direction(load[i], total, std::int64_t(load.size())));
   }
   if (recentre) {
     double mean = 0;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <moxie/loss/config.hpp>
+#include <moxie/loss/formula.hpp>
 #include <span>
 
 namespace moxie::inline MOXIE_NAMESPACE {
@@ -14,12 +15,7 @@ double log_sum_exp(std::span<const Scalar> z) {
   if (z.empty()) {
     throw ShapeError("log_sum_exp: there are no logits");
   }
-  const double largest = double(*std::max_element(z.begin(), z.end()));
-  double sum = 0;
-  for (const Scalar x : z) {
-    sum += std::exp(double(x) - largest);
-  }
-  return largest + std::log(sum);
+  return formula::log_sum_exp(Index(z.size()), z.data());
 }
 
 /// The z-loss of one token, (ln Σ_i exp z_i)²: keeps logits small, so that rounding does not decide the softmax.
@@ -38,7 +34,7 @@ void z_loss_backward(std::span<const std::type_identity_t<Scalar>> logits, doubl
   detail::expect_as_many("z_loss_backward", "dlogits", dlogits.size(), logits.size());
   const double value = log_sum_exp(logits);
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    dlogits[i] += Scalar(weight * 2 * value * std::exp(double(logits[i]) - value));
+    dlogits[i] += Scalar(weight * formula::z_loss_slope(double(logits[i]), value));
   }
 }
 

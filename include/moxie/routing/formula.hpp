@@ -5,6 +5,7 @@
 #include <moxie/config.hpp>
 #include <moxie/core/error.hpp>
 #include <moxie/kernel/number.hpp>
+#include <moxie/routing/config.hpp>
 
 /// What routers compute of scores and weights, as functions of plain numbers for the host and the device.
 namespace moxie::inline MOXIE_NAMESPACE::formula {
@@ -26,20 +27,20 @@ struct ShareSum {
 
 /// A score relative to those of experts with the largest logit m: e^(z-m) of softmax scores, `scaled_sigmoid` of others.
 template <class Scalar>
-MOXIE_HOST_DEVICE Scalar relative_score(bool softmax, Scalar z, Scalar s, Scalar largest) {
-  return softmax ? kernel::exp(z - largest) : scaled_sigmoid(z, s, largest);
+MOXIE_HOST_DEVICE Scalar relative_score(Score score, Scalar z, Scalar s, Scalar largest) {
+  return score == Score::softmax ? kernel::exp(z - largest) : scaled_sigmoid(z, s, largest);
 }
 
 /// Of the K >= 1 chosen experts of a token with logits z and scores s.
 template <class Scalar, class ExpertIndex>
-MOXIE_HOST_DEVICE ShareSum<Scalar> share_sum(bool softmax, const Scalar* z, const Scalar* s, const ExpertIndex* chosen,
+MOXIE_HOST_DEVICE ShareSum<Scalar> share_sum(Score score, const Scalar* z, const Scalar* s, const ExpertIndex* chosen,
                                              Index k) {
   ShareSum<Scalar> all{z[chosen[0]], 0};
   for (Index j = 1; j < k; ++j) {
     all.largest = z[chosen[j]] > all.largest ? z[chosen[j]] : all.largest;
   }
   for (Index j = 0; j < k; ++j) {
-    all.sum += relative_score(softmax, z[chosen[j]], s[chosen[j]], all.largest);
+    all.sum += relative_score(score, z[chosen[j]], s[chosen[j]], all.largest);
   }
   return all;
 }
@@ -47,8 +48,8 @@ MOXIE_HOST_DEVICE ShareSum<Scalar> share_sum(bool softmax, const Scalar* z, cons
 /// A normalized weight: the score over the sum of scores, from the logits. For softmax scores this is a softmax of the chosen
 /// logits. Exactly 1 of one expert.
 template <class Scalar>
-MOXIE_HOST_DEVICE Scalar share(bool softmax, Scalar z, Scalar s, const ShareSum<Scalar>& all) {
-  return relative_score(softmax, z, s, all.largest) / all.sum;
+MOXIE_HOST_DEVICE Scalar share(Score score, Scalar z, Scalar s, const ShareSum<Scalar>& all) {
+  return relative_score(score, z, s, all.largest) / all.sum;
 }
 
 /// The adjoint of a softmax, for one element: dz = s (ds - Σ_i ds_i s_i).
@@ -60,8 +61,8 @@ MOXIE_HOST_DEVICE Scalar softmax_slope(Scalar s, Scalar ds, Scalar dot) {
 /// The adjoint of a share w, for one element: w (dw - Σ_i dw_i w_i), for sigmoid scores times 1 - s. Shares are a softmax of
 /// the logits, or of ln σ(z), whose derivative is 1 - s.
 template <class Scalar>
-MOXIE_HOST_DEVICE Scalar share_slope(bool softmax, Scalar s, Scalar w, Scalar dw, Scalar dot) {
-  return softmax_slope(w, dw, dot) * (softmax ? Scalar(1) : 1 - s);
+MOXIE_HOST_DEVICE Scalar share_slope(Score score, Scalar s, Scalar w, Scalar dw, Scalar dot) {
+  return softmax_slope(w, dw, dot) * (score == Score::softmax ? Scalar(1) : 1 - s);
 }
 
 /// ∂σ/∂z = s (1 - s).

@@ -7,6 +7,7 @@
 #include <moxie/core/parameters.hpp>
 #include <moxie/kernel/gemm.hpp>
 #include <moxie/routing/config.hpp>
+#include <moxie/routing/formula.hpp>
 #include <moxie/routing/gradients.hpp>
 #include <moxie/routing/score.hpp>
 #include <moxie/routing/tokens.hpp>
@@ -170,7 +171,7 @@ class LinearGate {
     const Rng rng = in.rng->split(0);
     detail::for_each_row(in.count(), exec, [&](Index t) {
       for (Index d = 0; d < dim_; ++d) {
-        factor(t, d) = Scalar(1 + noise_.jitter * (2 * rng.uniform(number(in, t, dim_, d)) - 1));
+        factor(t, d) = Scalar(formula::jitter_factor(noise_.jitter, rng.uniform(number(in, t, dim_, d))));
         input(t, d) = in.gate_input()(t, d) * factor(t, d);
       }
     });

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <moxie/core/exec.hpp>
 #include <moxie/kernel/math.hpp>
+#include <moxie/routing/formula.hpp>
 
 namespace moxie::inline MOXIE_NAMESPACE {
 
@@ -106,18 +107,6 @@ void sigmoid_rows_backward(RowView<const std::type_identity_t<Scalar>> s, RowVie
   });
 }
 
-namespace detail {
-
-/// σ(z) e^max(0, -m), where m is the largest logit and s = σ(z): s itself for m >= 0. For m < 0 it is e^(z-m) (1 - s), since
-/// σ(z) = e^z (1 - σ(z)). The factor is the same for all, so ratios stay exact where the scores are so small that they vanish,
-/// and the largest is never below 1/2.
-template <class Scalar>
-Scalar scaled_sigmoid(Scalar z, Scalar s, Scalar largest) {
-  return largest >= 0 ? s : std::exp(z - largest) * (1 - s);
-}
-
-}  // namespace detail
-
 /// Sigmoid scores over their sum, for each row: p_i = s_i / Σ_j s_j, of logits z and s = σ(z). Computed from the logits, so
 /// that p sums to 1 where all s are 0. p may be s.
 ///
@@ -133,7 +122,7 @@ void sigmoid_probabilities(RowView<const Scalar> z, RowView<const Scalar> s, Row
     const Scalar largest = kernel::largest(z.cols(), z.row(t));
     Scalar sum = 0;
     for (Index i = 0; i < z.cols(); ++i) {
-      p(t, i) = detail::scaled_sigmoid(z(t, i), s(t, i), largest);
+      p(t, i) = formula::scaled_sigmoid(z(t, i), s(t, i), largest);
       sum += p(t, i);
     }
     for (Index i = 0; i < z.cols(); ++i) {

@@ -4,6 +4,7 @@
 #include <moxie/kernel/gemm.hpp>
 #include <moxie/kernel/rows.hpp>
 #include <moxie/routing/config.hpp>
+#include <moxie/routing/formula.hpp>
 #include <moxie/routing/router.hpp>
 #include <moxie/routing/score.hpp>
 
@@ -232,7 +233,7 @@ class SoftRouter {
     factor.resize(v.rows());
     exec.parallel_ranges(v.rows(), 64, [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
-        factor[i] = Scalar(1) / std::sqrt(kernel::dot(v.cols(), v.row(i), v.row(i)) + Scalar(1e-6));
+        factor[i] = formula::l2norm_factor(kernel::dot(v.cols(), v.row(i), v.row(i)));
         kernel::map(
             v.cols(), hat.row(i), [&](auto a) { return a * decltype(a)(factor[i]); }, v.row(i));
       }
@@ -248,7 +249,7 @@ class SoftRouter {
         const Scalar dot = kernel::dot(hat.cols(), hat.row(i), dhat.row(i));
         const Scalar part = scale * factor[i];
         for (Index j = 0; j < hat.cols(); ++j) {
-          dv(i, j) += part * (dhat(i, j) - dot * hat(i, j));
+          dv(i, j) += formula::l2norm_slope(part, hat(i, j), dhat(i, j), dot);
         }
       }
     });

@@ -320,7 +320,7 @@ class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
         share[j] = 0;
         continue;
       }
-      share[j] = config_.score == Score::softmax ? std::exp(z[e] - largest) : detail::scaled_sigmoid(z[e], s[e], largest);
+      share[j] = formula::relative_score(config_.score, z[e], s[e], largest);
       sum += share[j];
     }
     for (Index j = 0; j < k; ++j) {
@@ -355,8 +355,7 @@ class TopKRouter : public GatedRouter<TopKRouter<Scalar_>, Scalar_> {
       if (chosen[j] < 0) {
         continue;
       }
-      const Scalar through = config_.score == Score::softmax ? Scalar(1) : 1 - s[chosen[j]];
-      dz[chosen[j]] += w[j] * (dw[j] - dot) * through;
+      dz[chosen[j]] += formula::share_slope(config_.score, s[chosen[j]], w[j], dw[j], dot);
     }
   }
 
