@@ -29,7 +29,7 @@ void add(Index dim, Index experts, Index top_k, Index tokens, const Exec& exec) 
       Router::Tape tape;
       moxie::Workspace workspace;
       const auto route = [&] { router.route(p.view(), moxie::Tokens<float>(x), plan, tape, {workspace, exec}); };
-      const auto combine = [&] { moxie::combine(plan, RowView<const float>(h), y, exec); };
+      const auto combine = [&] { moxie::combine(plan, RowView<const float>(h), moxie::kernel::add_to<float>(y), exec); };
       route();
       const double flops = 2.0 * double(tokens) * double(dim);
       choose(route, combine, [&](auto step, double work) {

@@ -144,7 +144,7 @@ TEST_CASE("plan: pairs sorted by expert are those of the CPU, and the status com
   expected.build(tokens, experts, k, expected_expert, weight);
   moxie::cuda::SparsePlan<double> plan;
   const int status = 17;
-  CHECK(plan.build(exec, tokens, tokens, experts, k, expert.data(), weight.data(), &status) == 17);
+  CHECK(plan.build(exec, {tokens, tokens, experts, k, expert.data(), weight.data()}, &status) == 17);
   CHECK(exec.counts().synchronizations == 1);
   REQUIRE(plan.rows() == expected.rows());
   for (Index e = 0; e <= experts; ++e) {
