@@ -413,6 +413,12 @@ TEST_CASE("timestep mask: other shapes and overlapping memory are refused, and n
         "timestep_mask: y is (4,5), expected (4,6)");
   CHECK_THROWS_AS(moxie::timestep_mask<float>(x, y, x), moxie::ValueError);
   CHECK_THROWS_AS(moxie::timestep_mask<float>(x, y, y), moxie::ValueError);
+  const moxie::RowView<float> one_row(r.data(), 4, 5, 0);
+  CHECK_THROWS_AS(moxie::timestep_mask<float>(x, y, one_row), moxie::ValueError);
+  CHECK_THROWS_AS(moxie::timestep_mask_backward<float>(x, y, r, moxie::RowView<float>(dx.data(), 4, 5, 0), dy),
+                  moxie::ValueError);
+  CHECK_THROWS_AS(moxie::timestep_mask_backward<float>(x, y, r, dx, moxie::RowView<float>(dy.data(), 4, 5, 0)),
+                  moxie::ValueError);
   const auto backward = [](M& x_, M& y_, M& dr, M& dx_, M& dy_) { moxie::timestep_mask_backward<float>(x_, y_, dr, dx_, dy_); };
   CHECK_THROWS_AS(backward(x, other, r, dx, dy), moxie::ShapeError);
   CHECK_THROWS_AS(backward(x, y, other, dx, dy), moxie::ShapeError);

@@ -111,7 +111,10 @@ Rows<T> rows_of(RowView<T> m, const Index* index = nullptr) {
 template <class T>
 Rows<T> stacked(RowView<T> top, RowView<T> bottom) {
   MOXIE_ASSERT(top.stride() == bottom.stride());
-  return {top.data(), top.stride(), nullptr, top.rows(), bottom.data() - top.row(top.rows())};
+  // As numbers: pointers into two allocations have no difference.
+  const auto bytes =
+      std::intptr_t(reinterpret_cast<std::uintptr_t>(bottom.data()) - reinterpret_cast<std::uintptr_t>(top.row(top.rows())));
+  return {top.data(), top.stride(), nullptr, top.rows(), Index(bytes / std::intptr_t{sizeof(T)})};
 }
 template <class T>
 Operand<T> plain(RowView<const std::type_identity_t<T>> m, const Index* index = nullptr) {

@@ -68,6 +68,7 @@ void timestep_mask(RowView<const Scalar> x, RowView<const Scalar> y, RowView<Sca
   detail::expect_shape(where, "y", y, x.rows(), x.cols());
   detail::expect_shape(where, "r", r, x.rows(), x.cols());
   detail::expect_value(!detail::overlaps(x, r) && !detail::overlaps(y, r), where, "r overlaps x or y");
+  detail::expect_value(!detail::rows_overlap(r), where, "the rows of r overlap");
   detail::for_each_row(x.rows(), exec, [&](Index t) {
     kernel::map(
         x.cols(), r.row(t), [](auto a, auto b) { return a * (decltype(b)(1) + b); }, x.row(t), y.row(t));
@@ -91,6 +92,7 @@ void timestep_mask_backward(RowView<const Scalar> x, RowView<const Scalar> y, Ro
     apart = apart && !detail::overlaps(in, dx) && !detail::overlaps(in, dy);
   }
   detail::expect_value(apart, where, "dx or dy overlaps another argument");
+  detail::expect_value(!detail::rows_overlap(dx) && !detail::rows_overlap(dy), where, "the rows of dx or dy overlap");
   detail::for_each_row(x.rows(), exec, [&](Index t) {
     kernel::map(
         x.cols(), std::array{dx.row(t), dy.row(t)},
