@@ -170,6 +170,7 @@ case ${1:-} in
     ;;
   cuda)
     install_missing "${need[@]}" "${need_test[@]}"
+    export MOXIE_CUDA_ARCHITECTURES=${MOXIE_CUDA_ARCHITECTURES:-80 90 100}
     build dev -- --target cuda_tests cuda_lanes_tests cuda_layers
     say "testing"
     ctest --test-dir build/dev -R '^cuda\.' --output-on-failure --no-tests=error

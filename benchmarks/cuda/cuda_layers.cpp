@@ -26,12 +26,12 @@ struct Peak {
 struct Run {
   cublasHandle_t handle = [] {
     cublasHandle_t made = nullptr;
-    detail::check(cublasCreate(&made), "cublasCreate");
+    detail::expect_success(cublasCreate(&made), "cublasCreate");
     return made;
   }();
   cudaStream_t stream = [] {
     cudaStream_t made = nullptr;
-    detail::check(cudaStreamCreate(&made), "cudaStreamCreate");
+    detail::expect_success(cudaStreamCreate(&made), "cudaStreamCreate");
     return made;
   }();
 };
@@ -45,16 +45,16 @@ template <class F>
 double milliseconds(DeviceExec& exec, F&& call) {
   cudaEvent_t begin = nullptr;
   cudaEvent_t end = nullptr;
-  detail::check(cudaEventCreate(&begin), "cudaEventCreate");
-  detail::check(cudaEventCreate(&end), "cudaEventCreate");
+  detail::expect_success(cudaEventCreate(&begin), "cudaEventCreate");
+  detail::expect_success(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<float> times;
   for (int i = 0; i < 23; ++i) {
-    detail::check(cudaEventRecord(begin, exec.stream()), "cudaEventRecord");
+    detail::expect_success(cudaEventRecord(begin, exec.stream()), "cudaEventRecord");
     call();
-    detail::check(cudaEventRecord(end, exec.stream()), "cudaEventRecord");
-    detail::check(cudaEventSynchronize(end), "cudaEventSynchronize");
+    detail::expect_success(cudaEventRecord(end, exec.stream()), "cudaEventRecord");
+    detail::expect_success(cudaEventSynchronize(end), "cudaEventSynchronize");
     float time = 0;
-    detail::check(cudaEventElapsedTime(&time, begin, end), "cudaEventElapsedTime");
+    detail::expect_success(cudaEventElapsedTime(&time, begin, end), "cudaEventElapsedTime");
     if (i >= 3) {
       times.push_back(time);
     }

@@ -12,12 +12,12 @@ namespace {
 cuda::DeviceExec& device() {
   static const cublasHandle_t handle = [] {
     cublasHandle_t made = nullptr;
-    cuda::detail::check(cublasCreate(&made), "cublasCreate");
+    cuda::detail::expect_success(cublasCreate(&made), "cublasCreate");
     return made;
   }();
   static const cudaStream_t stream = [] {
     cudaStream_t made = nullptr;
-    cuda::detail::check(cudaStreamCreate(&made), "cudaStreamCreate");
+    cuda::detail::expect_success(cudaStreamCreate(&made), "cudaStreamCreate");
     return made;
   }();
   static cuda::DeviceExec exec(stream, handle);
@@ -256,7 +256,7 @@ std::string device_name() {
     return "";
   }
   cudaDeviceProp properties{};
-  cuda::detail::check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  cuda::detail::expect_success(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   return properties.name;
 #else
   return "thrust-host";

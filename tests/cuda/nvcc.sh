@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The device's layers with nvcc:
-#     nvcc.sh BUILD build GOLDEN TEST...  compiles them for MOXIE_CUDA_ARCHITECTURES (80 90 100), warnings as errors, and links
+#     nvcc.sh BUILD build GOLDEN TEST...  compiles them for MOXIE_CUDA_ARCHITECTURES (90), warnings as errors, and links
 #                                         them with the object of golden_verify, and with those of tests; these know no CUDA
 #     nvcc.sh BUILD run                   runs both
 #     nvcc.sh BUILD bench                 compiles benchmarks/cuda/cuda_layers.cpp, and runs it where there is a device
@@ -40,7 +40,7 @@ flags=(-std=c++20 -O2 --threads 0 -Werror all-warnings -Xcompiler -Wall,-Wextra,
 for folder in "$root"/include "$root"/include/cccl "$root"/../{cublas,cuda_runtime,cuda_cccl}/include; do
   if [ -d "$folder" ]; then flags+=(-isystem "$folder"); fi
 done
-read -ra architectures <<<"${MOXIE_CUDA_ARCHITECTURES:-80 90 100}"
+read -ra architectures <<<"${MOXIE_CUDA_ARCHITECTURES:-90}"
 for a in "${architectures[@]}"; do
   flags+=(-gencode "arch=compute_$a,code=sm_$a")
 done

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <moxie/cuda/product.hpp>
 #include <moxie/kernel/gated_unit.hpp>
+#include <moxie/kernel/write.hpp>
 
 /// What the backend does with rows, a small function each: the same on the host and on the device.
 /// All are given to `DeviceExec::for_each_row`, except those whose operator takes no lanes, which

@@ -3,6 +3,7 @@
 
 #include <moxie/cuda/plan.hpp>
 #include <moxie/cuda/random.hpp>
+#include <moxie/kernel/write.hpp>
 #include <moxie/routing/config.hpp>
 #include <moxie/routing/formula.hpp>
 

@@ -4,19 +4,13 @@
 #include <cstdint>
 #include <moxie/core/matrix.hpp>
 #include <moxie/kernel/element.hpp>
+#include <moxie/kernel/write.hpp>
 #include <type_traits>
 
 /// A matrix product as a plain value: sizes, two factors, a destination. It computes nothing.
 namespace moxie::inline MOXIE_NAMESPACE::kernel {
 
 enum class Transpose { no, yes };
-
-/// The effect of a product on its destination.
-enum class Write {
-  replace,
-  add,     ///< accumulates
-  stream,  ///< replaces by non-temporal stores, which bypass the caches; all rows must start with a cache line
-};
 
 /// Rows in memory. Row r starts at `data + stride · (index ? index[r] : r)`, so an index gathers
 /// rows without a copy. Rows from `gap_at` on lie `gap` elements further, so that two matrices of

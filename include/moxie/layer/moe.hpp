@@ -442,7 +442,7 @@ class Moe {
 
   /// What the experts read and write between dispatch and combine.
   struct Activations {
-    RowView<Scalar> slots;             // of a dense plan
+    RowView<Scalar> slot_rows;             // of a dense plan
     RowView<Scalar> h;                 // the experts' outputs; only a dense plan's backward reads them
     typename Experts_::Tape* experts;  // what the banks keep, or null
     typename Experts_::Tape* shared;
@@ -453,7 +453,7 @@ class Moe {
   template <class Weights>
   void run_experts(const Weights& weights, const Tokens<Scalar>& in, RowView<Scalar> y, const Tape& tape, const Activations& to,
                    const Context& context) const {
-    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, to.slots, context.exec);
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, to.slot_rows, context.exec);
     detail::forward_bank(experts_, experts_part(weights), rows, to.h, to.experts, context);
     if (shared_) {
       detail::forward_bank(*shared_, shared_part(weights), all_rows(in, tape), y, to.shared, context);
@@ -464,7 +464,7 @@ class Moe {
   /// Computes again what a tape with Keep::inputs did not keep.
   void run_again(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const Tape& tape, const Activations& to,
                  const Context& context) const {
-    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, to.slots, context.exec);
+    const GroupedRows<Scalar> rows = dispatch(tape.plan_, in.x, to.slot_rows, context.exec);
     experts_.forward(experts_part(p), rows, to.h, to.experts, context);
     if (shared_) {
       shared_->forward(shared_part(p), all_rows(in, tape), RowView<Scalar>(), to.shared, context);
@@ -494,7 +494,7 @@ class Moe {
   void run_backward(ParameterView<const Scalar> p, const Tokens<Scalar>& in, const OutputsGradient<Scalar>& dout,
                     const Gradients<Scalar>& into, Tape& tape, const Activations& kept, const Context& context) const {
     const Workspace::Frame frame(context.workspace);
-    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slots);
+    const GroupedRows<Scalar> rows = rows_of(tape, in, kept.slot_rows);
     const RowView<Scalar> drows = context.workspace.matrix<Scalar>(rows.count(), model_dim());
     const RowView<Scalar>& dx = into.tokens.x;
     experts_.backward(experts_part(p), rows, output_gradient(tape, dout.y, kept.h, context),
