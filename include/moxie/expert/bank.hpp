@@ -19,7 +19,7 @@ namespace moxie::inline MOXIE_NAMESPACE {
 template <class Scalar>
 struct BankGradient {
   RowView<Scalar> rows;              ///< (R,D), overwritten: the gradient of the bank's input
-  ParameterView<Scalar> parameters;  ///< added to; a tensor, or all of them, may be absent
+  ParameterView<Scalar> parameters;  ///< added to; tensors may be absent
 };
 
 /// E experts over one block of weights: what a layer calls, over all routed rows at once, so that products can be grouped and

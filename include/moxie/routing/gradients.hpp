@@ -11,7 +11,7 @@ namespace moxie::inline MOXIE_NAMESPACE {
 template <class Scalar>
 struct Gradients {
   TokensGradient<Scalar> tokens;          ///< of the tokens
-  ParameterView<Scalar> parameters = {};  ///< added to; a tensor, or all of them, may be absent
+  ParameterView<Scalar> parameters = {};  ///< added to; tensors may be absent
 };
 
 /// What a router's backward reads, and where it adds its results.
