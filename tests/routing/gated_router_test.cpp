@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
 
-#include <allocations.hpp>
 #include <moxie/expert/glu.hpp>
 #include <moxie/layer/moe.hpp>
 #include <moxie/routing/gated_router.hpp>
-#include <moxie/routing/top_k.hpp>
 #include <moxie/testing/gradient_check.hpp>
 #include <moxie/testing/laws.hpp>
 #include <support.hpp>
@@ -82,9 +80,7 @@ auto relu_layer(double alpha = 0, Index gate_dim = dim) {
 
 TEST_CASE_TEMPLATE("GatedRouter: a router of one's own keeps the laws of a layer", S, float, double) {
   const Matrix<S> x = moxie::test::random<S>(tokens, dim, 882);
-  moxie::testing::LawOptions options;
-  options.allocations = {};
-  for (const auto& law : moxie::testing::check_layer_laws(relu_layer<S>(0.3), Tokens<S>{x}, options)) {
+  for (const auto& law : moxie::testing::check_layer_laws(relu_layer<S>(0.3), Tokens<S>{x})) {
     INFO(law.message);
     CHECK(law.holds);
   }

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
 #include <moxie/loss/config.hpp>
 #include <moxie/loss/formula.hpp>
 #include <span>
