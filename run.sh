@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The project's commands, from a fresh clone on:
 #   ./run.sh demo [ARGUMENT...]   trains the diffusion transformer and draws (the arguments go to `dit train`)
-#   ./run.sh test                 builds with g++, clang++, sanitizers and without OpenMP, and runs all tests
+#   ./run.sh test                 builds with g++, with clang++ and sanitizers, and without OpenMP, and runs the tests
 #   ./run.sh bench [ARGUMENT...]  compares with other libraries (the arguments go to moxie_benchmarks)
 #   ./run.sh compare [ARGUMENT...]  trains one model with every feed-forward: --quick, --out FOLDER, --experiment FILE, --threads N
 #   ./run.sh check [PART...]      what takes longer than test: all parts, or those named; --list says what they are
